@@ -1,0 +1,47 @@
+//! The wire between Anabranch's streamer and its replicas.
+//!
+//! - [`v1`]: the messages, generated from `anabranch/v1/anabranch.proto`, which is the reference.
+//! - [`position`]: [`Lsn`], [`Epoch`], [`Position`]: places in the history of a source.
+//! - [`record`]: rows as packed records, and [`ops`]: runs of row operations made of them.
+//!
+//! This crate knows neither side: it has no I/O, and no opinion on what is streamed.
+
+pub mod ops;
+pub mod position;
+pub mod record;
+
+pub use position::{Epoch, Lsn, Position};
+
+/// Generated messages and gRPC stubs.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod v1 {
+    tonic::include_proto!("anabranch.v1");
+}
+
+/// The descriptors of [`v1`], for the reflection service.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/anabranch.bin"));
+
+/// The version of the protocol that both sides must speak.
+///
+/// - 1: first version.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Largest gRPC message either side sends or accepts. A row above it travels in pieces, so this bounds
+/// memory per connection, not what can be streamed.
+pub const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// At this size a message is sent although more could be added. Large enough that its overhead vanishes,
+/// small enough that both sides work at the same time.
+pub const MESSAGE_BYTES_TARGET: usize = 256 * 1024;
+
+/// The largest row that is ever streamed: SQLite's own limit on a string or blob (`SQLITE_MAX_LENGTH`).
+pub const ROW_BYTES_MAX: usize = 1_000_000_000;
+
+/// Silence on a stream, in either direction, after which it is taken to be dead.
+pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// How often an idle replica says [`v1::Ack`].
+pub const ACK_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// How often an idle streamer says [`v1::Heartbeat`].
+pub const HEARTBEAT_EVERY: std::time::Duration = std::time::Duration::from_secs(1);

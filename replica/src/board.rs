@@ -1,0 +1,200 @@
+//! The one place that the file's thread, the client and the HTTP interface share: what is known, who waits for it, what
+//! changed, and what was counted. Writing to it never waits for a reader.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use anabranch_proto::{Lsn, Position};
+use tokio::sync::watch;
+
+use crate::{
+    changes::Changes,
+    file::{Applied, TableState, reaches},
+    metrics::{Metrics, Sizes},
+    status::{Status, now},
+    wait::Waiters,
+};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Board {
+    status: watch::Sender<Status>,
+    /// Those who wait for a position.
+    pub waiters: Waiters,
+    /// What changed lately.
+    pub changes: Arc<Changes>,
+    /// What was counted.
+    pub metrics: Metrics,
+    /// Bytes of messages that wait for the file.
+    pub queue_bytes: AtomicUsize,
+}
+
+/// What the last element of a message says about the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heard {
+    /// The position of the commit or heartbeat.
+    pub position: Position,
+    /// How far Postgres' WAL had come.
+    pub source_lsn: Lsn,
+    /// Whether the streamer has Postgres.
+    pub source_connected: bool,
+}
+
+impl Board {
+    /// Over a file that was just opened.
+    pub fn new(
+        replica_id: &str,
+        position: Option<Position>,
+        tables: Vec<TableState>,
+        changes_bytes_max: usize,
+    ) -> Self {
+        let waiters = Waiters::default();
+        if let Some(position) = position {
+            waiters.advance(position);
+        }
+        Board {
+            status: watch::Sender::new(Status {
+                replica_id: replica_id.into(),
+                position,
+                tables: tables.into(),
+                connected_changed: now(),
+                ..Status::default()
+            }),
+            waiters,
+            changes: Arc::new(Changes::new(changes_bytes_max, position)),
+            metrics: Metrics::new(),
+            queue_bytes: AtomicUsize::new(0),
+        }
+    }
+
+    /// What is known now.
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// What is known, and a call when that changes.
+    pub fn watch(&self) -> watch::Receiver<Status> {
+        self.status.subscribe()
+    }
+
+    /// The text for `/metrics`.
+    pub fn render_metrics(&self) -> String {
+        let sizes = Sizes {
+            queue_bytes: self.queue_bytes.load(Ordering::Relaxed),
+            waiters: self.waiters.count(),
+            readers: self.changes.readers(),
+        };
+        self.metrics.render(&self.status(), now(), sizes)
+    }
+
+    /// A message was applied; `collected`: its changes are known. Changes go first, status and waiters together: who
+    /// learns of the position in any way finds everything else in place.
+    pub fn applied(
+        &self,
+        applied: &Applied,
+        collected: bool,
+        heard: Option<Heard>,
+        tables: Option<Vec<TableState>>,
+        took: Duration,
+    ) {
+        let metrics = &self.metrics;
+        metrics.apply.observe(took.as_secs_f64());
+        metrics.transactions.inc_by(applied.transactions);
+        metrics.rows.inc_by(applied.rows);
+        if !applied.locked.is_zero() {
+            metrics.write_lock.observe(applied.locked.as_secs_f64());
+        }
+        let now = now();
+        if applied.transactions > 0 && applied.commit_time != 0 {
+            // The clocks are of two machines: ours may be behind.
+            metrics.delayed(Duration::from_micros(
+                now.saturating_sub(applied.commit_time).max(0) as u64,
+            ));
+        }
+        if let Some(position) = applied.position {
+            if collected || applied.transactions == 0 {
+                self.changes.push(position, &applied.changes);
+            } else {
+                self.changes.skip(position);
+            }
+        }
+        self.status.send_modify(|status| {
+            status.write_lock_max = status.write_lock_max.max(applied.locked);
+            status.transactions += applied.transactions;
+            status.rows += applied.rows;
+            if let Some(tables) = tables {
+                status.tables = tables.into();
+            }
+            if let Some(position) = applied.position {
+                status.position = Some(position);
+                self.waiters.advance(position);
+            }
+            if applied.commit_time != 0 {
+                status.commit_time = applied.commit_time;
+                status.fresh_time = status.fresh_time.max(applied.commit_time);
+            }
+            if let Some(heard) = heard {
+                status.received_time = now;
+                // What was still queued of a stream that broke does not make it whole.
+                if status.connected {
+                    status.last_error = None;
+                }
+                status.commits += 1;
+                status.source_connected = heard.source_connected;
+                // The file writes a heartbeat's position a little later. Its content is that of the position already, so
+                // nothing is missing; what is told as position stays what the file says.
+                let is_ahead = status.position.is_some() && status.position != Some(heard.position);
+                let is_complete = reaches(heard.position.lsn, heard.source_lsn);
+                if !(is_ahead && is_complete) {
+                    status.source_lsn = heard.source_lsn;
+                }
+                if is_complete && heard.source_connected {
+                    status.fresh_time = now;
+                }
+            }
+        });
+    }
+
+    /// The file wrote the position of a heartbeat that waited.
+    pub fn moved(&self, position: Position) {
+        self.changes.push(position, &[]);
+        self.status.send_modify(|status| {
+            status.position = Some(position);
+            self.waiters.advance(position);
+        });
+    }
+
+    /// The streamer sent its first message on a stream.
+    pub fn connected(&self) {
+        self.metrics.streams.inc();
+        self.status.send_modify(|status| {
+            status.connected = true;
+            status.connected_changed = now();
+            status.streams += 1;
+        });
+    }
+
+    /// There is no stream; why, if it is a trouble.
+    pub fn disconnected(&self, why: Option<&str>) {
+        self.status.send_modify(|status| {
+            if status.connected {
+                status.connected = false;
+                status.connected_changed = now();
+            }
+            if let Some(why) = why {
+                status.last_error = Some(why.into());
+            }
+        });
+    }
+
+    /// Something is wrong with the file.
+    pub fn trouble(&self, why: &str) {
+        self.status
+            .send_modify(|status| status.last_error = Some(why.into()));
+    }
+}

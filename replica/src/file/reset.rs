@@ -1,0 +1,263 @@
+//! The end of a reset: a stage, or no rows at all, becomes the table, within the commit's transaction.
+//!
+//! | what is there | what is done |
+//! |---|---|
+//! | no table, or an empty one without a program's triggers and indexes | the stage is renamed: nothing is copied |
+//! | the table, with rows | only what differs is written, so that triggers and `/changes` see only that |
+//! | another definition | the table is made anew; a program's triggers see all rows go and come |
+//!
+//! Readers see the old rows or the new ones, never an empty table: all of it is one transaction.
+//!
+//! The rename is done with `legacy_alter_table`, which leaves programs' views and triggers alone: they refer to the
+//! table by name, and find the new one.
+
+use std::sync::Arc;
+
+use rusqlite::Connection;
+use serde_json::Value;
+
+use super::{
+    Error,
+    error::Doing,
+    names::{self, quote},
+    obstacle::Obstacle,
+    schema::{self, Catalog, There},
+    stage::Stage,
+    table::Table,
+    write::{Keys, json},
+};
+
+/// Why a reset could not be finished.
+pub(super) enum ResetError {
+    Error(Error),
+    /// SQLite refused to change rows: a program's trigger or index may be why.
+    Rows(rusqlite::Error),
+    /// A program's trigger made SQLite skip rows, or changed them.
+    Ignored,
+}
+
+impl From<Error> for ResetError {
+    fn from(error: Error) -> Self {
+        ResetError::Error(error)
+    }
+}
+
+/// Makes the table hold the rows of the stage and no others. Says which keys changed, if `keys` are asked for.
+pub(super) fn finish(
+    connection: &Connection,
+    catalog: &mut Arc<Catalog>,
+    table: &Table,
+    stage: Option<&Stage>,
+    keys: Option<&mut Keys>,
+) -> Result<(), ResetError> {
+    match catalog.find(connection, table)? {
+        There::Nothing => {
+            // A program may have dropped it.
+            if catalog.get(&table.name).is_some() {
+                Arc::make_mut(catalog).remove(connection, &table.name)?;
+            }
+            take_place(connection, table, stage)?;
+            forget_keys(keys);
+        }
+        There::Same => {
+            let programs = schema::of_programs(connection, &table.name)?;
+            if programs.is_empty() && is_empty(connection, &table.name)? {
+                if stage.is_some() {
+                    catalog.drop_table(connection, &table.name)?;
+                    take_place(connection, table, stage)?;
+                    forget_keys(keys);
+                }
+            } else {
+                differ(connection, table, stage, keys).map_err(ResetError::Rows)?;
+                let watched = programs.iter().any(Obstacle::is_trigger);
+                if watched && !is_equal(connection, table, stage)? {
+                    return Err(ResetError::Ignored);
+                }
+            }
+        }
+        There::Other => {
+            rebuild(connection, Arc::make_mut(catalog), table, stage)?;
+            forget_keys(keys);
+        }
+    }
+    Arc::make_mut(catalog).record(connection, table)?;
+    Catalog::set_state(connection, &table.name, None)?;
+    Ok(())
+}
+
+/// The table changed as a whole.
+fn forget_keys(keys: Option<&mut Keys>) {
+    if let Some(keys) = keys {
+        keys.0 = None;
+    }
+}
+
+fn is_empty(connection: &Connection, name: &str) -> Result<bool, Error> {
+    connection
+        .prepare(&format!("SELECT 1 FROM {} LIMIT 1", quote(name)))
+        .and_then(|mut first| first.exists([]))
+        .map(|exists| !exists)
+        .doing("look whether a table is empty")
+}
+
+/// There is no table of that name.
+fn take_place(connection: &Connection, table: &Table, stage: Option<&Stage>) -> Result<(), Error> {
+    match stage {
+        Some(stage) => connection
+            .execute_batch(&format!(
+                "ALTER TABLE {} RENAME TO {}",
+                quote(&stage.name),
+                quote(&table.name)
+            ))
+            .doing("put a stage in its place"),
+        None => Catalog::create(connection, &table.name, table),
+    }
+}
+
+/// Turns the stage into a difference.
+fn differ(
+    connection: &Connection,
+    table: &Table,
+    stage: Option<&Stage>,
+    mut keys: Option<&mut Keys>,
+) -> rusqlite::Result<()> {
+    let name = quote(&table.name);
+    let returning = match keys {
+        Some(_) => format!(" RETURNING {}", names::quote_all(table.key_names())),
+        None => String::new(),
+    };
+    let Some(stage) = stage else {
+        return run(
+            connection,
+            &format!("DELETE FROM {name} WHERE true{returning}"),
+            keys,
+        );
+    };
+    let from = quote(&stage.name);
+    let (same_key, same_row) = (same_key(table, stage), same_row(table, stage));
+    run(
+        connection,
+        &format!(
+            "DELETE FROM {name} WHERE NOT EXISTS (SELECT 1 FROM {from} WHERE {same_key}){returning}"
+        ),
+        keys.as_deref_mut(),
+    )?;
+    let all = names::quote_all(table.column_names());
+    run(
+        connection,
+        &format!(
+            "INSERT INTO {name}({all}) SELECT {all} FROM {from} \
+             WHERE NOT EXISTS (SELECT 1 FROM {name} WHERE {same_row}) {}{returning}",
+            table.on_conflict()
+        ),
+        keys,
+    )
+}
+
+/// The condition that a row of the table and one of the stage have one key.
+fn same_key(table: &Table, stage: &Stage) -> String {
+    compare(table, stage, table.key_names(), "=")
+}
+
+/// The condition that they are equal: IS, since NULL is equal to NULL here.
+fn same_row(table: &Table, stage: &Stage) -> String {
+    let key = same_key(table, stage);
+    match compare(table, stage, table.value_names(), "IS") {
+        values if values.is_empty() => key,
+        values => format!("{key} AND {values}"),
+    }
+}
+
+fn compare<'t>(
+    table: &Table,
+    stage: &Stage,
+    columns: impl Iterator<Item = &'t str>,
+    how: &str,
+) -> String {
+    let (table, stage) = (quote(&table.name), quote(&stage.name));
+    columns
+        .map(quote)
+        .map(|column| format!("{table}.{column} {how} {stage}.{column}"))
+        .collect::<Vec<_>>()
+        .join(" AND ")
+}
+
+/// Whether the table holds the rows of the stage and no others.
+fn is_equal(connection: &Connection, table: &Table, stage: Option<&Stage>) -> Result<bool, Error> {
+    let Some(stage) = stage else {
+        return is_empty(connection, &table.name);
+    };
+    let (name, from) = (quote(&table.name), quote(&stage.name));
+    let (same_key, same_row) = (same_key(table, stage), same_row(table, stage));
+    connection
+        .prepare(&format!(
+            "SELECT 1 FROM {name} WHERE NOT EXISTS (SELECT 1 FROM {from} WHERE {same_key}) \
+             UNION ALL SELECT 1 FROM {from} WHERE NOT EXISTS (SELECT 1 FROM {name} WHERE {same_row}) LIMIT 1"
+        ))
+        .and_then(|mut difference| difference.exists([]))
+        .map(|exists| !exists)
+        .doing("compare a table with its stage")
+}
+
+fn run(connection: &Connection, sql: &str, keys: Option<&mut Keys>) -> rusqlite::Result<()> {
+    let mut statement = connection.prepare(sql)?;
+    let Some(keys) = keys else {
+        return statement.execute([]).map(drop);
+    };
+    let width = statement.column_count();
+    // All is done before the first row is returned.
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        let key: Vec<Value> = (0..width)
+            .map(|i| Ok(json(row.get_ref(i)?)))
+            .collect::<rusqlite::Result<_>>()?;
+        keys.push(|| key.into());
+        if keys.0.is_none() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the table anew, with another definition.
+fn rebuild(
+    connection: &Connection,
+    catalog: &mut Catalog,
+    table: &Table,
+    stage: Option<&Stage>,
+) -> Result<(), ResetError> {
+    let programs = schema::of_programs(connection, &table.name)?;
+    let (triggers, indexes): (Vec<Obstacle>, Vec<Obstacle>) =
+        programs.into_iter().partition(Obstacle::is_trigger);
+    let make_again = |all: &[Obstacle]| {
+        all.iter()
+            .try_for_each(|one| one.make_again(connection))
+            .doing("make again what a program had on a table")
+    };
+    if triggers.is_empty() {
+        catalog.remove(connection, &table.name)?;
+        take_place(connection, table, stage)?;
+        return Ok(make_again(&indexes)?);
+    }
+    let name = quote(&table.name);
+    run(connection, &format!("DELETE FROM {name} WHERE true"), None).map_err(ResetError::Rows)?;
+    catalog.remove(connection, &table.name)?;
+    take_place(connection, table, None)?;
+    make_again(&indexes)?;
+    make_again(&triggers)?;
+    if let Some(stage) = stage {
+        let all = names::quote_all(table.column_names());
+        let from = quote(&stage.name);
+        run(
+            connection,
+            &format!("INSERT INTO {name}({all}) SELECT {all} FROM {from}"),
+            None,
+        )
+        .map_err(ResetError::Rows)?;
+    }
+    if is_equal(connection, table, stage)? {
+        Ok(())
+    } else {
+        Err(ResetError::Ignored)
+    }
+}

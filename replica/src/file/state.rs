@@ -1,0 +1,260 @@
+//! Our own tables in the file, and the one row that says where the file is.
+//!
+//! `_anabranch_state` (one row), `_anabranch_synced` (a row for each table of the streamer's) and `_anabranch_indexes`
+//! are ours alone; programs read the views `_anabranch_status` and `_anabranch_tables`, and the tables
+//! `_anabranch_columns` and `_anabranch_dropped`. `PRAGMA user_version` and `application_id` belong to the program that
+//! the file is for: our version is a column.
+
+use anabranch_proto::{Lsn, Position};
+use bytes::Bytes;
+use jiff::Timestamp;
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::{
+    Error,
+    error::Doing,
+    status::{self, micros_text, time_text},
+};
+
+/// Version of our own tables.
+///
+/// - 1: first version.
+const FORMAT: i64 = 1;
+
+/// Longest text kept in `last_error`.
+const LAST_ERROR_BYTES_MAX: usize = 4096;
+
+const TABLES: &str = "
+CREATE TABLE IF NOT EXISTS _anabranch_state(
+    id INTEGER PRIMARY KEY CHECK(id = 1),
+    format INTEGER NOT NULL,
+    replica_id TEXT NOT NULL,
+    epoch TEXT,
+    lsn TEXT,
+    resume_token BLOB NOT NULL,
+    commit_time TEXT,
+    received_time TEXT,
+    heartbeat_time TEXT,
+    connected INTEGER NOT NULL,
+    caught_up INTEGER NOT NULL,
+    last_error TEXT
+) STRICT;
+CREATE TABLE IF NOT EXISTS _anabranch_synced(
+    table_name TEXT PRIMARY KEY,
+    postgres_schema TEXT NOT NULL,
+    postgres_name TEXT NOT NULL,
+    definition TEXT NOT NULL,
+    state TEXT NOT NULL,
+    reason TEXT,
+    lsn TEXT
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _anabranch_indexes(
+    index_name TEXT PRIMARY KEY,
+    table_name TEXT NOT NULL,
+    postgres_name TEXT NOT NULL,
+    columns TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _anabranch_columns(
+    table_name TEXT NOT NULL,
+    column_name TEXT NOT NULL,
+    postgres_type TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    is_key INTEGER NOT NULL,
+    PRIMARY KEY(table_name, column_name)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _anabranch_dropped(
+    id INTEGER PRIMARY KEY,
+    kind TEXT NOT NULL,
+    name TEXT NOT NULL,
+    table_name TEXT NOT NULL,
+    sql TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    dropped_time TEXT NOT NULL
+) STRICT;
+";
+
+/// A live table is as of the file's position; a stopped one as of its own.
+const TABLES_VIEW: &str = "CREATE VIEW _anabranch_tables AS SELECT table_name, state, reason, \
+    CASE state WHEN 'live' THEN (SELECT lsn FROM _anabranch_state) ELSE lsn END AS lsn \
+    FROM _anabranch_synced";
+
+/// The row of `_anabranch_state`, as last committed.
+#[derive(Clone, Debug)]
+pub(super) struct State {
+    pub replica_id: String,
+    pub position: Option<Position>,
+    pub resume_token: Bytes,
+    pub commit_time: Option<String>,
+    pub received_time: Option<String>,
+    pub connected: bool,
+    pub caught_up: bool,
+    pub last_error: Option<String>,
+}
+
+/// Makes what is missing of our own tables. Within a write transaction.
+pub(super) fn create(connection: &Connection, replica_id: &str) -> rusqlite::Result<()> {
+    connection.execute_batch(TABLES)?;
+    for (name, sql) in [
+        ("_anabranch_status", status::view()),
+        ("_anabranch_tables", TABLES_VIEW.to_owned()),
+    ] {
+        replace_view(connection, name, &sql)?;
+    }
+    connection.execute(
+        "INSERT INTO _anabranch_state(id, format, replica_id, resume_token, connected, caught_up) \
+         VALUES(1, ?1, ?2, x'', 0, 0) ON CONFLICT DO NOTHING",
+        params![FORMAT, replica_id],
+    )?;
+    Ok(())
+}
+
+/// Makes a view be as `sql` says, without writing if it is.
+pub(super) fn replace_view(connection: &Connection, name: &str, sql: &str) -> rusqlite::Result<()> {
+    let there: Option<String> = connection
+        .prepare_cached(
+            "SELECT sql FROM sqlite_schema WHERE type = 'view' AND name = ?1 COLLATE NOCASE",
+        )?
+        .query_row([name], |row| row.get(0))
+        .optional()?;
+    if there.as_deref() == Some(sql) {
+        return Ok(());
+    }
+    if there.is_some() {
+        drop_view(connection, name)?;
+    }
+    connection.execute_batch(sql)
+}
+
+/// Drops a view of ours.
+pub(super) fn drop_view(connection: &Connection, name: &str) -> rusqlite::Result<()> {
+    connection.execute_batch(&format!(
+        "DROP VIEW IF EXISTS {}",
+        super::names::quote(name)
+    ))
+}
+
+/// The version of our tables in this file, if it has any. Refuses a newer one.
+pub(super) fn check_format(connection: &Connection) -> Result<bool, Error> {
+    let is_ours = connection
+        .query_row(
+            "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = '_anabranch_state'",
+            [],
+            |_| Ok(()),
+        )
+        .optional()
+        .doing("read the file's schema")?
+        .is_some();
+    if !is_ours {
+        return Ok(false);
+    }
+    let format: Option<i64> = connection
+        .query_row("SELECT format FROM _anabranch_state", [], |row| row.get(0))
+        .optional()
+        .doing("read the version of the file")?;
+    match format {
+        Some(format) if format > FORMAT => Err(Error::Definite(format!(
+            "the file was written by a newer replica (its format is {format}, this program knows up to {FORMAT}): update this program"
+        ))),
+        _ => Ok(true),
+    }
+}
+
+impl State {
+    /// Reads the row.
+    pub(super) fn load(connection: &Connection) -> Result<State, Error> {
+        connection
+            .query_row(
+                "SELECT replica_id, epoch, lsn, resume_token, commit_time, received_time, connected, caught_up, \
+                 last_error FROM _anabranch_state",
+                [],
+                |row| {
+                    let epoch: Option<String> = row.get(1)?;
+                    let lsn: Option<String> = row.get(2)?;
+                    let position = epoch.zip(lsn).and_then(|(epoch, lsn)| {
+                        Some(Position {
+                            epoch: epoch.parse().ok()?,
+                            lsn: lsn.parse().ok()?,
+                        })
+                    });
+                    let token: Vec<u8> = row.get(3)?;
+                    Ok(State {
+                        replica_id: row.get(0)?,
+                        // Without a position that can be read, the token proves nothing.
+                        resume_token: if position.is_some() { token.into() } else { Bytes::new() },
+                        position,
+                        commit_time: row.get(4)?,
+                        received_time: row.get(5)?,
+                        connected: row.get(6)?,
+                        caught_up: row.get(7)?,
+                        last_error: row.get(8)?,
+                    })
+                },
+            )
+            .doing("read the state of the file")
+    }
+
+    /// Writes the row, with a heartbeat of now. Within a write transaction.
+    pub(super) fn store(&self, connection: &Connection) -> rusqlite::Result<()> {
+        // An upsert, since a program may have deleted the row.
+        connection
+            .prepare_cached(
+                "INSERT INTO _anabranch_state(id, format, replica_id, epoch, lsn, resume_token, commit_time, \
+                 received_time, heartbeat_time, connected, caught_up, last_error) \
+                 VALUES(1, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11) \
+                 ON CONFLICT(id) DO UPDATE SET format = excluded.format, replica_id = excluded.replica_id, \
+                 epoch = excluded.epoch, lsn = excluded.lsn, resume_token = excluded.resume_token, \
+                 commit_time = excluded.commit_time, received_time = excluded.received_time, \
+                 heartbeat_time = excluded.heartbeat_time, connected = excluded.connected, \
+                 caught_up = excluded.caught_up, last_error = excluded.last_error",
+            )?
+            .execute(params![
+                FORMAT,
+                self.replica_id,
+                self.position.map(|position| position.epoch.to_string()),
+                self.position.map(|position| position.lsn.to_string()),
+                &self.resume_token[..],
+                self.commit_time,
+                self.received_time,
+                time_text(Timestamp::now()),
+                self.connected,
+                self.caught_up,
+                self.last_error,
+            ])
+            .map(drop)
+    }
+
+    /// Keeps an error for people to read.
+    pub(super) fn set_last_error(&mut self, error: Option<&str>) {
+        self.last_error = error.map(|error| {
+            let mut end = error.len().min(LAST_ERROR_BYTES_MAX);
+            while !error.is_char_boundary(end) {
+                end -= 1;
+            }
+            error[..end].to_owned()
+        });
+    }
+}
+
+/// What was last heard of the source: what the status is judged by.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Heard {
+    pub source_lsn: Lsn,
+    pub source_connected: bool,
+    pub time: Timestamp,
+}
+
+impl State {
+    /// Takes over what was heard at `position`.
+    pub(super) fn hear(&mut self, heard: &Heard) {
+        self.received_time = Some(time_text(heard.time));
+        self.caught_up = heard.source_connected
+            && self
+                .position
+                .is_some_and(|position| status::reaches(position.lsn, heard.source_lsn));
+    }
+
+    /// Takes over a commit time.
+    pub(super) fn committed_at(&mut self, micros: i64) {
+        self.commit_time = micros_text(micros);
+    }
+}

@@ -1,0 +1,77 @@
+//! Write transactions.
+//!
+//! Always `BEGIN IMMEDIATE`: a read transaction that becomes a writing one fails with SQLITE_BUSY_SNAPSHOT when
+//! another program wrote meanwhile, and waiting never cures that. Whoever holds the lock is waited for up to
+//! [`LOCK_WAIT_MAX`]; then the caller gets a transient error and may come again.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use rusqlite::Connection;
+
+use super::{
+    Error,
+    error::{self, Doing},
+};
+
+/// How long another program's write lock is waited for. Longer than any write transaction that a program should hold,
+/// shorter than the silence that ends a stream.
+pub(super) const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// Lets SQLite wait for locks. It has no way to be woken when another process lets go, so it must ask again: every
+/// millisecond at first, that a short transaction of a program costs us little, then less often.
+pub(super) fn wait_for_locks(connection: &mut Connection) -> Result<(), Error> {
+    let mut since = Instant::now();
+    connection
+        .busy_handler(Some(move |count: i32| {
+            if count == 0 {
+                since = Instant::now();
+            }
+            thread::park_timeout(Duration::from_millis(if count < 100 { 1 } else { 5 }));
+            since.elapsed() < LOCK_WAIT_MAX
+        }))
+        .doing("set up waiting for locks")
+}
+
+/// A write transaction; rolled back if it is dropped before its commit.
+pub(super) struct Write<'c> {
+    connection: &'c Connection,
+    began: Instant,
+}
+
+impl<'c> Write<'c> {
+    pub(super) fn begin(connection: &'c Connection) -> Result<Write<'c>, Error> {
+        run(connection, "BEGIN IMMEDIATE").doing("begin a transaction")?;
+        Ok(Write {
+            connection,
+            began: Instant::now(),
+        })
+    }
+
+    /// How long the write lock has been held.
+    pub(super) fn held(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Commits; says how long the write lock was held.
+    pub(super) fn commit(self) -> Result<Duration, Error> {
+        run(self.connection, "COMMIT").map_err(|error| error::sqlite("commit", error))?;
+        Ok(self.held())
+    }
+}
+
+impl Drop for Write<'_> {
+    fn drop(&mut self) {
+        // Some errors (a full disk, a trigger's ROLLBACK) have ended the transaction already. If this fails there is
+        // nothing left to be done: the next BEGIN says why.
+        if !self.connection.is_autocommit() {
+            let _ = run(self.connection, "ROLLBACK");
+        }
+    }
+}
+
+fn run(connection: &Connection, sql: &str) -> rusqlite::Result<()> {
+    connection.prepare_cached(sql)?.execute([]).map(drop)
+}

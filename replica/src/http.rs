@@ -1,0 +1,314 @@
+//! The local HTTP interface: a view of the board, for programs and people on this machine.
+//!
+//! It reads memory only. It never opens the database: closing a descriptor of it would drop the locks that SQLite holds in
+//! this process. Nothing here acts, so everything is GET.
+//!
+//! There is no token: who may connect to loopback or to the socket may ask. A page in a browser may connect to loopback
+//! too, under a name that its owner lets point here ("DNS rebinding"): so the Host header must be a loopback one.
+//!
+//! - [`server`]: listening, connections, their limits.
+//! - `events`: `/changes` as server-sent events.
+
+mod events;
+pub mod server;
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::{RawQuery, Request, State},
+    http::{HeaderMap, StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    board::Board,
+    status::now,
+    wait::{Outcome, Target},
+};
+
+/// Longest time that `/wait` may be asked to wait.
+pub const WAIT_SECONDS_MAX: f64 = 300.0;
+
+/// How long `/wait` waits unless told otherwise.
+pub const WAIT_SECONDS_DEFAULT: f64 = 30.0;
+
+/// Readers of `/changes` at a time.
+pub const CHANGES_READERS_MAX: usize = 256;
+
+/// What handlers know.
+#[derive(Clone)]
+pub struct View {
+    /// What they show.
+    pub board: Arc<Board>,
+    /// The streamer's URL.
+    pub streamer: Arc<str>,
+    /// The database's path.
+    pub database: Arc<str>,
+    /// Which Host headers are right; `None`: any, on a unix socket.
+    pub port: Option<u16>,
+    /// Ends what waits.
+    pub cancel: CancellationToken,
+}
+
+/// All routes.
+pub fn router(view: View) -> Router {
+    Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .route("/status", get(status))
+        .route("/metrics", get(metrics))
+        .route("/wait", get(wait))
+        .route("/changes", get(changes))
+        .fallback(async || {
+            let known = "/status /healthz /readyz /metrics /changes /wait";
+            refuse(
+                StatusCode::NOT_FOUND,
+                format!("there is no such page; there are {known}"),
+            )
+        })
+        .method_not_allowed_fallback(async || {
+            refuse(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "nothing here acts: use GET".into(),
+            )
+        })
+        .layer(middleware::from_fn_with_state(view.clone(), check_host))
+        .with_state(view)
+}
+
+fn refuse(status: StatusCode, error: String) -> Response {
+    (status, Json(json!({ "error": error }))).into_response()
+}
+
+async fn check_host(State(view): State<View>, request: Request, next: Next) -> Response {
+    if let Some(port) = view.port {
+        // HTTP/1.1 has it as a header, and in the target where that is a whole URL.
+        let mut hosts = request.headers().get_all(header::HOST).iter();
+        let named = match (
+            hosts.next().map(|host| host.to_str()),
+            hosts.next(),
+            request.uri().authority(),
+        ) {
+            (Some(Ok(host)), None, None) => Some(host),
+            (Some(Ok(host)), None, Some(authority)) if host == authority.as_str() => Some(host),
+            _ => None,
+        };
+        if !named.is_some_and(|host| is_ours(host, port)) {
+            let right = format!(
+                "the Host header must name this machine: localhost:{port} or 127.0.0.1:{port}"
+            );
+            return refuse(StatusCode::MISDIRECTED_REQUEST, right);
+        }
+    }
+    next.run(request).await
+}
+
+/// Whether a Host header names loopback and our port.
+fn is_ours(host: &str, port: u16) -> bool {
+    let (name, said) = match host.rsplit_once(':') {
+        Some((name, said)) if !said.contains(']') => (name, said.parse().ok()),
+        _ => (host, Some(80)),
+    };
+    let address = name
+        .strip_prefix('[')
+        .and_then(|name| name.strip_suffix(']'))
+        .unwrap_or(name);
+    said == Some(port)
+        && (name.eq_ignore_ascii_case("localhost")
+            || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()))
+}
+
+async fn readyz(State(view): State<View>) -> Response {
+    if view.board.watch().borrow().position.is_some() {
+        "ready\n".into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "no complete commit yet\n").into_response()
+    }
+}
+
+async fn status(State(view): State<View>) -> Response {
+    Json(
+        view.board
+            .status()
+            .to_json(now(), &view.streamer, &view.database),
+    )
+    .into_response()
+}
+
+async fn metrics(State(view): State<View>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], view.board.render_metrics()).into_response()
+}
+
+async fn wait(State(view): State<View>, RawQuery(query): RawQuery) -> Response {
+    let (target, timeout) = match parse_wait(query.as_deref().unwrap_or_default()) {
+        Ok(asked) => asked,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, error),
+    };
+    let answer = |status: StatusCode, reached: bool| {
+        let position = view
+            .board
+            .watch()
+            .borrow()
+            .position
+            .map(|position| position.to_string());
+        (
+            status,
+            Json(json!({ "position": position, "reached": reached })),
+        )
+            .into_response()
+    };
+    let outcome = tokio::select! {
+        // Reached wins over time that is up: a timeout of 0 asks whether it is there.
+        biased;
+        outcome = view.board.waiters.wait(target) => outcome,
+        () = view.cancel.cancelled() => return refuse(StatusCode::SERVICE_UNAVAILABLE, "stopping".into()),
+        () = tokio::time::sleep(timeout) => return answer(StatusCode::GATEWAY_TIMEOUT, false),
+    };
+    match outcome {
+        Outcome::Reached(position) => {
+            Json(json!({ "position": position.to_string(), "reached": true })).into_response()
+        }
+        Outcome::OtherEpoch(position) => {
+            let error = "the file follows another history of the source, where that position means nothing; ask Postgres for a new one";
+            let body =
+                json!({ "position": position.to_string(), "reached": false, "error": error });
+            (StatusCode::CONFLICT, Json(body)).into_response()
+        }
+        Outcome::Full => refuse(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("{} requests wait already", crate::wait::WAITERS_MAX),
+        ),
+    }
+}
+
+fn parse_wait(query: &str) -> Result<(Target, Duration), String> {
+    const RIGHT: &str = "write /wait?position=0/16B3748&timeout=5";
+    // The query is read raw, since `+` or `%2F` in a position deserve a clear answer rather than a guess.
+    let (mut target, mut timeout) = (None, None);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let value = unescape(value)
+            .ok_or_else(|| format!("`{key}` is not escaped as in a URL; {RIGHT}"))?;
+        let again = match key {
+            "position" => target.replace(value.parse::<Target>()?).is_some(),
+            "timeout" => timeout.replace(parse_timeout(&value)?).is_some(),
+            _ => return Err(format!("`{key}` is not known; {RIGHT}")),
+        };
+        if again {
+            return Err(format!("`{key}` is given twice; {RIGHT}"));
+        }
+    }
+    let target = target.ok_or_else(|| format!("`position` is missing; {RIGHT}"))?;
+    Ok((
+        target,
+        timeout.unwrap_or(Duration::from_secs_f64(WAIT_SECONDS_DEFAULT)),
+    ))
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    text.parse::<f64>()
+        .ok()
+        .filter(|seconds| (0.0..=WAIT_SECONDS_MAX).contains(seconds))
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| {
+            format!("`timeout={text}` is not a number of seconds from 0 to {WAIT_SECONDS_MAX}")
+        })
+}
+
+fn unescape(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'%' => {
+                let digit = |byte: u8| char::from(byte).to_digit(16);
+                (digit(rest.next()?)? * 16 + digit(rest.next()?)?) as u8
+            }
+            other => other,
+        });
+    }
+    String::from_utf8(bytes).ok()
+}
+
+async fn changes(State(view): State<View>, headers: HeaderMap) -> Response {
+    // One that can't be read is one that is not known.
+    let id = headers
+        .get("last-event-id")
+        .map(|id| id.to_str().unwrap_or_default());
+    let Some(reader) = view.board.changes.reader(id, CHANGES_READERS_MAX) else {
+        let error = format!("{CHANGES_READERS_MAX} readers are there already");
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, error);
+    };
+    events::respond(reader, view.cancel.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_foreign_host_is_taken_for_ours() {
+        for host in [
+            "localhost:7430",
+            "LOCALHOST:7430",
+            "127.0.0.1:7430",
+            "127.9.9.9:7430",
+            "[::1]:7430",
+        ] {
+            assert!(is_ours(host, 7430), "{host}");
+        }
+        for host in [
+            "",
+            "evil.example",
+            "evil.example:7430",
+            "localhost",
+            "127.0.0.1",
+            "127.0.0.1:80",
+            "[::1]",
+            "localhost.evil.example:7430",
+            "10.0.0.1:7430",
+            "[::2]:7430",
+            ":7430",
+            "localhost:7430:7430",
+            "0.0.0.0:7430",
+        ] {
+            assert!(!is_ours(host, 7430), "{host}");
+        }
+        assert!(is_ours("localhost", 80));
+        assert!(is_ours("[::1]", 80));
+    }
+
+    #[test]
+    fn a_question_that_is_wrong_is_guessed_at() {
+        let (target, timeout) = parse_wait("position=0/16B3748&timeout=2.5").unwrap();
+        assert_eq!(
+            (target.lsn.0, timeout),
+            (0x16B_3748, Duration::from_millis(2_500))
+        );
+        let (target, timeout) = parse_wait("position=00c0ffee00c0ffee%400%2F1").unwrap();
+        assert_eq!((target.lsn.0, timeout), (1, Duration::from_secs(30)));
+        for (query, expected) in [
+            ("", "`position` is missing"),
+            ("position", "is no position"),
+            ("position=16B3748", "write an LSN such as 0/16B3748"),
+            ("position=0/1&timeout=301", "from 0 to 300"),
+            ("position=0/1&timeout=-1", "from 0 to 300"),
+            ("position=0/1&timeout=NaN", "from 0 to 300"),
+            ("position=0/1&timeout=5s", "from 0 to 300"),
+            ("position=0/1&position=0/2", "given twice"),
+            ("position=0/1&time=5", "`time` is not known"),
+            ("position=%zz", "not escaped"),
+            ("position=%ff", "not escaped"),
+            ("position=%2", "not escaped"),
+        ] {
+            let error = parse_wait(query).unwrap_err();
+            assert!(error.contains(expected), "{query}: {error}");
+        }
+    }
+}

@@ -1,0 +1,529 @@
+//! The thread that keeps the file.
+//!
+//! SQLite blocks, and has one writer: so the file lives on one named thread, and everybody else sends it commands through a
+//! channel bounded by bytes. While the file is slow the channel is full, the client does not read, and HTTP/2 makes the
+//! streamer wait. The thread runs a small event loop of its own: it must notice a heartbeat or the end also while it waits
+//! to try a message again.
+//!
+//! Each stream has a number, its *generation*. The file is told `begin_stream` before the first message of a stream, and
+//! messages of any other generation are thrown away: late frames of an old connection can't come after a new one.
+
+use std::{
+    ops::ControlFlow,
+    sync::{Arc, atomic::Ordering},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anabranch_proto::{
+    Lsn, Position,
+    v1::{self, element::Kind},
+};
+use bytes::Bytes;
+use prost::Message;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::MissedTickBehavior,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    board::{Board, Heard},
+    config::Timing,
+    file::{Applied, Error, File, Settings, TableState},
+};
+
+/// Commands that wait at most; messages are bounded by their bytes before that.
+const COMMANDS_MAX: usize = 1_024;
+
+/// The channel counts in units of this.
+const QUEUE_UNIT_BYTES: usize = 1_024;
+
+/// From where a stream goes on.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// Who we are.
+    pub replica_id: String,
+    /// What proves what we have; may be empty.
+    pub resume_token: Bytes,
+    /// What we have.
+    pub position: Option<Position>,
+}
+
+enum Command {
+    Begin {
+        generation: u64,
+        start: oneshot::Sender<Start>,
+        refused: oneshot::Sender<String>,
+    },
+    Message {
+        generation: u64,
+        message: Box<v1::Down>,
+        queued: Queued,
+    },
+    Ended,
+}
+
+/// Room taken in the channel; given back when dropped.
+struct Queued {
+    bytes: usize,
+    board: Arc<Board>,
+    _room: OwnedSemaphorePermit,
+}
+
+impl Drop for Queued {
+    fn drop(&mut self) {
+        self.board
+            .queue_bytes
+            .fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// The thread has ended: its own result says why.
+#[derive(Debug, thiserror::Error)]
+#[error("the file's thread has ended")]
+pub struct Gone;
+
+/// Sends commands to the thread.
+#[derive(Clone)]
+pub struct Keeper {
+    commands: mpsc::Sender<Command>,
+    room: Arc<Semaphore>,
+    units: u32,
+    board: Arc<Board>,
+}
+
+/// The thread itself.
+pub struct Thread {
+    handle: JoinHandle<()>,
+    ended: oneshot::Receiver<Result<(), Error>>,
+}
+
+impl Thread {
+    /// Waits for its end; `None`: it panicked.
+    pub async fn join(self) -> Option<Result<(), Error>> {
+        let result = self.ended.await.ok();
+        // It has sent its last word, so this takes no time.
+        self.handle.join().ok()?;
+        result
+    }
+}
+
+impl Keeper {
+    /// Opens the file on a thread of its own. Waits for a program that holds it locked, but not for ever.
+    pub async fn open(
+        settings: Settings,
+        timing: Timing,
+        queue_bytes_max: usize,
+        changes_bytes_max: usize,
+        cancel: CancellationToken,
+    ) -> Result<(Keeper, Arc<Board>, Thread), Error> {
+        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let (opened, board) = oneshot::channel();
+        let (end, ended) = oneshot::channel();
+        let handle = std::thread::Builder::new()
+            .name("anabranch-file".into())
+            .spawn(move || {
+                let result = keep(&settings, timing, changes_bytes_max, inbox, opened, cancel);
+                // Nobody listens if opening failed or everything was dropped.
+                let _ = end.send(result);
+            })
+            .map_err(|error| Error::Definite(format!("starting the file's thread: {error}")))?;
+        let thread = Thread { handle, ended };
+        let Ok(board) = board.await else {
+            return Err(match thread.join().await {
+                Some(Err(error)) => error,
+                Some(Ok(())) => Error::Definite("stopped while it opened the file".into()),
+                None => Error::Definite("the file's thread panicked".into()),
+            });
+        };
+        let units = (queue_bytes_max / QUEUE_UNIT_BYTES)
+            .clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize)) as u32;
+        let keeper = Keeper {
+            commands,
+            room: Arc::new(Semaphore::new(units as usize)),
+            units,
+            board: board.clone(),
+        };
+        Ok((keeper, board, thread))
+    }
+
+    /// A stream begins. All that came of older ones is applied or dropped when this returns. The receiver hears if the
+    /// file can't go on with the stream.
+    pub async fn begin(&self, generation: u64) -> Result<(Start, oneshot::Receiver<String>), Gone> {
+        let (start, started) = oneshot::channel();
+        let (refused, refusal) = oneshot::channel();
+        let begin = Command::Begin {
+            generation,
+            start,
+            refused,
+        };
+        self.commands.send(begin).await.map_err(|_| Gone)?;
+        Ok((started.await.map_err(|_| Gone)?, refusal))
+    }
+
+    /// Hands over a message; waits for room.
+    pub async fn message(&self, generation: u64, message: v1::Down) -> Result<(), Gone> {
+        let encoded = message.encoded_len();
+        self.board.metrics.messages.inc();
+        self.board.metrics.received_bytes.inc_by(encoded as u64);
+        // Many small elements take more in memory than they did on the wire.
+        let bytes = encoded.max(message.elements.len() * size_of::<v1::Element>());
+        // One that is larger than the channel passes alone.
+        let units = u32::try_from(bytes / QUEUE_UNIT_BYTES + 1)
+            .unwrap_or(u32::MAX)
+            .min(self.units);
+        let room = self
+            .room
+            .clone()
+            .acquire_many_owned(units)
+            .await
+            .map_err(|_| Gone)?;
+        self.board.queue_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let queued = Queued {
+            bytes,
+            board: self.board.clone(),
+            _room: room,
+        };
+        let message = Box::new(message);
+        self.commands
+            .send(Command::Message {
+                generation,
+                message,
+                queued,
+            })
+            .await
+            .map_err(|_| Gone)
+    }
+
+    /// The stream ended; the board knows why.
+    pub async fn ended(&self) -> Result<(), Gone> {
+        self.commands.send(Command::Ended).await.map_err(|_| Gone)
+    }
+}
+
+/// What the thread does.
+fn keep(
+    settings: &Settings,
+    timing: Timing,
+    changes_bytes_max: usize,
+    inbox: mpsc::Receiver<Command>,
+    opened: oneshot::Sender<Arc<Board>>,
+    cancel: CancellationToken,
+) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .map_err(|error| Error::Definite(format!("starting the file's thread: {error}")))?;
+    runtime.block_on(async {
+        let Some(file) = open(settings, &timing, &cancel).await? else {
+            return Ok(());
+        };
+        let board = Arc::new(Board::new(
+            file.replica_id(),
+            file.position(),
+            tables(&file).unwrap_or_default(),
+            changes_bytes_max,
+        ));
+        if opened.send(board.clone()).is_err() {
+            return Ok(());
+        }
+        Keeping {
+            file,
+            board,
+            timing,
+            cancel,
+            generation: None,
+            refused: None,
+            tables_changed: false,
+            collecting: false,
+            caught_up_told: false,
+            last_report: None,
+        }
+        .run(inbox)
+        .await
+    })
+}
+
+/// `None`: told to end.
+async fn open(
+    settings: &Settings,
+    timing: &Timing,
+    cancel: &CancellationToken,
+) -> Result<Option<File>, Error> {
+    let patience = Instant::now() + timing.open_patience;
+    let mut pause = timing.file_retry.0;
+    loop {
+        match File::open(settings) {
+            Ok(file) => return Ok(Some(file)),
+            Err(Error::Transient(why)) if Instant::now() < patience => {
+                tracing::warn!("opening the file, trying again: {why}");
+            }
+            Err(error) => return Err(error),
+        }
+        if stopped_within(cancel, pause).await {
+            return Ok(None);
+        }
+        pause = (pause * 2).min(timing.file_retry.1);
+    }
+}
+
+async fn stopped_within(cancel: &CancellationToken, pause: Duration) -> bool {
+    tokio::time::timeout(pause, cancel.cancelled())
+        .await
+        .is_ok()
+}
+
+struct Keeping {
+    file: File,
+    board: Arc<Board>,
+    timing: Timing,
+    cancel: CancellationToken,
+    /// The stream whose messages are applied.
+    generation: Option<u64>,
+    /// Tells that stream that it can't go on.
+    refused: Option<oneshot::Sender<String>>,
+    /// The transaction at hand declares a table, or changes the state of one.
+    tables_changed: bool,
+    /// Whether the file collects keys of what changes.
+    collecting: bool,
+    /// The log says once for each stream that it has caught up.
+    caught_up_told: bool,
+    last_report: Option<Instant>,
+}
+
+impl Keeping {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Command>) -> Result<(), Error> {
+        let mut tick = tokio::time::interval(self.timing.report_every);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let cancel = self.cancel.clone();
+        loop {
+            // The end first, then the heartbeat: neither waits for messages, which may never pause. Ticks are seconds
+            // apart, so messages are not starved either.
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => break,
+                _ = tick.tick() => self.report()?,
+                command = inbox.recv() => match command {
+                    Some(command) => {
+                        if self.take(command).await?.is_break() {
+                            break;
+                        }
+                    }
+                    None => break,
+                },
+            }
+        }
+        self.board.disconnected(None);
+        self.report()
+    }
+
+    async fn take(&mut self, command: Command) -> Result<ControlFlow<()>, Error> {
+        match command {
+            Command::Begin {
+                generation,
+                start,
+                refused,
+            } => {
+                self.generation = None;
+                self.tables_changed = false;
+                self.caught_up_told = false;
+                if self.begin_stream().await?.is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+                self.generation = Some(generation);
+                self.refused = Some(refused);
+                // One that gave up meanwhile begins again with a new generation.
+                let _ = start.send(Start {
+                    replica_id: self.file.replica_id().to_owned(),
+                    resume_token: self.file.resume_token(),
+                    position: self.file.position(),
+                });
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Message {
+                generation,
+                message,
+                queued,
+            } => {
+                let flow = if self.generation == Some(generation) {
+                    self.apply(&message).await
+                } else {
+                    Ok(ControlFlow::Continue(()))
+                };
+                drop(queued);
+                flow
+            }
+            Command::Ended => {
+                self.report()?;
+                Ok(ControlFlow::Continue(()))
+            }
+        }
+    }
+
+    async fn begin_stream(&mut self) -> Result<ControlFlow<()>, Error> {
+        let mut pause = self.timing.file_retry.0;
+        loop {
+            match self.file.begin_stream() {
+                Ok(()) => return Ok(ControlFlow::Continue(())),
+                Err(Error::Definite(why)) => return Err(Error::Definite(why)),
+                Err(error) => {
+                    if self
+                        .wait_for_file(&error.to_string(), &mut pause)
+                        .await?
+                        .is_break()
+                    {
+                        return Ok(ControlFlow::Break(()));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn apply(&mut self, message: &v1::Down) -> Result<ControlFlow<()>, Error> {
+        let began = Instant::now();
+        let mut pause = self.timing.file_retry.0;
+        let mut tries = 0u32;
+        let wanted = self.board.changes.wanted();
+        if wanted != self.collecting {
+            self.collecting = wanted;
+            self.file.set_report_changes(wanted);
+        }
+        self.tables_changed |= message
+            .elements
+            .iter()
+            .any(|element| matches!(element.kind, Some(Kind::Table(_) | Kind::State(_))));
+        loop {
+            match self.file.apply(message) {
+                Ok(applied) => {
+                    if tries > 0 {
+                        let ms = began.elapsed().as_millis() as u64;
+                        tracing::info!(tries, ms, "the file goes on");
+                    }
+                    self.publish(message, &applied, began.elapsed());
+                    return Ok(ControlFlow::Continue(()));
+                }
+                Err(Error::Transient(why)) => {
+                    tries += 1;
+                    self.board.metrics.file_retries.inc();
+                    if tries == 1 {
+                        tracing::warn!("the file can't be written now, trying again: {why}");
+                    }
+                    if self.wait_for_file(&why, &mut pause).await?.is_break() {
+                        return Ok(ControlFlow::Break(()));
+                    }
+                }
+                Err(Error::Stream(why)) => {
+                    self.generation = None;
+                    if let Some(refused) = self.refused.take() {
+                        // One that ended by itself needs no word.
+                        let _ = refused.send(why);
+                    }
+                    return Ok(ControlFlow::Continue(()));
+                }
+                Err(Error::Definite(why)) => return Err(Error::Definite(why)),
+            }
+        }
+    }
+
+    /// Tells everybody what a message did.
+    fn publish(&mut self, message: &v1::Down, applied: &Applied, took: Duration) {
+        let heard = heard(message);
+        let tables = (heard.is_some() && self.tables_changed)
+            .then(|| tables(&self.file))
+            .flatten();
+        if tables.is_some() {
+            self.tables_changed = false;
+        }
+        let first = applied.position.is_some() && self.board.watch().borrow().position.is_none();
+        self.board
+            .applied(applied, self.collecting, heard, tables, took);
+        let status = self.board.watch();
+        let status = status.borrow();
+        if let (true, Some(position)) = (first, status.position) {
+            tracing::info!(%position, rows = status.rows, ms = took.as_millis() as u64, "first complete commit");
+        }
+        if !self.caught_up_told && status.caught_up() {
+            self.caught_up_told = true;
+            let (rows, transactions) = (status.rows, status.transactions);
+            tracing::info!(position = ?status.position, rows, transactions, "caught up");
+        }
+    }
+
+    /// Pauses, and keeps the heartbeat going. Breaks when told to end.
+    async fn wait_for_file(
+        &mut self,
+        why: &str,
+        pause: &mut Duration,
+    ) -> Result<ControlFlow<()>, Error> {
+        self.board.trouble(why);
+        if self
+            .last_report
+            .is_none_or(|last| last.elapsed() >= self.timing.report_every)
+        {
+            self.report()?;
+        }
+        if stopped_within(&self.cancel, *pause).await {
+            return Ok(ControlFlow::Break(()));
+        }
+        *pause = (*pause * 2).min(self.timing.file_retry.1);
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Writes the state row. A file that is locked now is no trouble: the next heartbeat comes.
+    fn report(&mut self) -> Result<(), Error> {
+        let (connected, last_error) = {
+            let status = self.board.watch();
+            let status = status.borrow();
+            (status.connected, status.last_error.clone())
+        };
+        self.last_report = Some(Instant::now());
+        match self.file.report(connected, last_error.as_deref()) {
+            Ok(()) => {
+                // It may have written the position of a heartbeat that waited.
+                let known = self.board.watch().borrow().position;
+                if let Some(position) = self
+                    .file
+                    .position()
+                    .filter(|_| self.file.position() != known)
+                {
+                    self.board.moved(position);
+                }
+                Ok(())
+            }
+            Err(Error::Definite(why)) => Err(Error::Definite(why)),
+            Err(error) => {
+                tracing::debug!("the state row could not be written: {error}");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What a message that ends with a commit or heartbeat says about the source.
+fn heard(message: &v1::Down) -> Option<Heard> {
+    if message.resume_token.is_empty() {
+        return None;
+    }
+    match message.elements.last()?.kind.as_ref()? {
+        Kind::Commit(commit) => Some(Heard {
+            position: commit.position?.into(),
+            source_lsn: Lsn(commit.source_lsn),
+            // It has just read that commit.
+            source_connected: true,
+        }),
+        Kind::Heartbeat(heartbeat) => Some(Heard {
+            position: heartbeat.position?.into(),
+            source_lsn: Lsn(heartbeat.source_lsn),
+            source_connected: heartbeat.source_connected,
+        }),
+        _ => None,
+    }
+}
+
+/// The file's tables, for `/status`. A file that can't be read just now tells them another time.
+fn tables(file: &File) -> Option<Vec<TableState>> {
+    file.tables()
+        .inspect_err(|error| tracing::debug!("{error}"))
+        .ok()
+}

@@ -1,0 +1,555 @@
+//! What each key means, and which values are right.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    Auth, Config, Jwt, JwtKey, Postgres, Secret, SqlPlace, StaticToken, Tls, memory,
+    tree::{self, Complaints, Entry, Node, Origin, Section, Text, Value},
+};
+use crate::{
+    postgres::target::Target,
+    shape::{ParamSource, Source},
+};
+
+const UNSUPPORTED_WRITES: &str = "writes are not supported by this version yet";
+
+const ROOTS: [&str; 12] = [
+    "listen",
+    "data_dir",
+    "memory_max",
+    "row_bytes_max",
+    "change_index_bytes_max",
+    "change_index_hours_max",
+    "wal_retained_max",
+    "tls",
+    "postgres",
+    "auth",
+    "shape",
+    "table",
+];
+
+/// Names are at most as long as Postgres' own.
+const NAME_BYTES_MAX: usize = 63;
+
+/// A static token is typed by hand, but must not be guessed at once: it is for development, not for children.
+const TOKEN_BYTES_MIN: usize = 4;
+
+pub(super) fn config(
+    path: &Path,
+    text: &str,
+    environment: impl IntoIterator<Item = (String, String)>,
+    complaints: &Complaints,
+) -> Option<Config> {
+    let mut root = tree::parse(text, complaints);
+    let mut warnings: Vec<String> = tree::overlay(&mut root, environment, &ROOTS, complaints)
+        .into_iter()
+        .map(|name| {
+            format!("environment variable {name} names no key of the config; it is ignored")
+        })
+        .collect();
+
+    let mut root = Section::new("", root, complaints)?;
+    let listen = listen(&mut root);
+    let data_dir = path_of(&mut root, "data_dir").unwrap_or_else(|| super::DATA_DIR_DEFAULT.into());
+    let memory_max = sized(
+        &mut root,
+        "memory_max",
+        super::MEMORY_MAX_DEFAULT,
+        super::MEMORY_MAX_MIN..=1 << 50,
+        "must be at least \"64MiB\"",
+    );
+    let row_limit = memory::row_bytes_limit(memory_max);
+    let row_bytes_max = sized(
+        &mut root,
+        "row_bytes_max",
+        memory::row_bytes_default(memory_max),
+        1 << 16..=row_limit,
+        &format!(
+            "must be between \"64KiB\" and {row_limit}, a third of memory_max (and 1000000000): a row is held twice"
+        ),
+    );
+    let change_index_bytes_max = sized(
+        &mut root,
+        "change_index_bytes_max",
+        super::CHANGE_INDEX_BYTES_MAX_DEFAULT,
+        super::MIB..=1 << 50,
+        "must be at least \"1MiB\"",
+    );
+    let wal_retained_max = sized(
+        &mut root,
+        "wal_retained_max",
+        super::WAL_RETAINED_MAX_DEFAULT,
+        64 * super::MIB..=1 << 50,
+        "must be at least \"64MiB\"",
+    );
+    let change_index_hours_max = hours(&mut root);
+    let tls = root.section("tls").and_then(tls);
+    let postgres = match root.section("postgres") {
+        Some(section) => postgres(section),
+        None => {
+            let message = "is missing: postgres://USER@HOST:PORT/DATABASE";
+            complaints.add(&Origin::File(0..0), "postgres.url", message);
+            None
+        }
+    };
+    let loopback = listen.is_none_or(|listen| listen.ip().is_loopback());
+    let auth = match root.section("auth") {
+        Some(section) => auth(section, loopback, complaints),
+        None => Auth::default(),
+    };
+    let (shapes, places) = match root.section("shape") {
+        Some(section) => shapes(section, path, text, complaints),
+        None => Default::default(),
+    };
+    if let Some(section) = root.section("table") {
+        tables(section, complaints);
+    }
+    root.finish();
+
+    if auth.tokens.is_empty() && auth.jwt.is_none() {
+        warnings.push("no auth.tokens and no auth.jwt: no replica can connect".into());
+    }
+    if shapes.is_empty() {
+        warnings.push("no [shape.NAME]: there is nothing to subscribe to".into());
+    }
+    if !loopback && tls.is_none() {
+        warnings.push(
+            "`listen` is open to the network without [tls]: tokens and rows travel in the clear, unless a proxy in front ends TLS".into(),
+        );
+    }
+    Some(Config {
+        listen: listen?,
+        data_dir,
+        memory_max,
+        row_bytes_max,
+        change_index_bytes_max,
+        change_index_hours_max,
+        wal_retained_max,
+        tls,
+        postgres: postgres?,
+        auth,
+        shapes,
+        warnings,
+        places,
+    })
+}
+
+fn listen(root: &mut Section<'_>) -> Option<SocketAddr> {
+    match root.text("listen") {
+        None => super::LISTEN_DEFAULT.parse().ok(),
+        Some(Text { text, origin }) => match text.parse() {
+            Ok(address) => Some(address),
+            Err(_) => {
+                let message =
+                    "must be an IP address and a port, such as \"127.0.0.1:7420\" or \"[::]:7420\"";
+                root.complain(&origin, "listen", message);
+                None
+            }
+        },
+    }
+}
+
+fn sized(
+    section: &mut Section<'_>,
+    key: &'static str,
+    default: u64,
+    range: std::ops::RangeInclusive<u64>,
+    message: &str,
+) -> u64 {
+    match section.bytes(key) {
+        Some((bytes, origin)) => {
+            if !range.contains(&bytes) {
+                section.complain(&origin, key, message);
+            }
+            bytes
+        }
+        None => default,
+    }
+}
+
+fn hours(root: &mut Section<'_>) -> u32 {
+    let key = "change_index_hours_max";
+    let example = "a number of hours from 1 to 87600";
+    match root.number(key, example) {
+        None => super::CHANGE_INDEX_HOURS_MAX_DEFAULT,
+        Some((hours, origin)) => match u32::try_from(hours) {
+            Ok(hours @ 1..=87600) => hours,
+            _ => {
+                root.complain(&origin, key, format!("must be {example}"));
+                super::CHANGE_INDEX_HOURS_MAX_DEFAULT
+            }
+        },
+    }
+}
+
+fn path_of(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
+    let Text { text, origin } = section.text(key)?;
+    if text.is_empty() {
+        section.complain(&origin, key, "must be a path");
+    }
+    Some(text.into())
+}
+
+/// A key that a later version will have.
+fn unsupported(section: &mut Section<'_>, key: &'static str, instead: &str) {
+    if let Some(node) = section.take(key) {
+        let message = format!("is not supported by this version yet: {instead}");
+        section.complain(&node.origin, key, message);
+    }
+}
+
+fn tls(mut section: Section<'_>) -> Option<Tls> {
+    let missing = ["cert", "key"].map(|name| (name, !section.has(name)));
+    let cert = path_of(&mut section, "cert");
+    let key = path_of(&mut section, "key");
+    unsupported(
+        &mut section,
+        "client_ca",
+        "client certificates are not asked for; use auth.jwt",
+    );
+    let origin = section.origin.clone();
+    for (name, missing) in missing {
+        if missing {
+            let message = "is missing: [tls] needs both cert and key, PEM files";
+            section.complain(&origin, name, message);
+        }
+    }
+    section.finish();
+    Some(Tls {
+        cert: cert?,
+        key: key?,
+    })
+}
+
+fn postgres(mut section: Section<'_>) -> Option<Postgres> {
+    if !section.has("url") {
+        let origin = section.origin.clone();
+        let message = "is missing: postgres://USER@HOST:PORT/DATABASE";
+        section.complain(&origin, "url", message);
+    }
+    let target = section
+        .text("url")
+        .and_then(|Text { text, origin }| match Target::parse(&text) {
+            Ok(target) => Some(target),
+            Err(reason) => {
+                section.complain(&origin, "url", reason);
+                None
+            }
+        });
+    unsupported(&mut section, "write_url", UNSUPPORTED_WRITES);
+    let publication = match section.text("publication") {
+        None => super::PUBLICATION_DEFAULT.to_owned(),
+        Some(Text { text, origin }) => {
+            if text.is_empty() || text.len() > NAME_BYTES_MAX || text.contains('\0') {
+                let message = "must be a name of 1 to 63 bytes";
+                section.complain(&origin, "publication", message);
+            }
+            text
+        }
+    };
+    let slot = match section.text("slot") {
+        None => super::SLOT_DEFAULT.to_owned(),
+        Some(Text { text, origin }) => {
+            let right = |c: char| matches!(c, 'a'..='z' | '0'..='9' | '_');
+            if text.is_empty() || text.len() > NAME_BYTES_MAX || !text.chars().all(right) {
+                let message = "must be 1 to 63 of a-z, 0-9 and _, as Postgres has it for slots";
+                section.complain(&origin, "slot", message);
+            }
+            text
+        }
+    };
+    section.finish();
+    Some(Postgres {
+        target: target?,
+        publication,
+        slot,
+    })
+}
+
+fn auth(mut section: Section<'_>, loopback: bool, complaints: &Complaints) -> Auth {
+    let mut tokens = Vec::new();
+    let field = section.field("tokens");
+    for (i, item) in section
+        .list("tokens")
+        .unwrap_or_default()
+        .into_iter()
+        .enumerate()
+    {
+        let field = format!("{field}[{i}]");
+        if !loopback {
+            let message = "static tokens are for development, and refused unless `listen` is loopback; use auth.jwt";
+            complaints.add(&item.origin, &field, message);
+        }
+        if let Some(item) = Section::new(&field, item, complaints) {
+            tokens.extend(static_token(item, complaints));
+        }
+    }
+    for (i, token) in tokens.iter().enumerate() {
+        if tokens[..i]
+            .iter()
+            .any(|other: &StaticToken| other.token == token.token)
+        {
+            let origin = section.origin.clone();
+            section.complain(
+                &origin,
+                "tokens",
+                format!("[{i}] is the same token as one before it"),
+            );
+        }
+    }
+    let jwt = section
+        .section("jwt")
+        .and_then(|jwt| self::jwt(jwt, complaints));
+    unsupported(&mut section, "role", UNSUPPORTED_WRITES);
+    section.finish();
+    Auth { tokens, jwt }
+}
+
+fn static_token(mut section: Section<'_>, complaints: &Complaints) -> Option<StaticToken> {
+    if !section.has("token") {
+        let origin = section.origin.clone();
+        section.complain(&origin, "token", "is missing");
+    }
+    let token = section.text("token").map(|Text { text, origin }| {
+        let printable = text.bytes().all(|byte| byte.is_ascii_graphic());
+        if text.len() < TOKEN_BYTES_MIN || !printable {
+            let message = "must be at least 4 printable ASCII characters without blanks";
+            section.complain(&origin, "token", message);
+        }
+        Secret::from(text)
+    });
+    let claims = match section.take("claims") {
+        None => serde_json::Map::new(),
+        Some(node) => {
+            let origin = node.origin.clone();
+            match tree::json(node, &section.field("claims"), complaints) {
+                Some(serde_json::Value::Object(claims)) => claims,
+                Some(_) => {
+                    section.complain(&origin, "claims", "must be a table: { sub = \"edge-1\" }");
+                    serde_json::Map::new()
+                }
+                None => serde_json::Map::new(),
+            }
+        }
+    };
+    section.finish();
+    Some(StaticToken {
+        token: token?,
+        claims,
+    })
+}
+
+fn jwt(mut section: Section<'_>, complaints: &Complaints) -> Option<Jwt> {
+    let hs256 = path_of(&mut section, "hs256_file");
+    let public = path_of(&mut section, "public_key_file");
+    unsupported(&mut section, "jwks", "use public_key_file or hs256_file");
+    let audience = match section.take("audience") {
+        None => Vec::new(),
+        Some(node) => audience(node, &section.field("audience"), complaints),
+    };
+    let issuer = section.text("issuer").map(|issuer| issuer.text);
+    let key = match (hs256, public) {
+        (Some(path), None) => Some(JwtKey::Hs256File(path)),
+        (None, Some(path)) => Some(JwtKey::PublicKeyFile(path)),
+        _ => {
+            let origin = section.origin.clone();
+            let message = "needs exactly one of hs256_file and public_key_file";
+            complaints.add(&origin, &section.path, message);
+            None
+        }
+    };
+    section.finish();
+    Some(Jwt {
+        key: key?,
+        audience,
+        issuer,
+    })
+}
+
+fn audience(node: Node, field: &str, complaints: &Complaints) -> Vec<String> {
+    let origin = node.origin.clone();
+    let texts = match tree::json(node, field, complaints) {
+        Some(serde_json::Value::String(text)) => vec![text],
+        Some(serde_json::Value::Array(items)) => items
+            .iter()
+            .filter_map(|item| item.as_str().map(str::to_owned))
+            .collect(),
+        _ => Vec::new(),
+    };
+    // An empty list would turn the check off without a word.
+    if texts.is_empty() {
+        complaints.add(&origin, field, "must be a text, or a list of texts");
+    }
+    texts
+}
+
+fn is_word(name: &str, more: &str) -> bool {
+    name.len() <= NAME_BYTES_MAX
+        && name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || c == '_' || more.contains(c))
+}
+
+fn shapes(
+    mut section: Section<'_>,
+    path: &Path,
+    text: &str,
+    complaints: &Complaints,
+) -> (Vec<Source>, Vec<Vec<SqlPlace>>) {
+    let mut shapes = Vec::new();
+    for (name, Entry { key, node }) in section.rest() {
+        if !is_word(&name, "-") {
+            let message =
+                "a shape's name must be a letter or _, then letters, digits, _ and -, 63 at most";
+            section.complain(&key, &name, message);
+        }
+        if let Some(shape) = Section::new(&section.field(&name), node, complaints) {
+            shapes.push(self::shape(name, shape, path, text, complaints));
+        }
+    }
+    shapes.into_iter().unzip()
+}
+
+fn shape(
+    name: String,
+    mut section: Section<'_>,
+    path: &Path,
+    file: &str,
+    complaints: &Complaints,
+) -> (Source, Vec<SqlPlace>) {
+    let origin = section.origin.clone();
+    let params = match section.section("params") {
+        Some(params) => self::params(params, complaints),
+        None => BTreeMap::new(),
+    };
+    let field = section.field("tables");
+    let mut tables = Vec::new();
+    let mut places = Vec::new();
+    let missing = !section.has("tables");
+    let items = section.list("tables");
+    if missing || items.as_ref().is_some_and(Vec::is_empty) {
+        let message = "is missing or empty: a list of SELECTs, one per table";
+        section.complain(&origin, "tables", message);
+    }
+    for (i, item) in items.unwrap_or_default().into_iter().enumerate() {
+        if let Some(Text { text, origin }) = tree::text(item, &format!("{field}[{i}]"), complaints)
+        {
+            places.push(sql_place(path, file, origin));
+            tables.push(text);
+        }
+    }
+    if let Some(node) = section.take("writable") {
+        let origin = node.origin.clone();
+        match tree::json(node, &section.field("writable"), complaints) {
+            Some(serde_json::Value::Bool(false)) => {}
+            Some(serde_json::Value::Bool(true)) => {
+                section.complain(&origin, "writable", UNSUPPORTED_WRITES);
+            }
+            Some(serde_json::Value::Array(items)) if items.iter().all(|item| item.is_string()) => {
+                section.complain(&origin, "writable", UNSUPPORTED_WRITES);
+            }
+            _ => section.complain(
+                &origin,
+                "writable",
+                "must be true, false or a list of tables",
+            ),
+        }
+    }
+    section.finish();
+    let source = Source {
+        name,
+        params,
+        tables,
+    };
+    (source, places)
+}
+
+fn sql_place(path: &Path, file: &str, origin: Origin) -> SqlPlace {
+    match origin {
+        Origin::File(at) => {
+            let (line, column) = tree::line_and_column(file, at.start);
+            SqlPlace::File {
+                path: path.into(),
+                line,
+                column,
+                literal: file.get(at).unwrap_or_default().to_owned(),
+            }
+        }
+        Origin::Variable(name) => SqlPlace::Variable(name),
+    }
+}
+
+fn params(mut section: Section<'_>, complaints: &Complaints) -> BTreeMap<String, ParamSource> {
+    let mut params = BTreeMap::new();
+    for (name, Entry { key, node }) in section.rest() {
+        if !is_word(&name, "") {
+            let message =
+                "a parameter's name must be a letter or _, then letters, digits and _, 63 at most";
+            section.complain(&key, &name, message);
+        }
+        let field = section.field(&name);
+        let Some(mut param) = Section::new(&field, node, complaints) else {
+            continue;
+        };
+        let origin = param.origin.clone();
+        let source = match (param.text("claim"), param.text("client")) {
+            (Some(claim), None) if !claim.text.is_empty() => Some(ParamSource::Claim(claim.text)),
+            (None, Some(client)) if !client.text.is_empty() => {
+                Some(ParamSource::Client(client.text))
+            }
+            _ => {
+                let message = "must be { claim = \"NAME\" } or { client = \"TYPE\" }";
+                complaints.add(&origin, &field, message);
+                None
+            }
+        };
+        param.finish();
+        params.extend(source.map(|source| (name, source)));
+    }
+    params
+}
+
+/// `[table."schema.name"]`: how conflicting writes are settled. The form is checked; having one is refused.
+fn tables(mut section: Section<'_>, complaints: &Complaints) {
+    for (name, Entry { node, .. }) in section.rest() {
+        let Some(mut table) = Section::new(&section.field(&name), node, complaints) else {
+            continue;
+        };
+        if let Some(node) = table.take("conflict") {
+            policy(node, &table.field("conflict"), complaints);
+        }
+        if let Some(mut columns) = table.section("column") {
+            for (column, entry) in columns.rest() {
+                policy(entry.node, &columns.field(&column), complaints);
+            }
+        }
+        table.finish();
+    }
+}
+
+fn policy(node: Node, field: &str, complaints: &Complaints) {
+    let origin = node.origin.clone();
+    let known = match &node.value {
+        Value::Text(text) | Value::Variable(text) => {
+            matches!(&**text, "last-write" | "first-write" | "add")
+        }
+        Value::Table(entries) => {
+            entries.len() == 1
+                && entries
+                    .get("function")
+                    .is_some_and(|entry| matches!(entry.node.value, Value::Text(_)))
+        }
+        _ => false,
+    };
+    let message = if known {
+        UNSUPPORTED_WRITES
+    } else {
+        "must be \"last-write\", \"first-write\", \"add\" or { function = \"schema.name\" }"
+    };
+    complaints.add(&origin, field, message);
+}

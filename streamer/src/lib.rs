@@ -1,0 +1,45 @@
+//! The streamer: from Postgres' WAL to the ops of each replica.
+//!
+//! ```text
+//!  one row's way down
+//!
+//!  postgres/wire, replication   a walsender's bytes            (I/O)
+//!  postgres/stream              socket → batches; feedback     (I/O)
+//!  postgres/pgoutput, assemble  messages → transaction::Event  (pure; spools what is in progress)
+//!  postgres/convert             Postgres' text → values of a record, the same for COPY and stream
+//!  engine                       one thread, commit order; group commit; hand-over
+//!  mirror                       rows as records, the change index (SQLite)
+//!  route                        whom does a net change concern? (pure)
+//!  delta                        was it in, is it in: what is told (pure)
+//!  session                      a queue, or a catch-up (catchup) from the mirror
+//!  encode, rpc, serve           messages of the wire, gRPC, one port (I/O)
+//!
+//!  a start                      config → postgres/check, setup → start → postgres/copy → mirror → run
+//! ```
+//!
+//! What is *not* so: `shape`, `route`, `delta`, `pgoutput` and `assemble` do no network I/O, have no clock and no async.
+//! The Postgres crates occur only under `postgres`, generated protobuf types only in `encode`, `session` and `rpc`, and SQLite
+//! only under `mirror` and `catchup`. No consumer is ever waited for by what reports progress to Postgres.
+
+pub mod auth;
+pub mod catchup;
+pub mod config;
+pub mod delta;
+pub mod encode;
+pub mod engine;
+pub mod http;
+pub mod metrics;
+pub mod mirror;
+pub mod postgres;
+pub mod route;
+pub mod rpc;
+pub mod run;
+pub mod serve;
+pub mod session;
+pub mod shape;
+pub mod source;
+pub mod start;
+pub mod table;
+pub mod tls;
+pub mod token;
+pub mod transaction;

@@ -1,0 +1,82 @@
+//! Numbers about the streamer, in the text format of Prometheus. None of them carries a row, a key or a parameter.
+
+use std::sync::{Arc, atomic::AtomicI64, atomic::AtomicU64};
+
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{counter::Counter, gauge::Gauge},
+    registry::Registry,
+};
+
+/// All metrics.
+pub struct Metrics {
+    registry: Registry,
+    /// Connected replicas.
+    pub sessions: Gauge<i64, AtomicI64>,
+    /// Connections to Postgres that were lost.
+    pub disconnects: Counter<u64, AtomicU64>,
+    /// Bytes in all queues of sessions.
+    pub queue_bytes: Gauge<i64, AtomicI64>,
+    /// LSN confirmed to Postgres.
+    pub confirmed_lsn: Gauge<i64, AtomicI64>,
+    /// How far Postgres' WAL had come when last heard.
+    pub source_lsn: Gauge<i64, AtomicI64>,
+}
+
+/// Counts a session as long as it lives.
+pub struct Counted(Arc<Metrics>);
+
+impl Metrics {
+    /// All at zero.
+    pub fn new() -> Arc<Metrics> {
+        let mut registry = Registry::with_prefix("anabranch_streamer");
+        let gauge = |registry: &mut Registry, name: &str, help: &str| {
+            let gauge = Gauge::<i64, AtomicI64>::default();
+            registry.register(name, help, gauge.clone());
+            gauge
+        };
+        let counter = |registry: &mut Registry, name: &str, help: &str| {
+            let counter = Counter::<u64, AtomicU64>::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let r = &mut registry;
+        let sessions = gauge(r, "sessions", "Connected replicas");
+        let disconnects = counter(r, "disconnects", "Connections to Postgres that were lost");
+        let queue_bytes = gauge(r, "queue_bytes", "Bytes in the queues of all sessions");
+        let confirmed_lsn = gauge(r, "confirmed_lsn", "LSN confirmed to Postgres");
+        let source_lsn = gauge(
+            r,
+            "source_lsn",
+            "LSN that Postgres' WAL had reached when last heard",
+        );
+        Arc::new(Metrics {
+            registry,
+            sessions,
+            disconnects,
+            queue_bytes,
+            confirmed_lsn,
+            source_lsn,
+        })
+    }
+
+    /// Counts a session until what it returns is dropped.
+    pub fn session_started(self: &Arc<Self>) -> Counted {
+        self.sessions.inc();
+        Counted(self.clone())
+    }
+
+    /// As text.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String can't fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.sessions.dec();
+    }
+}

@@ -1,0 +1,11 @@
+//! Tests of the mirror and of catch-ups.
+//!
+//! - `model`: a source that plays Postgres: tables as plain maps, random transactions, what Postgres would send of them
+//! - `driver`: plays engine, sessions and kills against it, and compares at every step
+//! - `cases`: single things that can go wrong
+//! - `crash`: a real process, really killed
+
+mod cases;
+mod crash;
+mod driver;
+mod model;

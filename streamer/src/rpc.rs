@@ -1,0 +1,278 @@
+//! The gRPC rim: one call, `Replicate`. Checks who calls and what it asks for, and starts its [`Session`].
+//!
+//! Nothing about the replica is believed but its verified token of access and its authenticated resume token.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::{Duration, SystemTime},
+};
+
+use anabranch_proto::{MESSAGE_BYTES_MAX, PROTOCOL_VERSION, SILENCE_MAX, v1};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
+use tokio_stream::{Stream, StreamExt};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use crate::{
+    auth::{Principal, Verifier},
+    engine::{Inputs, Progress},
+    metrics::Metrics,
+    session::{Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total},
+    shape::{BindError, Bound, Shape},
+    token,
+};
+
+/// Connected replicas at once. Each costs a queue, a connection and two tasks; beyond this, more streamers are the way.
+pub const SESSIONS_MAX: i64 = 10_000;
+
+/// Shapes that one replica may subscribe to.
+pub const SUBSCRIPTIONS_MAX: usize = 100;
+
+/// Bytes of names and parameters in a Hello.
+pub const HELLO_BYTES_MAX: usize = 64 * 1024;
+
+/// A replica says Hello within this time, or is not one.
+const HELLO_TIME: Duration = Duration::from_secs(10);
+
+/// What calls need.
+pub struct Core {
+    /// Checks tokens.
+    pub verifier: Arc<Verifier>,
+    /// The defined shapes.
+    pub shapes: Vec<Shape>,
+    /// Makes and checks resume tokens.
+    pub token_key: token::Key,
+    /// The engine.
+    pub inputs: Inputs,
+    /// How far it is.
+    pub progress: watch::Receiver<Progress>,
+    /// For catch-ups.
+    pub readers: Arc<Readers>,
+    /// Bytes of one queue at most.
+    pub queue_bytes_max: usize,
+    /// Bytes of all queues.
+    pub queues: Arc<Total>,
+    /// Counted here.
+    pub metrics: Arc<Metrics>,
+    /// The tasks of sessions.
+    pub tasks: TaskTracker,
+    /// The streamer stops.
+    pub stopping: CancellationToken,
+}
+
+/// The service.
+pub struct Service {
+    core: Core,
+    sessions: AtomicU64,
+}
+
+impl Service {
+    /// As a tonic service, with its limits.
+    pub fn new(core: Core) -> v1::anabranch_server::AnabranchServer<Service> {
+        let service = Service {
+            core,
+            sessions: AtomicU64::new(0),
+        };
+        v1::anabranch_server::AnabranchServer::new(service)
+            .max_decoding_message_size(HELLO_BYTES_MAX + 16 * token::FINGERPRINTS_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Turns a Hello into a session, or says why not.
+    fn open(
+        &self,
+        principal: &Principal,
+        hello: v1::Hello,
+        out: mpsc::Sender<v1::Down>,
+    ) -> Result<Session, Status> {
+        let core = &self.core;
+        if hello.protocol_version != PROTOCOL_VERSION {
+            return Err(Status::invalid_argument(format!(
+                "the replica speaks protocol version {}, this streamer {PROTOCOL_VERSION}: \
+                 run the same version of both",
+                hello.protocol_version
+            )));
+        }
+        if !is_replica_id(&hello.replica_id) {
+            return Err(Status::invalid_argument(
+                "replica_id must be 1 to 64 of [A-Za-z0-9_-]",
+            ));
+        }
+        let bounds = self.bind(principal, &hello.subscriptions)?;
+        let views = TableView::of(&bounds)
+            .map_err(|differ| Status::failed_precondition(differ.to_string()))?;
+        let holder = core
+            .token_key
+            .bind(&hello.replica_id, principal.subject.as_deref());
+        let proof = holder.verify(&hello.resume_token);
+        let fingerprints: Vec<_> = views.iter().map(|view| view.fingerprint()).collect();
+        let id = self.sessions.fetch_add(1, Ordering::Relaxed);
+        Ok(Session {
+            handle: Handle::new(id, core.queue_bytes_max, core.queues.clone()),
+            bounds: Arc::new(bounds.into_iter().map(|(_, bound)| bound).collect()),
+            views,
+            proof,
+            issue: Box::new(move |position| holder.issue(position, &fingerprints)),
+            inputs: core.inputs.clone(),
+            progress: core.progress.clone(),
+            readers: core.readers.clone(),
+            out,
+            stopping: core.stopping.clone(),
+        })
+    }
+
+    fn bind(
+        &self,
+        principal: &Principal,
+        subscriptions: &[v1::Subscription],
+    ) -> Result<Vec<(String, Bound)>, Status> {
+        if subscriptions.is_empty() || subscriptions.len() > SUBSCRIPTIONS_MAX {
+            return Err(Status::invalid_argument(format!(
+                "a replica subscribes to 1 to {SUBSCRIPTIONS_MAX} shapes"
+            )));
+        }
+        let mut bounds = Vec::new();
+        for subscription in subscriptions {
+            let shape = self
+                .core
+                .shapes
+                .iter()
+                .find(|shape| shape.name == subscription.shape)
+                .ok_or_else(|| Status::not_found("a subscribed shape is not defined here"))?;
+            let bound = shape
+                .bind(&principal.claims, &subscription.params)
+                .map_err(|error| match error {
+                    BindError::MissingClaim(..) => Status::permission_denied(error.to_string()),
+                    BindError::Parameter(..) => Status::invalid_argument(error.to_string()),
+                })?;
+            bounds.extend(bound.into_iter().map(|bound| (shape.name.clone(), bound)));
+        }
+        Ok(bounds)
+    }
+}
+
+#[tonic::async_trait]
+impl v1::anabranch_server::Anabranch for Service {
+    type ReplicateStream = Downward;
+
+    async fn replicate(
+        &self,
+        request: Request<Streaming<v1::Up>>,
+    ) -> Result<Response<Downward>, Status> {
+        let authorization = request.metadata().get("authorization");
+        let authorization = authorization.and_then(|value| value.to_str().ok());
+        let principal = self
+            .core
+            .verifier
+            .verify(authorization)
+            .map_err(|error| Status::unauthenticated(error.to_string()))?;
+        if self.core.metrics.sessions.get() >= SESSIONS_MAX {
+            return Err(Status::resource_exhausted(
+                "too many replicas are connected; try again later",
+            ));
+        }
+        let mut up = request.into_inner();
+        let hello = match timeout(HELLO_TIME, up.next()).await {
+            Ok(Some(Ok(v1::Up {
+                kind: Some(v1::up::Kind::Hello(hello)),
+            }))) => hello,
+            Ok(Some(Err(status))) => return Err(status),
+            _ => return Err(Status::invalid_argument("the first message must be Hello")),
+        };
+        let (out, messages) = mpsc::channel(MESSAGES_AHEAD);
+        let replica = hello.replica_id.clone();
+        let session = self.open(&principal, hello, out)?;
+
+        let (over, ended) = oneshot::channel();
+        let metrics = self.core.metrics.clone();
+        self.core.tasks.spawn(async move {
+            let counted = metrics.session_started();
+            tracing::info!(replica, session = session.handle.id(), "replica connected");
+            let status = tokio::select! {
+                ended = session.run() => status_of(ended),
+                status = listen(up) => status,
+                () = expiry(principal.expires) => {
+                    Status::unauthenticated("the token expired; connect again with a new one")
+                }
+            };
+            drop(counted);
+            tracing::info!(replica, reason = status.message(), "replica disconnected");
+            let _ = over.send(status);
+        });
+        Ok(Response::new(Downward { messages, ended }))
+    }
+}
+
+/// The messages of a session, then the status that ends its call.
+pub struct Downward {
+    messages: mpsc::Receiver<v1::Down>,
+    ended: oneshot::Receiver<Status>,
+}
+
+impl Stream for Downward {
+    type Item = Result<v1::Down, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(message) = ready!(self.messages.poll_recv(context)) {
+            return Poll::Ready(Some(Ok(message)));
+        }
+        if self.ended.is_terminated() {
+            return Poll::Ready(None);
+        }
+        let status = match ready!(Pin::new(&mut self.ended).poll(context)) {
+            Ok(status) => status,
+            Err(_) => Status::unavailable("the streamer is stopping"),
+        };
+        Poll::Ready((status.code() != Code::Ok).then_some(Err(status)))
+    }
+}
+
+/// Takes acks until the replica ends the call, or says nothing for too long.
+async fn listen(mut up: Streaming<v1::Up>) -> Status {
+    loop {
+        match timeout(SILENCE_MAX, up.next()).await {
+            Err(_) => return Status::unavailable("nothing was heard from the replica"),
+            Ok(None) => return Status::ok("the replica ended the call"),
+            Ok(Some(Err(status))) => return status,
+            Ok(Some(Ok(v1::Up {
+                kind: Some(v1::up::Kind::Ack(_)),
+            }))) => {}
+            Ok(Some(Ok(_))) => return Status::invalid_argument("after Hello, only Ack is said"),
+        }
+    }
+}
+
+/// Waits until a token expires, by the clock that it is dated by.
+async fn expiry(expires: Option<SystemTime>) {
+    let Some(expires) = expires else {
+        return std::future::pending().await;
+    };
+    // The clock may jump: look again now and then instead of trusting one long wait.
+    while let Ok(left) = expires.duration_since(SystemTime::now()) {
+        tokio::time::sleep(left.min(Duration::from_secs(30)) + Duration::from_millis(1)).await;
+    }
+}
+
+fn status_of(ended: Result<(), Ended>) -> Status {
+    match ended {
+        Ok(()) | Err(Ended::Gone) => Status::ok("the replica disconnected"),
+        Err(error @ (Ended::Stopping | Ended::Later(_))) => Status::unavailable(error.to_string()),
+        Err(Ended::Mirror(error)) => {
+            tracing::error!(%error, "a catch-up failed");
+            Status::unavailable("the streamer can't read its mirror; see its log")
+        }
+    }
+}
+
+fn is_replica_id(id: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+    (1..=64).contains(&id.len()) && id.bytes().all(allowed)
+}

@@ -1,0 +1,434 @@
+//! One connected replica.
+//!
+//! A session holds no sets of keys; its state is its bound SELECTs and a position. Its queue is small and bounded: when
+//! it overflows, or when a transaction was too large to be routed, it is dropped and the session *catches up*: it asks
+//! the mirror for the difference between its position and now, sends that as one transaction, and goes back to the
+//! queue. A join is a catch-up from nothing, so there is no other mode, and a slow replica costs a position.
+//!
+//! [`queue`] is what the engine pushes to, [`view`] what the replica may see, and [`Session::run`] turns both into
+//! messages.
+
+mod queue;
+mod readers;
+mod view;
+
+use std::sync::Arc;
+
+use anabranch_proto::{HEARTBEAT_EVERY, Position, v1};
+use bytes::Bytes;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+pub use self::{
+    queue::{Delivery, Handle, Taken, Total},
+    readers::{Lease, Readers},
+    view::{ColumnsDiffer, TableView},
+};
+use crate::{
+    catchup::{Catchup, Item, Round, View},
+    encode::Encoder,
+    engine::{Input, Inputs, Join, Joined, Progress},
+    mirror,
+    shape::Bound,
+    table::Oid,
+    token::Proof,
+};
+
+/// Bytes of one round of a catch-up. They are in memory while the replica takes them, and no snapshot is held then.
+pub const ROUND_BYTES: usize = 4 * 1024 * 1024;
+
+/// Messages on their way into the connection of one session.
+pub const MESSAGES_AHEAD: usize = 2;
+
+/// The session is over.
+#[derive(Debug, thiserror::Error)]
+pub enum Ended {
+    /// The replica is gone.
+    #[error("the replica disconnected")]
+    Gone,
+    /// The streamer stops, or the engine did.
+    #[error("the streamer is stopping")]
+    Stopping,
+    /// The mirror can't be read.
+    #[error(transparent)]
+    Mirror(mirror::Error),
+    /// The mirror can't serve this replica just now: the change index was trimmed beyond its position while it caught
+    /// up, or a table is not complete yet. A new connection starts over.
+    #[error("{0}; connect again")]
+    Later(mirror::Error),
+}
+
+impl From<mirror::Error> for Ended {
+    fn from(error: mirror::Error) -> Self {
+        use mirror::Error::{Ahead, NotReady, OutOfReach};
+        match error {
+            OutOfReach(_) | NotReady(_) | Ahead { .. } => Ended::Later(error),
+            error => Ended::Mirror(error),
+        }
+    }
+}
+
+/// Makes resume tokens for one replica.
+pub type Issue = Box<dyn Fn(Position) -> Bytes + Send + Sync>;
+
+/// A session about to run.
+pub struct Session {
+    /// Its queue.
+    pub handle: Arc<Handle>,
+    /// What it may see.
+    pub bounds: Arc<Vec<Bound>>,
+    /// The same, by table.
+    pub views: Vec<Arc<TableView>>,
+    /// What its resume token proved; its fingerprints are those of [`TableView::fingerprint`].
+    pub proof: Option<Proof>,
+    /// Makes its tokens.
+    pub issue: Issue,
+    /// Where it asks to join.
+    pub inputs: Inputs,
+    /// How far the engine is.
+    pub progress: watch::Receiver<Progress>,
+    /// For catch-ups.
+    pub readers: Arc<Readers>,
+    /// Where its messages go.
+    pub out: mpsc::Sender<v1::Down>,
+    /// The streamer stops.
+    pub stopping: CancellationToken,
+}
+
+/// Where a session stands.
+struct Standing {
+    /// What the replica has been sent, for each of `views`; `None`: nothing that it could keep.
+    from: Vec<Option<Position>>,
+    /// No transaction was sent yet.
+    first: bool,
+    /// The position of the last Commit or Heartbeat.
+    last: Option<Position>,
+    /// Tables whose stop was told.
+    stopped: Vec<Oid>,
+}
+
+impl Session {
+    /// Streams until the replica is gone or the streamer stops.
+    pub async fn run(mut self) -> Result<(), Ended> {
+        let stopping = self.stopping.clone();
+        tokio::select! {
+            ended = self.stream() => ended,
+            () = stopping.cancelled() => Err(Ended::Stopping),
+        }
+    }
+
+    async fn stream(&mut self) -> Result<(), Ended> {
+        let mut encoder = Encoder::default();
+        let mut standing = self.standing();
+        self.wait_for_mirror(&standing, &mut encoder).await?;
+        loop {
+            self.catch_up(&mut standing, &mut encoder).await?;
+            self.live(&mut standing, &mut encoder).await?;
+        }
+    }
+
+    /// Believes what the token proved, and no more.
+    fn standing(&self) -> Standing {
+        let epoch = self.progress.borrow().durable.epoch;
+        let proof = self
+            .proof
+            .as_ref()
+            .filter(|proof| proof.position.epoch == epoch);
+        let held = |view: &Arc<TableView>| {
+            proof
+                .filter(|proof| proof.fingerprints.contains(&view.fingerprint()))
+                .map(|proof| proof.position)
+        };
+        Standing {
+            from: self.views.iter().map(held).collect(),
+            first: true,
+            last: proof.map(|proof| proof.position),
+            stopped: Vec::new(),
+        }
+    }
+
+    /// A replica may be ahead of a streamer that was killed: it got ops before they were durable here. Postgres sends
+    /// them again; until the mirror is there, there is nothing to tell but that the streamer is alive.
+    async fn wait_for_mirror(
+        &mut self,
+        standing: &Standing,
+        encoder: &mut Encoder,
+    ) -> Result<(), Ended> {
+        let Some(at) = standing.last else {
+            return Ok(());
+        };
+        loop {
+            let now = *self.progress.borrow_and_update();
+            if now.durable.lsn >= at.lsn {
+                return Ok(());
+            }
+            encoder.heartbeat(at, now.source);
+            encoder.end_message((self.issue)(at));
+            self.send(encoder).await?;
+            let moved = tokio::time::timeout(HEARTBEAT_EVERY, self.progress.changed());
+            if let Ok(Err(_)) = moved.await {
+                return Err(Ended::Stopping);
+            }
+        }
+    }
+
+    /// Sends the difference between where the replica stands and now as one transaction, and joins the queue there.
+    async fn catch_up(
+        &mut self,
+        standing: &mut Standing,
+        encoder: &mut Encoder,
+    ) -> Result<(), Ended> {
+        let mut reader = self.readers.take().await;
+        let reset = self.unreachable(standing, &mut reader).await?;
+        for at in &reset {
+            standing.from[*at] = None;
+        }
+        let ids = reset.iter().map(|at| *at as u32 + 1).collect();
+        encoder.begin(standing.first, ids);
+        if standing.first {
+            for (at, view) in self.views.iter().enumerate() {
+                encoder.table(at as u32 + 1, view.table(), view.columns());
+            }
+        }
+        let items = self.views.iter().zip(&standing.from);
+        let items = items.map(|(view, from)| Item {
+            view: view.clone(),
+            from: *from,
+        });
+        let mut catchup = Catchup::new(items.collect());
+        // A replica that is not far away joins at once; one that is goes round by round first, without a queue.
+        let mut join = reset.is_empty();
+        let (position, stopped) = loop {
+            let mut stopped = Vec::new();
+            let mut snapshot = reader;
+            if join {
+                let joined = self.join(snapshot).await?;
+                snapshot = joined.reader;
+                stopped = joined.stopped;
+            } else {
+                snapshot = blocking(move || {
+                    snapshot.begin()?;
+                    Ok(snapshot)
+                })
+                .await?;
+            }
+            let mut filling = std::mem::take(encoder);
+            let (round, filled);
+            (round, catchup, reader, filled) = blocking(move || {
+                let round = catchup.round(&mut snapshot, ROUND_BYTES, &mut |item, op| {
+                    filling.op(item as u32 + 1, &op);
+                });
+                snapshot.end();
+                Ok((round, catchup, snapshot, filling))
+            })
+            .await?;
+            *encoder = filled;
+            let round = round?;
+            if let Round::Complete(position) = round
+                && join
+            {
+                break (position, stopped);
+            }
+            if join {
+                self.handle.fall_behind();
+            }
+            join = matches!(round, Round::Complete(_));
+            drop(reader);
+            self.send(encoder).await?;
+            reader = self.readers.take().await;
+        };
+        drop(reader);
+        for (table, reason) in stopped {
+            self.tell_stopped(standing, encoder, table, &reason);
+        }
+        let now = *self.progress.borrow();
+        encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
+        encoder.end_message((self.issue)(position));
+        self.send(encoder).await?;
+        standing.from.fill(Some(position));
+        standing.first = false;
+        standing.last = Some(position);
+        Ok(())
+    }
+
+    /// Streams from the queue until the session falls behind.
+    async fn live(&mut self, standing: &mut Standing, encoder: &mut Encoder) -> Result<(), Ended> {
+        let mut said = Instant::now();
+        loop {
+            // Read before the queue is taken: whatever lies at or below it was pushed before it was told.
+            let now = *self.progress.borrow_and_update();
+            let taken = self.handle.take();
+            let something = !taken.deliveries.is_empty() || !taken.stopped.is_empty();
+            let behind = taken.behind;
+            if something {
+                self.encode(standing, encoder, taken, now);
+                self.send(encoder).await?;
+                said = Instant::now();
+            }
+            if behind {
+                return Ok(());
+            }
+            if something {
+                continue;
+            }
+            if said.elapsed() >= HEARTBEAT_EVERY {
+                let last = standing.last.unwrap_or(now.durable);
+                let position = if now.durable.lsn > last.lsn {
+                    now.durable
+                } else {
+                    last
+                };
+                encoder.heartbeat(position, now.source);
+                encoder.end_message((self.issue)(position));
+                self.send(encoder).await?;
+                standing.last = Some(position);
+                standing.from.fill(Some(position));
+                said = Instant::now();
+                continue;
+            }
+            let _ = tokio::time::timeout_at(said + HEARTBEAT_EVERY, self.handle.woken()).await;
+            if self.progress.has_changed().is_err() {
+                return Err(Ended::Stopping);
+            }
+        }
+    }
+
+    fn encode(
+        &mut self,
+        standing: &mut Standing,
+        encoder: &mut Encoder,
+        taken: Taken,
+        now: Progress,
+    ) {
+        let mut stopped = taken.stopped;
+        for delivery in taken.deliveries {
+            encoder.begin(false, Vec::new());
+            for (oid, op) in &delivery.ops {
+                if let Some(id) = self.id_of(*oid) {
+                    encoder.op(id, op);
+                }
+            }
+            for (table, reason) in std::mem::take(&mut stopped) {
+                self.tell_stopped(standing, encoder, table, &reason);
+            }
+            let position = delivery.position;
+            encoder.commit(position, delivery.commit_time, delivery.source_lsn.0);
+            standing.last = Some(position);
+            if encoder.is_full() {
+                encoder.end_message((self.issue)(position));
+            }
+        }
+        if !stopped.is_empty() {
+            // A stop without a transaction of its own: told in an empty one, at the last position.
+            encoder.begin(false, Vec::new());
+            for (table, reason) in stopped {
+                self.tell_stopped(standing, encoder, table, &reason);
+            }
+            let position = standing.last.unwrap_or(now.durable);
+            encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
+        }
+        if let Some(position) = standing.last {
+            encoder.end_message((self.issue)(position));
+            standing.from.fill(Some(position));
+        }
+    }
+
+    fn tell_stopped(
+        &self,
+        standing: &mut Standing,
+        encoder: &mut Encoder,
+        table: Oid,
+        reason: &str,
+    ) {
+        if standing.stopped.contains(&table) {
+            return;
+        }
+        if let Some(id) = self.id_of(table) {
+            encoder.stopped(id, reason);
+            standing.stopped.push(table);
+        }
+    }
+
+    fn id_of(&self, table: Oid) -> Option<u32> {
+        let at = self
+            .views
+            .binary_search_by_key(&table, |view| view.table().oid);
+        at.ok().map(|at| at as u32 + 1)
+    }
+
+    /// Places of the tables that must be sent in full: nothing is proved of them, or the change index does not reach
+    /// back to where the replica stands.
+    async fn unreachable(
+        &self,
+        standing: &Standing,
+        reader: &mut Lease,
+    ) -> Result<Vec<usize>, Ended> {
+        let mut reset = Vec::new();
+        tokio::task::block_in_place(|| {
+            reader.begin()?;
+            for (at, (view, from)) in self.views.iter().zip(&standing.from).enumerate() {
+                let reaches = match from {
+                    Some(from) => reader.reaches(view.table().oid, *from)?,
+                    None => false,
+                };
+                if !reaches {
+                    reset.push(at);
+                }
+            }
+            reader.end();
+            Ok::<_, mirror::Error>(())
+        })?;
+        Ok(reset)
+    }
+
+    async fn join(&self, reader: Lease) -> Result<Joined, Ended> {
+        let (answer, answered) = oneshot::channel();
+        let join = Join {
+            session: self.handle.clone(),
+            bounds: self.bounds.clone(),
+            reader,
+            answer,
+        };
+        send(&self.inputs, Input::Join(join));
+        answered.await.map_err(|_| Ended::Stopping)
+    }
+
+    async fn send(&self, encoder: &mut Encoder) -> Result<(), Ended> {
+        while let Some(message) = encoder.take() {
+            self.out.send(message).await.map_err(|_| Ended::Gone)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Session {
+    /// Whatever ended it, the engine must not go on filling its queue.
+    fn drop(&mut self) {
+        self.handle.close();
+        // If the engine is busy now, it notices by the closed queue.
+        let _ = self.inputs.try_send(Input::Leave(self.handle.id()));
+    }
+}
+
+/// Gives the engine an input. It waits while the engine is busy, so the runtime's other tasks are moved away first.
+pub fn send(inputs: &Inputs, input: Input) {
+    if let Err(std::sync::mpsc::TrySendError::Full(input)) = inputs.try_send(input) {
+        // A closed channel means that the engine ended, which everybody notices by its progress.
+        tokio::task::block_in_place(|| inputs.send(input).ok());
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, mirror::Error> + Send + 'static,
+) -> Result<T, Ended> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => Ok(done?),
+        Err(panicked) => match panicked.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(Ended::Stopping),
+        },
+    }
+}

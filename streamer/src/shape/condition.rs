@@ -1,0 +1,111 @@
+//! A condition with its types: what [`super::typing`] makes, and what evaluation, SQL and fingerprints are made of.
+
+use super::{
+    datatype::{DataType, Domain},
+    literal::Constant,
+    syntax::{Comparison, Truth},
+};
+
+/// A condition over one row: true, false or unknown.
+#[derive(Clone, Debug)]
+pub enum Condition {
+    /// TRUE, FALSE, or NULL.
+    Fixed(Option<bool>),
+    /// A boolean column, constant or parameter.
+    Flag(Operand),
+    /// `left comparison right`
+    Compare {
+        /// The comparison.
+        comparison: Comparison,
+        /// Left side.
+        left: Operand,
+        /// Right side.
+        right: Operand,
+        /// How they compare.
+        domain: Domain,
+    },
+    /// `left comparison ANY (list)`, and ALL. `IN` and `NOT IN` become one of these.
+    Quantified {
+        /// The comparison.
+        comparison: Comparison,
+        /// ALL.
+        all: bool,
+        /// Left side.
+        left: Operand,
+        /// The elements.
+        list: List,
+        /// How they compare.
+        domain: Domain,
+    },
+    /// `left LIKE pattern`
+    Like {
+        /// Left side.
+        left: Operand,
+        /// The pattern: never a column.
+        pattern: Operand,
+        /// The escape character, if there is any.
+        escape: Option<char>,
+    },
+    /// `left IS NULL`
+    IsNull(Operand),
+    /// `left IS NOT DISTINCT FROM NULL`: differs from IS NULL for composites.
+    IsNothing(Operand),
+    /// `left IS NOT DISTINCT FROM right`
+    Same {
+        /// Left side.
+        left: Operand,
+        /// Right side.
+        right: Operand,
+        /// How they compare.
+        domain: Domain,
+    },
+    /// `inner IS TRUE` and the like.
+    Is(Box<Condition>, Truth),
+    /// All of these.
+    And(Vec<Condition>),
+    /// Any of these.
+    Or(Vec<Condition>),
+    /// Not this.
+    Not(Box<Condition>),
+}
+
+/// What is compared.
+#[derive(Clone, Debug)]
+pub enum Operand {
+    /// A column: its place in the table.
+    Column(usize),
+    /// A constant.
+    Constant(Constant),
+    /// NULL of a type.
+    Null(Option<DataType>),
+    /// A parameter of the shape: its place there.
+    Param(usize),
+}
+
+/// The right side of ANY and ALL.
+#[derive(Clone, Debug)]
+pub enum List {
+    /// These: constants, NULLs and parameters, all of one type.
+    Of(Vec<Operand>, DataType),
+    /// An array parameter: its place in the shape.
+    Param(usize),
+}
+
+impl Condition {
+    /// `NOT self`, if asked for.
+    pub fn negated_if(self, negated: bool) -> Condition {
+        if negated {
+            Condition::Not(Box::new(self))
+        } else {
+            self
+        }
+    }
+
+    /// The parts that must all hold.
+    pub fn conjuncts(&self) -> &[Condition] {
+        match self {
+            Condition::And(parts) => parts,
+            one => std::slice::from_ref(one),
+        }
+    }
+}

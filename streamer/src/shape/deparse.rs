@@ -1,0 +1,169 @@
+//! A typed condition as canonical SQL, which Postgres reads with the same meaning: every operand has its type
+//! written, every operator its parentheses. Fingerprints are made of it, and `check` and the tests ask Postgres with it.
+
+use super::{
+    condition::{Condition, List, Operand},
+    datatype::DataType,
+    evaluate::Argument,
+    literal::Constant,
+    params::Param,
+    syntax::{Comparison, Truth},
+};
+use crate::table::Table;
+
+/// Writes conditions over a table.
+pub struct Writer<'a> {
+    /// The table.
+    pub table: &'a Table,
+    /// The parameters of the shape.
+    pub params: &'a [Param],
+    /// What they are bound to; without, each is written as NULL of its type.
+    pub arguments: Option<&'a [Argument]>,
+}
+
+/// Quotes an identifier.
+pub fn identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// Quotes a string, whatever `standard_conforming_strings` says.
+fn string(text: &str) -> String {
+    let quoted = text.replace('\'', "''");
+    if quoted.contains('\\') {
+        format!("E'{}'", quoted.replace('\\', "\\\\"))
+    } else {
+        format!("'{quoted}'")
+    }
+}
+
+impl Writer<'_> {
+    /// The SQL of `condition`.
+    pub fn condition(&self, condition: &Condition) -> String {
+        match condition {
+            Condition::Fixed(truth) => match truth {
+                Some(true) => "TRUE".to_owned(),
+                Some(false) => "FALSE".to_owned(),
+                None => "NULL::bool".to_owned(),
+            },
+            Condition::Flag(operand) => self.operand(operand),
+            Condition::Compare {
+                comparison,
+                left,
+                right,
+                ..
+            } => format!(
+                "({} {} {})",
+                self.operand(left),
+                comparison.sql(),
+                self.operand(right)
+            ),
+            Condition::Quantified {
+                comparison,
+                all,
+                left,
+                list,
+                ..
+            } => self.quantified(*comparison, *all, left, list),
+            Condition::Like {
+                left,
+                pattern,
+                escape,
+            } => {
+                let escape = escape.map(String::from).unwrap_or_default();
+                format!(
+                    "({} LIKE {} ESCAPE {})",
+                    self.operand(left),
+                    self.operand(pattern),
+                    string(&escape)
+                )
+            }
+            Condition::IsNull(operand) => format!("({} IS NULL)", self.operand(operand)),
+            Condition::IsNothing(operand) => {
+                format!("({} IS NOT DISTINCT FROM NULL)", self.operand(operand))
+            }
+            Condition::Same { left, right, .. } => {
+                format!(
+                    "({} IS NOT DISTINCT FROM {})",
+                    self.operand(left),
+                    self.operand(right)
+                )
+            }
+            Condition::Is(inner, truth) => {
+                let truth = match truth {
+                    Truth::True => "TRUE",
+                    Truth::False => "FALSE",
+                    Truth::Unknown => "UNKNOWN",
+                };
+                format!("({} IS {truth})", self.condition(inner))
+            }
+            Condition::And(parts) => self.chain(parts, " AND "),
+            Condition::Or(parts) => self.chain(parts, " OR "),
+            Condition::Not(inner) => format!("(NOT {})", self.condition(inner)),
+        }
+    }
+
+    fn chain(&self, parts: &[Condition], operator: &str) -> String {
+        let parts: Vec<_> = parts.iter().map(|part| self.condition(part)).collect();
+        format!("({})", parts.join(operator))
+    }
+
+    fn quantified(&self, comparison: Comparison, all: bool, left: &Operand, list: &List) -> String {
+        let (elements, data_type): (Vec<String>, Option<&DataType>) = match list {
+            List::Of(operands, data_type) => (
+                operands
+                    .iter()
+                    .map(|operand| self.operand(operand))
+                    .collect(),
+                Some(data_type),
+            ),
+            List::Param(index) => {
+                let data_type = self.param_type(*index);
+                match self.argument(*index) {
+                    Some(Argument::Many(constants)) => {
+                        (constants.iter().map(constant).collect(), data_type)
+                    }
+                    _ => (vec!["NULL".to_owned()], data_type),
+                }
+            }
+        };
+        format!(
+            "({} {} {} (ARRAY[{}]::{}[]))",
+            self.operand(left),
+            comparison.sql(),
+            if all { "ALL" } else { "ANY" },
+            elements.join(", "),
+            data_type.map_or("text", DataType::sql)
+        )
+    }
+
+    fn operand(&self, operand: &Operand) -> String {
+        match operand {
+            Operand::Column(index) => identifier(&self.table.columns[*index].name),
+            Operand::Constant(of) => constant(of),
+            Operand::Null(data_type) => null(data_type.as_ref()),
+            Operand::Param(index) => match self.argument(*index) {
+                Some(Argument::One(of)) => constant(of),
+                _ => null(self.param_type(*index)),
+            },
+        }
+    }
+
+    fn argument(&self, index: usize) -> Option<&Argument> {
+        self.arguments?.get(index)
+    }
+
+    fn param_type(&self, index: usize) -> Option<&DataType> {
+        Some(&self.params.get(index)?.usage.as_ref()?.data_type)
+    }
+}
+
+fn constant(constant: &Constant) -> String {
+    format!("{}::{}", string(&constant.text), constant.data_type.sql())
+}
+
+fn null(data_type: Option<&DataType>) -> String {
+    match data_type {
+        Some(data_type) => format!("NULL::{}", data_type.sql()),
+        None => "NULL".to_owned(),
+    }
+}

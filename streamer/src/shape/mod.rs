@@ -1,0 +1,328 @@
+//! Shapes: named, parameterised sets of SELECTs, compiled once at start-up.
+//!
+//! ```text
+//! SQL ──parse──▶ Statement ──typing──▶ Condition ──bind──▶ Program ──▶ is the row in it?
+//!    lex, cursor,          term, literal,         params,         value, numeric,
+//!    typename, syntax      datatype               select          moment, pattern
+//!                                                 deparse ──▶ SQL for Postgres, fingerprint
+//! ```
+//!
+//! It is exact or it is refused: a condition means what Postgres means by it (three-valued logic, types, promotion,
+//! collations), and what can't be evaluated exactly is refused when the config is read, with its place and the
+//! reason. No I/O, no clock: the same row gives the same answer. Besides a record that is not of its table, nothing
+//! can fail when rows come.
+//!
+//! **Where subqueries will fit** (not supported yet). `column IN (SELECT …)` and `EXISTS (…)` become conditions
+//! whose answer needs rows of other tables. [`Bound::contains`] will then take a lookup of inner rows by key or
+//! index, which the caller gives twice: as the mirror is before a transaction and as it is after; so that one
+//! condition is asked of both, and `delta` gets two answers. A [`Select`] will name the inner tables and the columns
+//! that correlate, and say for a changed inner row which values of the outer columns, and from there which
+//! [`RouteKey`]s, it may concern: routing walks backwards from the inner row to a parameter. `Condition` gets one
+//! more variant for it, `Program` one more node; rows of the table itself are evaluated as they are now.
+
+mod bind;
+mod condition;
+mod cursor;
+mod datatype;
+mod deparse;
+mod evaluate;
+mod lex;
+mod literal;
+mod moment;
+mod numeric;
+mod params;
+mod parse;
+mod pattern;
+mod select;
+mod syntax;
+mod term;
+#[cfg(test)]
+mod tests;
+mod typename;
+mod typing;
+mod value;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+pub use bind::PARAM_BYTES_MAX;
+pub use cursor::DEPTH_MAX;
+pub use lex::SQL_BYTES_MAX;
+pub use literal::ARRAY_ELEMENTS_MAX;
+pub use select::{Bound, RouteKey, Select};
+
+use self::{
+    condition::Condition,
+    datatype::DataType,
+    params::{Param, Params},
+    syntax::{Columns, Fault, Place, Statement},
+    term::Scope,
+};
+use crate::table::Table;
+
+/// A shape as the config has it.
+#[derive(Clone, Debug, Default)]
+pub struct Source {
+    /// Its name.
+    pub name: String,
+    /// Its parameters, and where each comes from.
+    pub params: BTreeMap<String, ParamSource>,
+    /// One SELECT per table.
+    pub tables: Vec<String>,
+}
+
+/// Where the value of a parameter comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ParamSource {
+    /// This claim of the verified token.
+    Claim(String),
+    /// The replica chooses it; this is its type in Postgres.
+    Client(String),
+}
+
+/// A shape can't be used as it is written.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("shape {shape}, table {index}, {line}:{column}: {reason}")]
+pub struct Refused {
+    /// The shape.
+    pub shape: String,
+    /// Which of its SELECTs, from 0.
+    pub index: usize,
+    /// Line within the SQL, from 1.
+    pub line: u64,
+    /// Column within the SQL, from 1.
+    pub column: u64,
+    /// What is wrong, and what would be right.
+    pub reason: String,
+}
+
+/// A subscription can't be bound to a principal.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BindError {
+    /// The token lacks a claim: refused, never NULL.
+    #[error("the token has no claim `{0}`, which shape `{1}` needs")]
+    MissingClaim(String, String),
+    /// A value that is not of the parameter's type, a parameter missing or unknown. Never shows the value.
+    #[error("shape `{0}`, parameter `{1}`: {2}")]
+    Parameter(String, String, String),
+}
+
+/// A compiled shape.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// Its name.
+    pub name: String,
+    /// Its SELECTs.
+    pub selects: Vec<Arc<Select>>,
+    params: Arc<[Param]>,
+}
+
+/// The tables (schema, name) that the SELECTs of `sources` name; unqualified names are in `public`.
+pub fn tables_named(sources: &[Source]) -> Result<Vec<(String, String)>, Vec<Refused>> {
+    let mut tables = BTreeSet::new();
+    let mut refused = Vec::new();
+    for source in sources {
+        for (index, sql) in source.tables.iter().enumerate() {
+            match parse::statement(sql) {
+                Ok(statement) => {
+                    tables.insert((statement.schema, statement.table.text));
+                }
+                Err(fault) => refused.push(source.refused(index, fault)),
+            }
+        }
+    }
+    if refused.is_empty() {
+        Ok(tables.into_iter().collect())
+    } else {
+        Err(refused)
+    }
+}
+
+/// Compiles all shapes against the tables that they name. Says all that is wrong, not only the first.
+pub fn compile(sources: &[Source], tables: &[Arc<Table>]) -> Result<Vec<Shape>, Vec<Refused>> {
+    let mut shapes = Vec::new();
+    let mut refused = Vec::new();
+    let mut next_id = 0;
+    for source in sources {
+        match source.compile(tables, &mut next_id) {
+            Ok(shape) => shapes.push(shape),
+            Err(faults) => refused.extend(faults),
+        }
+    }
+    if refused.is_empty() {
+        Ok(shapes)
+    } else {
+        Err(refused)
+    }
+}
+
+/// A SELECT whose names and types are known.
+struct Draft {
+    table: Arc<Table>,
+    columns: Vec<usize>,
+    condition: Option<Condition>,
+}
+
+impl Source {
+    fn refused(&self, index: usize, fault: Fault) -> Refused {
+        Refused {
+            shape: self.name.clone(),
+            index,
+            line: fault.place.line,
+            column: fault.place.column,
+            reason: fault.reason,
+        }
+    }
+
+    fn compile(&self, tables: &[Arc<Table>], next_id: &mut u32) -> Result<Shape, Vec<Refused>> {
+        let mut refused = Vec::new();
+        let mut statements = Vec::new();
+        for (index, sql) in self.tables.iter().enumerate() {
+            match parse::statement(sql).and_then(|statement| with_table(statement, tables)) {
+                Ok((_, table))
+                    if statements
+                        .iter()
+                        .any(|(_, _, other): &(_, _, Arc<Table>)| other.oid == table.oid) =>
+                {
+                    refused.push(self.refused(
+                        index,
+                        Place::START.fault(format!(
+                            "{} has a SELECT in this shape already: join their conditions with OR",
+                            table.full_name()
+                        )),
+                    ));
+                }
+                Ok((statement, table)) => statements.push((index, statement, table)),
+                Err(fault) => refused.push(self.refused(index, fault)),
+            }
+        }
+        if self.tables.is_empty() {
+            refused.push(self.refused(0, Place::START.fault("the shape has no SELECT")));
+        }
+        let known = || statements.iter().map(|(_, _, table)| &**table);
+        let mut params = match Params::new(&self.params, |name| DataType::named(name, known())) {
+            Ok(params) => params,
+            Err(fault) => {
+                refused.push(self.refused(0, fault));
+                return Err(refused);
+            }
+        };
+        let mut drafts = Vec::new();
+        for (index, statement, table) in &statements {
+            match draft(statement, table, &mut params) {
+                Ok(draft) => drafts.push(draft),
+                Err(fault) => refused.push(self.refused(*index, fault)),
+            }
+        }
+        // Where something else is wrong, a use may be hidden in it.
+        if refused.is_empty()
+            && let Err(fault) = params.check_all_used()
+        {
+            refused.push(self.refused(0, fault));
+        }
+        if !refused.is_empty() {
+            return Err(refused);
+        }
+        let params: Arc<[Param]> = params.0.into();
+        let selects = drafts.into_iter().map(|draft| {
+            let id = *next_id;
+            *next_id += 1;
+            let Draft {
+                table,
+                columns,
+                condition,
+            } = draft;
+            Arc::new(Select::new(
+                id,
+                table,
+                columns,
+                condition,
+                Arc::clone(&params),
+            ))
+        });
+        Ok(Shape {
+            name: self.name.clone(),
+            selects: selects.collect(),
+            params: Arc::clone(&params),
+        })
+    }
+}
+
+fn with_table(
+    statement: Statement,
+    tables: &[Arc<Table>],
+) -> Result<(Statement, Arc<Table>), Fault> {
+    let found = tables
+        .iter()
+        .find(|table| table.schema == statement.schema && table.name == statement.table.text);
+    match found {
+        Some(table) => Ok((statement, Arc::clone(table))),
+        None => Err(statement.table.place.fault(format!(
+            "there is no table {}.{} that can be replicated",
+            statement.schema, statement.table.text
+        ))),
+    }
+}
+
+fn draft(statement: &Statement, table: &Arc<Table>, params: &mut Params) -> Result<Draft, Fault> {
+    let mut scope = Scope::new(table, statement, params);
+    let columns = match &statement.columns {
+        Columns::All(qualifier) => {
+            scope.check_qualifier(qualifier)?;
+            (0..table.columns.len()).collect()
+        }
+        Columns::Named(names) => {
+            let mut columns = Vec::with_capacity(names.len());
+            for name in names {
+                let index = scope.column(name)?;
+                if columns.contains(&index) {
+                    let place = name[0].place;
+                    return Err(place.fault(format!(
+                        "column \"{}\" is chosen twice",
+                        table.columns[index].name
+                    )));
+                }
+                columns.push(index);
+            }
+            if let Some(missing) = table.key.iter().find(|key| !columns.contains(key)) {
+                return Err(Place::START.fault(format!(
+                    "the columns of the key must be chosen, and \"{}\" is not",
+                    table.columns[*missing].name
+                )));
+            }
+            columns.sort_unstable();
+            columns
+        }
+    };
+    let condition = match &statement.condition {
+        Some(expression) => Some(scope.condition(expression)?),
+        None => None,
+    };
+    Ok(Draft {
+        table: Arc::clone(table),
+        columns,
+        condition,
+    })
+}
+
+impl Shape {
+    /// Binds the parameters: claims of the verified token, and JSON texts from the replica. `bind` has the rules by
+    /// which a JSON value becomes one of Postgres.
+    pub fn bind(
+        &self,
+        claims: &serde_json::Map<String, serde_json::Value>,
+        params: &HashMap<String, String>,
+    ) -> Result<Vec<Bound>, BindError> {
+        let arguments: Arc<[_]> = bind::arguments(&self.name, &self.params, claims, params)?.into();
+        let bound = |select: &Arc<Select>| {
+            select.bind(&arguments).map_err(|unfit| {
+                let param = unfit.param.and_then(|index| self.params.get(index));
+                let param = param.map_or_else(String::new, |param| param.name.clone());
+                BindError::Parameter(self.name.clone(), param, unfit.reason)
+            })
+        };
+        self.selects.iter().map(bound).collect()
+    }
+}

@@ -1,0 +1,60 @@
+//! Processes of the operating system, as `/proc` tells of them.
+
+use std::fs;
+
+use rustix::process::{Pid, RawPid};
+
+/// The processes whose parent is `parent`.
+pub fn children(parent: Pid) -> Vec<Pid> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<RawPid>().ok())
+        .filter_map(Pid::from_raw)
+        .filter(|&pid| stat(pid).is_some_and(|(_, of)| of == parent.as_raw_nonzero().get()))
+        .collect()
+}
+
+/// Whether a process runs: not one that ended and waits to be reaped.
+pub fn is_alive(pid: Pid) -> bool {
+    stat(pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
+}
+
+/// Its state and parent.
+fn stat(pid: Pid) -> Option<(char, RawPid)> {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    // The second field is the program's name in parentheses, and may hold anything, parentheses too.
+    let mut fields = stat[stat.rfind(')')? + 1..].split_ascii_whitespace();
+    let state = fields.next()?.chars().next()?;
+    Some((state, fields.next()?.parse().ok()?))
+}
+
+/// The most memory that a process has ever had resident, in bytes.
+pub fn memory_peak_bytes(pid: Pid) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+/// CPU seconds that a process has used, of its ended and awaited children too.
+pub fn cpu_seconds(pid: Pid) -> f64 {
+    let stat =
+        fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    let fields = stat.rfind(')').map_or("", |at| &stat[at + 1..]);
+    // utime, stime, cutime, cstime: fields 14 to 17 of the whole line.
+    let ticks: u64 = fields
+        .split_ascii_whitespace()
+        .skip(11)
+        .take(4)
+        .filter_map(|field| field.parse::<u64>().ok())
+        .sum();
+    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+}
+
+/// The same with all processes below it that run.
+pub fn cpu_seconds_of_tree(pid: Pid) -> f64 {
+    let below = children(pid).into_iter().map(cpu_seconds_of_tree);
+    cpu_seconds(pid) + below.sum::<f64>()
+}

@@ -1,0 +1,336 @@
+//! What must not break the road: restarts, kills, silence, stalls, readers that hold on.
+
+use std::time::{Duration, Instant};
+
+use anabranch_tests::{
+    oracle::select::compare_file,
+    peers::{Replica, Streamer},
+    postgres::{Options, Server, Stop},
+    proxy::{Cut, Proxy, Way},
+    wait::{DEADLINE, until},
+};
+
+const ITEMS: &str = "CREATE TABLE items (id bigint PRIMARY KEY, owner int, v int, note text);
+     INSERT INTO items SELECT g, g % 4, 0, 'item ' || g FROM generate_series(1, 2000) g";
+const ONE: &str = "SELECT * FROM items WHERE owner = 1";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_restarted_killed_or_crashed_loses_and_doubles_nothing() {
+    let server = Server::start(Options::new().set("fsync", "on")).await;
+    let database = server.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    for (turn, how) in [Stop::Fast, Stop::Immediate, Stop::Kill]
+        .into_iter()
+        .enumerate()
+    {
+        database
+            .execute(&format!(
+                "UPDATE items SET v = v + 1, owner = (owner + {turn}) % 4 WHERE id % 3 = {turn}"
+            ))
+            .await;
+        server.restart(how).await;
+        database
+            .execute("UPDATE items SET v = v + 10 WHERE id % 5 = 0")
+            .await;
+        replica.until_caught_up(&database).await;
+        compare_file(&database, &replica.file(), &[("items", ONE)])
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fast_shutdown_of_postgres_is_not_held_up() {
+    let server = Server::start(Options::new()).await;
+    let database = server.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    database.execute("UPDATE items SET v = v + 1").await;
+    let took = server
+        .stop_within(Stop::Fast, Duration::from_secs(30))
+        .await;
+    println!("stopped in {took:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    server.start_again().await;
+    replica.until_caught_up(&database).await;
+    compare_file(&database, &replica.file(), &[("items", ONE)])
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_streamer_does_not_hold_up_a_fast_shutdown_once_it_goes_on() {
+    let server = Server::start(Options::new()).await;
+    let database = server.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
+    streamer.pause();
+    database.execute("UPDATE items SET v = v + 1").await;
+    streamer.resume();
+    let took = server
+        .stop_within(Stop::Fast, Duration::from_secs(30))
+        .await;
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_streamers_and_replicas_resume_where_they_were() {
+    let database = Server::shared().await.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    for turn in 0..4 {
+        database
+            .execute("UPDATE items SET v = v + 1, owner = (owner + id) % 4 WHERE id % 7 = 0")
+            .await;
+        match turn % 3 {
+            0 => streamer.kill(),
+            1 => replica.kill(),
+            _ => {
+                streamer.kill();
+                replica.kill();
+            }
+        }
+        database.execute("DELETE FROM items WHERE id % 100 = 3; INSERT INTO items SELECT max(id) + 1, 1, 7, 'new' FROM items").await;
+        if streamer.pid().is_none() {
+            streamer.start().await;
+        }
+        if replica.pid().is_none() {
+            replica.start().await;
+        }
+        replica.until_caught_up(&database).await;
+        compare_file(&database, &replica.file(), &[("items", ONE)])
+            .await
+            .unwrap();
+    }
+    assert!(streamer.terminate().await.success());
+    assert!(replica.terminate().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_return_sends_what_changed_and_not_the_table() {
+    let database = Server::shared().await.database().await;
+    database
+        .execute("CREATE TABLE t (id int PRIMARY KEY, v int, pad text); INSERT INTO t SELECT g, 0, repeat(md5(g::text), 10) FROM generate_series(1, 20000) g")
+        .await;
+    let streamer = Streamer::config(&database)
+        .shape("s", &["SELECT * FROM t"])
+        .start()
+        .await;
+    let proxy = Proxy::to(streamer.address()).await;
+    let replica = Replica::config(&streamer)
+        .subscribe("s")
+        .through(&proxy)
+        .start()
+        .await;
+    let copied = proxy.bytes(Way::Down);
+    assert!(copied > 5_000_000, "{copied}");
+    replica.kill();
+    database
+        .execute("UPDATE t SET v = 1 WHERE id <= 10; DELETE FROM t WHERE id = 11")
+        .await;
+    streamer.kill();
+    streamer.start().await;
+    replica.start().await;
+    replica.until_caught_up(&database).await;
+    let returned = proxy.bytes(Way::Down) - copied;
+    println!("a copy is {copied} bytes, the return {returned}");
+    assert!(returned < 50_000, "{returned}");
+    compare_file(&database, &replica.file(), &[("t", "SELECT * FROM t")])
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cut_stalled_and_half_open_connections_heal() {
+    let database = Server::shared().await.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
+    let proxy = Proxy::to(streamer.address()).await;
+    let replica = Replica::config(&streamer)
+        .subscribe("s")
+        .through(&proxy)
+        .start()
+        .await;
+    let faults: [&dyn Fn(); 4] = [
+        &|| proxy.cut(Cut::Reset),
+        &|| proxy.set(|faults| faults.cut_after(Way::Down, 700, Cut::Reset)),
+        &|| proxy.set(|faults| faults.swallow(Way::Down)),
+        &|| proxy.set(|faults| faults.stall(Way::Up)),
+    ];
+    for fault in faults {
+        let accepted = proxy.accepted();
+        fault();
+        database
+            .execute("UPDATE items SET v = v + 1, owner = (owner + 1) % 4 WHERE id % 3 = 0")
+            .await;
+        until("the replica connects again", DEADLINE, || async {
+            (proxy.accepted() > accepted).then_some(())
+        })
+        .await;
+        proxy.set(|faults| faults.heal());
+        replica.until_caught_up(&database).await;
+        compare_file(&database, &replica.file(), &[("items", ONE)])
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_publication_beside_a_busy_database_lets_go_of_wal() {
+    let server = Server::start(Options::new()).await;
+    let database = server.database().await;
+    let busy = server.database().await;
+    database.execute(ITEMS).await;
+    busy.execute("CREATE TABLE noise (id int, v text)").await;
+    let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
+    let confirmed = || async {
+        let rows = database
+            .query(
+                "SELECT confirmed_flush_lsn::text FROM pg_replication_slots",
+                &[],
+            )
+            .await;
+        rows[0]
+            .get::<_, String>(0)
+            .parse::<anabranch_proto::Lsn>()
+            .unwrap()
+    };
+    for _ in 0..3 {
+        busy.execute(
+            "INSERT INTO noise SELECT g, repeat('x', 1000) FROM generate_series(1, 5000) g",
+        )
+        .await;
+        let written = busy.lsn().await;
+        let began = Instant::now();
+        until(
+            "what was written beside us is confirmed",
+            DEADLINE,
+            || async {
+                let at = confirmed().await;
+                if at >= written { Ok(()) } else { Err(at) }
+            },
+        )
+        .await;
+        println!("confirmed after {:?}", began.elapsed());
+    }
+    drop(streamer);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_holds_a_snapshot_sees_it_and_stops_nobody() {
+    let database = Server::shared().await.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    let reader = replica.open();
+    let sum = |file: &rusqlite::Connection| -> i64 {
+        file.query_row("SELECT sum(v) FROM items", [], |row| row.get(0))
+            .unwrap()
+    };
+    reader.execute_batch("BEGIN").unwrap();
+    assert_eq!(sum(&reader), 0);
+    for _ in 0..20 {
+        database.execute("UPDATE items SET v = v + 1").await;
+    }
+    replica.until_caught_up(&database).await;
+    assert_eq!(sum(&reader), 0);
+    reader.execute_batch("COMMIT").unwrap();
+    assert_eq!(sum(&reader), 20 * 500);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_writes_its_own_tables_is_left_alone() {
+    let database = Server::shared().await.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    let own = rusqlite::Connection::open(replica.file()).unwrap();
+    own.busy_timeout(Duration::from_secs(5)).unwrap();
+    own.execute_batch("CREATE TABLE mine (id INTEGER PRIMARY KEY, v); CREATE INDEX mine_v ON mine (v); CREATE VIEW both AS SELECT i.id, m.v FROM items i JOIN mine m USING (id)")
+        .unwrap();
+    for turn in 0..50i64 {
+        database
+            .execute("UPDATE items SET v = v + 1 WHERE id < 500")
+            .await;
+        own.execute("INSERT INTO mine (v) VALUES (?1)", [turn])
+            .unwrap();
+    }
+    replica.until_caught_up(&database).await;
+    compare_file(&database, &replica.file(), &[("items", ONE)])
+        .await
+        .unwrap();
+    let count: i64 = own
+        .query_row("SELECT count(*) FROM mine", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(count, 50);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stalled_replica_does_not_slow_another_and_catches_up() {
+    let database = Server::shared().await.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database)
+        .shape("s", &["SELECT * FROM items"])
+        .start()
+        .await;
+    let live = Replica::config(&streamer).subscribe("s").start().await;
+    let stalled = Replica::config(&streamer).subscribe("s").start().await;
+    stalled.pause();
+    for _ in 0..100 {
+        database
+            .execute("UPDATE items SET v = v + 1, note = note || '.'")
+            .await;
+    }
+    live.until_caught_up(&database).await;
+    stalled.resume();
+    stalled.until_caught_up(&database).await;
+    for replica in [&live, &stalled] {
+        compare_file(
+            &database,
+            &replica.file(),
+            &[("items", "SELECT * FROM items")],
+        )
+        .await
+        .unwrap();
+    }
+}
+
+/// A group of the mirror that stays open for seconds is where a wrong hand-over would lose or double transactions.
+#[tokio::test(flavor = "multi_thread")]
+async fn joins_and_catch_ups_while_a_group_is_stretched_miss_nothing() {
+    let database = Server::shared().await.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database)
+        .shape("s", &[ONE])
+        .env("ANABRANCH_FAILPOINT_GROUP_MS", "1500")
+        .start()
+        .await;
+    let load = async {
+        for turn in 0..120 {
+            database.execute(&format!("UPDATE items SET v = v + 1, owner = (owner + 1) % 4 WHERE id % 11 = {turn} % 11")).await;
+        }
+    };
+    let joins = async {
+        let mut replicas = Vec::new();
+        for _ in 0..4 {
+            replicas.push(Replica::config(&streamer).subscribe("s").start().await);
+        }
+        // And two that come back.
+        for replica in &replicas[..2] {
+            replica.kill();
+            replica.start().await;
+        }
+        replicas
+    };
+    let ((), replicas) = tokio::join!(load, joins);
+    for replica in &replicas {
+        replica.until_caught_up(&database).await;
+        compare_file(&database, &replica.file(), &[("items", ONE)])
+            .await
+            .unwrap();
+    }
+}

@@ -1,0 +1,11 @@
+//! Everything that needs a real Postgres, in one program, so that one process owns the one server.
+
+mod catalog;
+mod conditions;
+mod faults;
+mod harness;
+mod kills;
+mod pgbench;
+mod refused;
+mod road;
+mod types;

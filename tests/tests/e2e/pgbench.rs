@@ -1,0 +1,93 @@
+//! pgbench's own TPC-B as the load: the sums of balances in the file agree at every moment. `ANABRANCH_PGBENCH_SECONDS` and
+//! `ANABRANCH_PGBENCH_SCALE` make the run longer and larger.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anabranch_tests::{
+    oracle::select::compare_file,
+    peers::{Replica, Streamer},
+    postgres::Server,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_look_during_pgbench_sees_half_a_transaction() {
+    let seconds: u64 = std::env::var("ANABRANCH_PGBENCH_SECONDS")
+        .map_or(8, |text| text.parse().expect("a number"));
+    let scale = std::env::var("ANABRANCH_PGBENCH_SCALE").unwrap_or_else(|_| "1".into());
+    let server = Server::shared().await;
+    let database = server.database().await;
+    server
+        .tool("pgbench", database.name(), &["-i", "-q", "-s", &scale])
+        .await;
+    database
+        .execute("ALTER TABLE pgbench_history ADD COLUMN id bigserial PRIMARY KEY")
+        .await;
+    let tables = [
+        "pgbench_accounts",
+        "pgbench_tellers",
+        "pgbench_branches",
+        "pgbench_history",
+    ];
+    let selects = tables.map(|table| format!("SELECT * FROM {table}"));
+    let selects = selects.each_ref().map(String::as_str);
+    let streamer = Streamer::config(&database)
+        .shape("all", &selects)
+        .start()
+        .await;
+    let replica = Replica::config(&streamer).subscribe("all").start().await;
+
+    let over = Arc::new(AtomicBool::new(false));
+    let looking = {
+        let (file, over) = (replica.open(), over.clone());
+        tokio::task::spawn_blocking(move || look_at_sums(&file, &over))
+    };
+    let seconds_text = seconds.to_string();
+    let said = server
+        .tool(
+            "pgbench",
+            database.name(),
+            &["-n", "-c", "8", "-j", "2", "-T", &seconds_text],
+        )
+        .await;
+    let began = Instant::now();
+    replica.until_caught_up(&database).await;
+    let behind = began.elapsed();
+    over.store(true, Ordering::Relaxed);
+    let looks = looking.await.unwrap();
+    let pairs: Vec<_> = tables.into_iter().zip(selects).collect();
+    compare_file(&database, &replica.file(), &pairs)
+        .await
+        .unwrap();
+    let tps = said
+        .lines()
+        .find(|line| line.starts_with("tps"))
+        .unwrap_or_default();
+    println!("{tps}; {looks} looks, all sums agreed; caught up {behind:?} after the end");
+    assert!(behind < Duration::from_secs(5), "{behind:?}");
+}
+
+fn look_at_sums(file: &rusqlite::Connection, over: &AtomicBool) -> u64 {
+    let mut looks = 0;
+    while !over.load(Ordering::Relaxed) {
+        let sums: [i64; 4] = file
+            .query_row(
+                "SELECT (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(tbalance) FROM pgbench_tellers),
+                        (SELECT sum(bbalance) FROM pgbench_branches), (SELECT ifnull(sum(delta), 0) FROM pgbench_history)",
+                [],
+                |row| Ok([row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?]),
+            )
+            .unwrap();
+        assert!(
+            sums.iter().all(|sum| *sum == sums[0]),
+            "half a transaction: {sums:?}"
+        );
+        looks += 1;
+    }
+    looks
+}

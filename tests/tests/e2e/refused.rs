@@ -1,0 +1,247 @@
+//! What is refused, in which words, and that nothing was harmed by then.
+
+use anabranch_tests::{
+    peers::{Replica, Streamer},
+    postgres::Server,
+    wait::{DEADLINE, until},
+};
+
+/// Exit code, and what was said.
+async fn run(streamer: &Streamer, subcommand: &str) -> (i32, String) {
+    let output = streamer.command(subcommand).output().unwrap();
+    let said =
+        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    (output.status.code().unwrap(), said.concat())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_cannot_be_replicated_are_refused_by_name_and_not_published() {
+    let database = Server::shared().await.database().await;
+    database
+        .execute(
+            "CREATE TABLE no_key (a int); CREATE UNLOGGED TABLE unlogged (id int PRIMARY KEY);
+             CREATE TABLE late (id int PRIMARY KEY DEFERRABLE INITIALLY DEFERRED);
+             CREATE TABLE floats (id float8 PRIMARY KEY); CREATE VIEW a_view AS SELECT 1 AS id;
+             CREATE TABLE nothing (id int PRIMARY KEY); ALTER TABLE nothing REPLICA IDENTITY NOTHING",
+        )
+        .await;
+    for table in [
+        "no_key",
+        "unlogged",
+        "late",
+        "floats",
+        "a_view",
+        "nothing",
+        "not_there",
+    ] {
+        let sql = format!("SELECT * FROM {table}");
+        let streamer = Streamer::config(&database).shape("s", &[&sql]).prepare();
+        for subcommand in ["check", "run"] {
+            let (code, said) = run(&streamer, subcommand).await;
+            assert_eq!(code, 1, "{said}");
+            assert!(said.contains(&format!("public.{table}")), "{said}");
+        }
+    }
+    let published = database
+        .query("SELECT count(*) FROM pg_publication_tables", &[])
+        .await;
+    assert_eq!(published[0].get::<_, i64>(0), 0);
+    // The application's updates go on.
+    database
+        .execute("INSERT INTO no_key VALUES (1); UPDATE no_key SET a = 2; DELETE FROM no_key")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shapes_that_cannot_be_exact_are_refused_with_place_and_reason() {
+    let database = Server::shared().await.database().await;
+    database
+        .execute("CREATE TABLE t (id int PRIMARY KEY, body jsonb, name text)")
+        .await;
+    for (sql, reason) in [
+        ("SELECT * FROM t WHERE id IN (SELECT id FROM t)", "subquer"),
+        ("SELECT * FROM t WHERE body = '{}'", "json"),
+        ("SELECT name FROM t", "key"),
+        ("SELECT * FROM t WHERE name ILIKE 'a%'", "ILIKE"),
+        ("SELECT * FROM t WHERE no_column = 1", "no_column"),
+    ] {
+        let streamer = Streamer::config(&database).shape("s", &[sql]).prepare();
+        let (code, said) = run(&streamer, "run").await;
+        assert!(code == 1 || code == 2, "{code}: {said}");
+        assert!(said.contains(reason), "{sql}: {said}");
+        assert!(said.contains("config.toml:"), "{sql}: {said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_config_is_refused_with_file_line_and_field() {
+    let database = Server::shared().await.database().await;
+    let streamer = Streamer::config(&database)
+        .shape("s", &["SELECT * FROM t"])
+        .prepare();
+    let good = std::fs::read_to_string(streamer.config_file()).unwrap();
+    std::fs::write(
+        streamer.config_file(),
+        format!("memory_may = \"1GiB\"\n{good}"),
+    )
+    .unwrap();
+    let (code, said) = run(&streamer, "run").await;
+    assert_eq!(code, 2, "{said}");
+    assert!(
+        said.contains("config.toml:1:")
+            && said.contains("memory_may")
+            && said.contains("memory_max"),
+        "{said}"
+    );
+    assert!(!said.contains("postgres://"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_replica_of_one_file_is_refused() {
+    let database = Server::shared().await.database().await;
+    database
+        .execute("CREATE TABLE t (id int PRIMARY KEY)")
+        .await;
+    let streamer = Streamer::config(&database)
+        .shape("s", &["SELECT * FROM t"])
+        .start()
+        .await;
+    let first = Replica::config(&streamer).subscribe("s").start().await;
+    let file = first.file();
+    let second = Replica::config(&streamer)
+        .set("database", file.to_str().unwrap())
+        .subscribe("s")
+        .prepare();
+    second.spawn();
+    let status = second.exit().await;
+    assert_eq!(status.code(), Some(1), "{}", second.log());
+    assert!(second.log().contains("app.db"), "{}", second.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_change_stops_its_table_by_name_and_no_other() {
+    let database = Server::shared().await.database().await;
+    database
+        .execute("CREATE TABLE changing (id int PRIMARY KEY, v int); CREATE TABLE steady (id int PRIMARY KEY, v int);
+                  INSERT INTO changing VALUES (1, 1); INSERT INTO steady VALUES (1, 1)")
+        .await;
+    let streamer = Streamer::config(&database)
+        .shape("s", &["SELECT * FROM changing", "SELECT * FROM steady"])
+        .start()
+        .await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    database
+        .execute("ALTER TABLE changing ADD COLUMN w int DEFAULT 7; UPDATE changing SET v = 2; UPDATE steady SET v = 2")
+        .await;
+    replica.until_caught_up(&database).await;
+    let stopped = until("the file says that the table stopped", DEADLINE, || async {
+        let file = replica.open();
+        file.query_row(
+            "SELECT reason FROM _anabranch_tables WHERE table_name = 'changing' AND state = 'stopped'",
+            [],
+            |row| row.get::<_, String>(0),
+        )
+        .ok()
+    })
+    .await;
+    assert!(stopped.contains('w'), "{stopped}");
+    let file = replica.open();
+    let value = |sql: &str| file.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+    assert_eq!(value("SELECT v FROM changing"), 1, "as before the change");
+    assert_eq!(value("SELECT v FROM steady"), 2);
+    database.execute("UPDATE steady SET v = 3").await;
+    replica.until_caught_up(&database).await;
+    assert_eq!(value("SELECT v FROM steady"), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_table_is_said_to_be_stopped_without_any_row() {
+    let database = Server::shared().await.database().await;
+    database
+        .execute("CREATE TABLE gone (id int PRIMARY KEY); INSERT INTO gone VALUES (1)")
+        .await;
+    let streamer = Streamer::config(&database)
+        .shape("s", &["SELECT * FROM gone"])
+        .start()
+        .await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    database.execute("DROP TABLE gone").await;
+    until("the file says that the table stopped", DEADLINE, || async {
+        let file = replica.open();
+        let sql = "SELECT reason FROM _anabranch_tables WHERE state = 'stopped' AND reason LIKE '%dropped%'";
+        file.query_row(sql, [], |row| row.get::<_, String>(0)).ok()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_slot_is_said_and_never_skipped_over() {
+    let database = Server::shared().await.database().await;
+    database
+        .execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)")
+        .await;
+    let streamer = Streamer::config(&database)
+        .shape("s", &["SELECT * FROM t"])
+        .start()
+        .await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    streamer.kill();
+    until("the slot is free", DEADLINE, || async {
+        database
+            .try_execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = current_database() AND NOT active")
+            .await
+            .ok();
+        let left = database.query("SELECT FROM pg_replication_slots WHERE database = current_database()", &[]).await;
+        left.is_empty().then_some(())
+    })
+    .await;
+    database.execute("INSERT INTO t VALUES (2)").await;
+    streamer.spawn();
+    let status = streamer.exit().await;
+    assert_eq!(status.code(), Some(1));
+    let log = streamer.log();
+    assert!(log.contains("slot") && log.contains("gone"), "{log}");
+    let rows: i64 = replica
+        .open()
+        .query_row("SELECT count(*) FROM t", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(rows, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_decide_who_sees_what() {
+    let database = Server::shared().await.database().await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, team int); INSERT INTO t SELECT g, g % 3 FROM generate_series(1, 30) g").await;
+    let streamer = Streamer::config(&database)
+        .toml("[shape.s]\nparams.team = { claim = \"team_id\" }\ntables = [\"SELECT * FROM t WHERE team = $team\"]")
+        .token("token-one", serde_json::json!({ "sub": "a", "team_id": 1 }))
+        .token("token-none", serde_json::json!({ "sub": "b" }))
+        .start()
+        .await;
+    let replica = Replica::config(&streamer)
+        .token("token-one")
+        .subscribe("s")
+        .start()
+        .await;
+    let teams: String = replica
+        .open()
+        .query_row("SELECT group_concat(DISTINCT team) FROM t", [], |row| {
+            row.get(0)
+        })
+        .unwrap();
+    assert_eq!(teams, "1");
+    for (token, word) in [("token-none", "team_id"), ("token-unknown", "token")] {
+        let refused = Replica::config(&streamer)
+            .token(token)
+            .subscribe("s")
+            .prepare();
+        refused.spawn();
+        until("it is refused, and says so", DEADLINE, || async {
+            let status = refused.get("/status").await?.ok()?;
+            anyhow::ensure!(format!("{status:?}").contains(word), "{status:?}");
+            Ok(())
+        })
+        .await;
+        assert!(!refused.log().contains(&format!("\"{token}\"")));
+    }
+}
