@@ -779,6 +779,7 @@ fn mutated_streams_never_panic() {
         vec![
             relation_of(xid, 1),
             relation_of(xid, 2),
+            relation_of(xid, 3),
             encode::insert(xid, 1, &row(["1", "2", "3"])),
             encode::update(xid, 1, None, &[text("1"), Value::Unchanged, Value::Null]),
             encode::update(
@@ -809,7 +810,8 @@ fn mutated_streams_never_panic() {
     while fed < rounds {
         for message in &stream {
             let mut message = message.clone();
-            match random.random_range(0..100) {
+            // Seldom: most damage ends the connection, and what comes later must be reached too.
+            match random.random_range(0..500) {
                 0 => continue,
                 1 => drop(fixture.try_feed(&message)),
                 2..8 => {
@@ -835,5 +837,6 @@ fn mutated_streams_never_panic() {
         fixture.events.clear();
     }
     println!("{fed} fed, {refused} refused, {events} events");
-    assert!(refused > 0 && events > 0);
+    assert!(refused > 0, "nothing was damaged");
+    assert!(events > refused, "hardly any transaction was reached");
 }
