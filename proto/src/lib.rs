@@ -3,10 +3,12 @@
 //! - [`v1`]: the messages, generated from `anabranch/v1/anabranch.proto`, which is the reference.
 //! - [`position`]: [`Lsn`], [`Epoch`], [`Position`]: places in the history of a source.
 //! - [`record`]: rows as packed records, and [`ops`]: runs of row operations made of them.
+//! - [`packed`]: messages in zstd.
 //!
 //! This crate knows neither side: it has no I/O, and no opinion on what is streamed.
 
 pub mod ops;
+pub mod packed;
 pub mod position;
 pub mod record;
 

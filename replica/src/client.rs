@@ -19,7 +19,7 @@ pub mod retry;
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
-use anabranch_proto::{PROTOCOL_VERSION, Position, v1};
+use anabranch_proto::{PROTOCOL_VERSION, Position, packed, v1};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, MissedTickBehavior},
@@ -256,6 +256,7 @@ impl Client {
             replica_id: start.replica_id.clone(),
             resume_token: start.resume_token.clone(),
             subscriptions: subscriptions.collect(),
+            zstd: self.config.zstd,
         }
     }
 
@@ -289,7 +290,10 @@ impl Client {
         loop {
             let before = received.bytes();
             match tokio::time::timeout(silence_max, &mut message).await {
-                Ok(Ok(Some(message))) => return Ok(message),
+                Ok(Ok(Some(message))) => {
+                    return packed::unpack(message)
+                        .map_err(|error| Failure::soon("packed", error.to_string()));
+                }
                 Ok(Ok(None)) => {
                     return Err(Failure::soon("closed", "the streamer closed the stream"));
                 }

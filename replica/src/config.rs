@@ -54,6 +54,8 @@ pub struct Config {
     pub database: PathBuf,
     /// Where the local HTTP interface listens; `None`: nowhere.
     pub http: Option<Address>,
+    /// Whether the streamer may pack messages.
+    pub zstd: bool,
     /// How `memory_max` is divided.
     pub memory: Memory,
     /// Permission bits of files that are created.
@@ -250,6 +252,7 @@ impl Config {
 }
 
 fn is_loopback(host: &str) -> bool {
+    let host = host.trim_matches(['[', ']']);
     host == "localhost"
         || host
             .parse::<std::net::IpAddr>()
@@ -266,6 +269,7 @@ const KEYS: &[&str] = &[
     "token_file",
     "database",
     "http",
+    "zstd",
     "memory_max",
     "file_mode",
     "subscribe",
@@ -282,6 +286,7 @@ struct Raw {
     token_file: Option<Spanned<PathBuf>>,
     database: Spanned<PathBuf>,
     http: Option<Spanned<String>>,
+    zstd: Option<bool>,
     memory_max: Option<Spanned<Size>>,
     file_mode: Option<Spanned<String>>,
     #[serde(default)]
@@ -384,12 +389,15 @@ impl Raw {
                 parse_mode(mode.get_ref()).map_err(|what| place.error(mode.span(), &what))?
             }
         };
+        // Within one machine there is no line to save.
+        let zstd = (self.zstd).unwrap_or_else(|| !is_loopback(streamer.host().unwrap_or_default()));
         Ok(Config {
             streamer,
             tls,
             token,
             database: self.database.into_inner(),
             http,
+            zstd,
             memory,
             file_mode,
             subscriptions: check_subscriptions(self.subscribe, place)?,

@@ -13,9 +13,16 @@
 //! gives those keys that have entries in the change index after it: what the row was is told by the first of them, what
 //! it is by the mirror. [`delta::decide`] says what the replica is told.
 //!
+//! A mirror that is still being filled may be read as well: rows of tables that are open to readers are given out up
+//! to the highest key that is there so far (see `mirror::copy`). The mirror has no position then, so no round is complete;
+//! when the history has begun, the rounds go on in it.
+//!
 //! Nothing here waits, looks at a clock, or writes to the mirror.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use anabranch_proto::{Position, record::Malformed};
 use bytes::Bytes;
@@ -68,19 +75,22 @@ pub enum Round {
     Complete(Position),
     /// The budget was used up; give another round.
     More,
+    /// All that is there was given out, but the mirror is still being filled.
+    Filling,
 }
 
 struct Walk {
     /// What the first round found; a later one that finds otherwise has lost its footing.
     histories: i64,
-    standings: Vec<Standing>,
+    /// The same, of each table; `None` while the mirror is being filled.
+    standings: Option<Vec<Standing>>,
     /// Of each item.
     ranges: Vec<Ranges>,
     /// The next round goes on behind this key (`None`: at the first) of this item.
     item: usize,
     after: Option<Key>,
-    /// How far the change index is listed by key.
-    collected: Option<Place>,
+    /// The list of the change index by key that a reader has, and how far it goes.
+    collected: Option<(u64, Place)>,
 }
 
 /// One round.
@@ -139,7 +149,9 @@ impl Catchup {
             Some(walk) => walk,
             None => self.start(reader)?,
         };
-        self.check(&walk, reader)?;
+        self.check(&mut walk, reader)?;
+        // Any reader may serve a round: this one may have another list, or an older state of this one's.
+        (walk.collected).take_if(|(list, _)| !reader.has_list(*list));
         let (position, now) = (reader.snapshot()?.position, reader.snapshot()?.last);
         let mut round = Turn {
             reader,
@@ -152,35 +164,34 @@ impl Catchup {
             reader.forget_collected()?;
             walk.collected = None;
         }
+        let filling = walk.standings.is_none();
         self.walk = Some(walk);
-        Ok(if complete {
-            Round::Complete(position)
-        } else {
-            Round::More
+        Ok(match complete {
+            false => Round::More,
+            true if filling => Round::Filling,
+            true => Round::Complete(position),
         })
     }
 
     fn start(&self, reader: &Reader) -> Result<Walk, Error> {
-        reader.forget_collected()?;
+        let filled = is_filled(reader)?;
+        let standings = if filled {
+            Some(self.standings(reader)?)
+        } else {
+            None
+        };
         let at = reader.snapshot()?.position;
-        let mut standings = Vec::new();
         let mut ranges = Vec::new();
         for Item { view, from } in &self.items {
             let table = view.table();
-            let name = || table.full_name();
-            let standing = (reader.standing(table.oid)?).ok_or_else(|| Error::NotReady(name()))?;
-            if !standing.copied || standing.floor > at.lsn {
-                return Err(Error::NotReady(name()));
-            }
             let as_of = match *from {
                 None => None,
-                Some(from) if !reader.reaches(table.oid, from)? => {
-                    return Err(Error::OutOfReach(name()));
+                Some(from) if !filled || !reader.reaches(table.oid, from)? => {
+                    return Err(Error::OutOfReach(table.full_name()));
                 }
                 Some(from) if from.lsn > at.lsn => return Err(Error::Ahead { from, at }),
                 Some(from) => Some(reader.ordinal_at(from.lsn)?),
             };
-            standings.push(standing);
             ranges.push(Ranges(vec![Range { upto: None, as_of }]));
         }
         Ok(Walk {
@@ -193,18 +204,47 @@ impl Catchup {
         })
     }
 
-    /// What earlier rounds gave out still means what it meant, and the change index still has what is missing.
-    fn check(&self, walk: &Walk, reader: &Reader) -> Result<(), Error> {
-        let snapshot = reader.snapshot()?;
-        let all = self.items.iter().zip(&walk.standings).zip(&walk.ranges);
-        for ((item, standing), ranges) in all {
+    /// Of tables that can be served.
+    fn standings(&self, reader: &Reader) -> Result<Vec<Standing>, Error> {
+        let at = reader.snapshot()?.position;
+        let standing = |item: &Item| {
             let table = item.view.table();
+            match reader.standing(table.oid)? {
+                Some(standing) if standing.copied && standing.floor <= at.lsn => Ok(standing),
+                _ => Err(Error::NotReady(table.full_name())),
+            }
+        };
+        self.items.iter().map(standing).collect()
+    }
+
+    /// What earlier rounds gave out still means what it meant, and the change index still has what is missing.
+    fn check(&self, walk: &mut Walk, reader: &Reader) -> Result<(), Error> {
+        let snapshot = reader.snapshot()?;
+        let begins = walk.standings.is_none() && is_filled(reader)?;
+        if begins {
+            // The first history counts as one; another one was not that of these rows.
+            walk.histories += 1;
+            walk.standings = Some(self.standings(reader)?);
+        }
+        for (place, item) in self.items.iter().enumerate() {
+            let table = item.view.table();
+            let standing = reader.standing(table.oid)?;
+            let (held, oldest) = (&walk.standings, walk.ranges[place].oldest());
+            let is_same = match (held, standing) {
+                (Some(held), Some(standing)) => standing.is_same_copy(&held[place]),
+                (Some(_), None) => false,
+                // While it is filled, rows only come.
+                (None, _) => true,
+            };
+            // A copy that was stopped is emptied: rows that were given out before are not told to go.
+            let emptied = (begins || held.is_none())
+                && standing.is_some_and(|standing| standing.stopped)
+                && oldest.is_some();
             if snapshot.histories != walk.histories
-                || ranges
-                    .oldest()
-                    .is_some_and(|oldest| oldest + 1 < snapshot.first)
-                || reader.standing(table.oid)? != Some(*standing)
-                || standing.version != table.version
+                || oldest.is_some_and(|oldest| oldest + 1 < snapshot.first)
+                || standing.is_some_and(|standing| standing.version != table.version)
+                || !is_same
+                || emptied
             {
                 return Err(Error::OutOfReach(table.full_name()));
             }
@@ -218,18 +258,40 @@ impl Catchup {
         let count = self.items.len();
         for item in first..count {
             let after = if item == first { cursor.clone() } else { None };
-            if !self.bring(walk, item, after, None, turn)? {
+            if !self.bring_all(walk, item, after, turn)? {
                 return Ok(false);
             }
         }
         for item in 0..first {
-            if !self.bring(walk, item, None, None, turn)? {
+            if !self.bring_all(walk, item, None, turn)? {
                 return Ok(false);
             }
         }
         match cursor {
             Some(cursor) => self.bring(walk, first, None, Some(&cursor), turn),
             None => Ok(true),
+        }
+    }
+
+    /// Brings what there is of a table behind a key to the snapshot. False: the budget is used up, and the cursor is set.
+    fn bring_all(
+        &self,
+        walk: &mut Walk,
+        item: usize,
+        after: Option<Key>,
+        turn: &mut Turn<'_>,
+    ) -> Result<bool, Error> {
+        if walk.standings.is_some() {
+            return self.bring(walk, item, after, None, turn);
+        }
+        let table = self.items[item].view.table().oid;
+        match turn.reader.standing(table)? {
+            Some(standing) if standing.copied => self.bring(walk, item, after, None, turn),
+            Some(standing) if standing.open => match turn.reader.highest(table)? {
+                Some(highest) => self.bring(walk, item, after, Some(&highest), turn),
+                None => Ok(true),
+            },
+            _ => Ok(true),
         }
     }
 
@@ -326,28 +388,36 @@ impl Catchup {
     }
 
     /// Lists what changed since the oldest transaction that any range is as of. False: not complete yet.
-    fn collect(&self, walk: &mut Walk, turn: &Turn<'_>) -> Result<bool, Error> {
+    fn collect(&self, walk: &mut Walk, turn: &mut Turn<'_>) -> Result<bool, Error> {
         let tables: Vec<Oid> = self
             .items
             .iter()
             .map(|item| item.view.table().oid)
             .collect();
-        let upto = walk.collected.take().unwrap_or_else(|| {
+        let (list, upto) = walk.collected.take().unwrap_or_else(|| {
+            static LISTS: AtomicU64 = AtomicU64::new(0);
             let oldest = walk.ranges.iter().filter_map(Ranges::oldest).min();
             // From here on ranges only get newer.
-            Place {
+            let place = Place {
                 ordinal: oldest.unwrap_or(turn.now),
                 entry: None,
-            }
+            };
+            (LISTS.fetch_add(1, Ordering::Relaxed), place)
         });
-        let more = turn.reader.collect(&tables, &upto, COLLECTED_MAX)?;
+        let more = (turn.reader).collect(list, &tables, &upto, COLLECTED_MAX)?;
         let complete = more.is_none();
-        walk.collected = Some(more.unwrap_or(Place {
+        let upto = more.unwrap_or(Place {
             ordinal: turn.now,
             entry: None,
-        }));
+        });
+        walk.collected = Some((list, upto));
         Ok(complete)
     }
+}
+
+/// The mirror has a position: its initial copy is complete.
+fn is_filled(reader: &Reader) -> Result<bool, Error> {
+    Ok(reader.snapshot()?.position != Position::default())
 }
 
 /// What the replica is told of one row.

@@ -125,7 +125,13 @@ impl Encoder {
         self.ready.push_back(v1::Down {
             elements: std::mem::take(&mut self.elements),
             resume_token,
+            ..v1::Down::default()
         });
+    }
+
+    /// A message without elements: within a transaction, where no heartbeat may be, it says that the streamer lives.
+    pub fn sign_of_life(&mut self) {
+        self.ready.push_back(v1::Down::default());
     }
 
     /// The message in hand is large enough to be sent.
@@ -157,6 +163,7 @@ impl Encoder {
             self.ready.push_back(v1::Down {
                 elements: std::mem::take(&mut self.elements),
                 resume_token: Bytes::new(),
+                ..v1::Down::default()
             });
         }
         self.bytes = self

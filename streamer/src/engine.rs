@@ -143,10 +143,13 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine over an open mirror, and where its progress can be watched: for everybody, and for Postgres.
-    pub fn new(mirror: Mirror) -> (Engine, watch::Receiver<Progress>, watch::Receiver<Lsn>) {
+    /// An engine over an open mirror. It tells everybody how far it is by `progress`, and Postgres by what is returned.
+    pub fn new(
+        mirror: Mirror,
+        progress: watch::Sender<Progress>,
+    ) -> (Engine, watch::Receiver<Lsn>) {
         let durable = mirror.durable();
-        let (progress, progress_seen) = watch::channel(Progress {
+        progress.send_replace(Progress {
             durable,
             source: Source::default(),
         });
@@ -164,7 +167,7 @@ impl Engine {
             large: false,
             idle: None,
         };
-        (engine, progress_seen, confirmed_seen)
+        (engine, confirmed_seen)
     }
 
     /// Takes inputs until `Shutdown`, or until nobody can send any more.

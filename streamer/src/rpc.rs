@@ -56,6 +56,8 @@ pub struct Core {
     pub progress: watch::Receiver<Progress>,
     /// For catch-ups.
     pub readers: Arc<Readers>,
+    /// Counts what the initial copy brings, if one is under way.
+    pub copied: watch::Receiver<u64>,
     /// Bytes of one queue at most.
     pub queue_bytes_max: usize,
     /// Bytes of all queues.
@@ -124,6 +126,8 @@ impl Service {
             inputs: core.inputs.clone(),
             progress: core.progress.clone(),
             readers: core.readers.clone(),
+            copied: core.copied.clone(),
+            zstd: hello.zstd,
             out,
             stopping: core.stopping.clone(),
         })

@@ -8,14 +8,19 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::TcpListener, task::JoinError};
+use tokio::{
+    net::TcpListener,
+    sync::{oneshot, watch},
+    task::JoinError,
+    time::timeout,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
 use crate::{
     auth::Verifier,
     config::Config,
-    engine::{self, Engine, GROUP_TIME, INPUTS_MAX, Input, Progress},
+    engine::{self, Engine, GROUP_TIME, INPUTS_MAX, Input, Inputs, Progress},
     http::{self, Pages},
     metrics::Metrics,
     postgres::{copy, sql, stream},
@@ -23,7 +28,8 @@ use crate::{
     serve::{self, Stage},
     session::{self, Readers, Total},
     source::Source,
-    start, tls,
+    start::{self, Opening},
+    tls,
 };
 
 /// How long the parts may take to end once they were told to.
@@ -115,97 +121,161 @@ async fn parts(
     stage: &Stage,
     stopping: &CancellationToken,
 ) -> Result<(), Error> {
-    let started = tokio::select! {
-        started = start::start(config, &shared.copied) => started?,
-        () = stopping.cancelled() => return Ok(()),
-    };
-    let memory = config.memory();
-    let readers: Result<Vec<_>, _> = (0..memory.readers)
-        .map(|_| started.mirror.reader())
-        .collect();
-    let readers = Readers::new(readers.map_err(|error| Error::Transient(error.to_string()))?);
-    let (mut engine, progress, confirmed) = Engine::new(started.mirror);
     let (inputs, taken) = mpsc::sync_channel(INPUTS_MAX);
-    let group_time = shared.group_time;
-    let (over, mut ended) = tokio::sync::oneshot::channel();
-    let thread = std::thread::Builder::new()
-        .name("engine".into())
-        .spawn(move || {
-            let _ = over.send(engine.run(&taken, group_time));
-        })
-        .map_err(|error| Error::Transient(error.to_string()))?;
+    let (told, progress) = watch::channel(Progress::default());
+    let (copied, copied_seen) = watch::channel(0);
+    let parts = Parts {
+        config,
+        shared,
+        stage,
+        here: stopping.child_token(),
+        tasks: TaskTracker::new(),
+        queues: Total::new(config.memory().queues_bytes_max),
+        inputs,
+        progress,
+        copied: copied_seen,
+    };
+    let result = parts.run(taken, told, copied).await;
+    // Sessions may have begun before anything else did.
+    parts.here.cancel();
+    parts.tasks.close();
+    if timeout(GRACE, parts.tasks.wait()).await.is_err() {
+        return Err(Error::Definite("the sessions did not end in time".into()));
+    }
+    result
+}
 
-    let here = stopping.child_token();
-    let tasks = TaskTracker::new();
-    let queues = Total::new(memory.queues_bytes_max);
-    let core = rpc::Core {
-        verifier: shared.verifier.clone(),
-        shapes: started.shapes,
-        token_key: started.token_key,
-        inputs: inputs.clone(),
-        progress: progress.clone(),
-        readers,
-        queue_bytes_max: memory.queue_bytes_max,
-        queues: queues.clone(),
-        metrics: shared.metrics.clone(),
-        tasks: tasks.clone(),
-        stopping: here.clone(),
-    };
-    let pages = Pages {
-        verifier: shared.verifier.clone(),
-        progress: progress.clone(),
-        metrics: shared.metrics.clone(),
-        queues,
-    };
-    let routes = routes(core, pages)?;
-    let source = Source {
-        target: config.postgres.target.clone(),
-        slot: config.postgres.slot.clone(),
-        publication: config.postgres.publication.clone(),
-        tables: Arc::new(started.tables),
-        memberships: started.memberships,
-        spool_directory: config.data_dir.clone(),
-        limits: stream::Limits {
+/// What the parts share from one start to its end.
+struct Parts<'a> {
+    config: &'a Arc<Config>,
+    shared: &'a Shared,
+    stage: &'a Stage,
+    /// Ends them.
+    here: CancellationToken,
+    /// Those of the sessions.
+    tasks: TaskTracker,
+    queues: Arc<Total>,
+    inputs: Inputs,
+    progress: watch::Receiver<Progress>,
+    copied: watch::Receiver<u64>,
+}
+
+impl Parts<'_> {
+    async fn run(
+        &self,
+        taken: mpsc::Receiver<Input>,
+        told: watch::Sender<Progress>,
+        copied: watch::Sender<u64>,
+    ) -> Result<(), Error> {
+        let mut early = None;
+        let let_in = |opening| {
+            let grpc = self.grpc(opening)?;
+            self.stage.early(grpc.clone());
+            early = Some(grpc);
+            Ok(())
+        };
+        let starting = start::start(self.config, &self.shared.copied, &copied, Box::new(let_in));
+        let started = tokio::select! {
+            started = starting => started?,
+            () = self.here.cancelled() => return Ok(()),
+        };
+        let grpc = match started.opening {
+            Some(opening) => self.grpc(opening)?,
+            None => early.ok_or_else(|| Error::Definite("no replica was let in".into()))?,
+        };
+        let (mut engine, confirmed) = Engine::new(started.mirror, told);
+        let group_time = self.shared.group_time;
+        let (over, mut ended) = oneshot::channel();
+        let thread = std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || {
+                let _ = over.send(engine.run(&taken, group_time));
+            })
+            .map_err(|error| Error::Transient(error.to_string()))?;
+
+        let source = Source {
+            target: self.config.postgres.target.clone(),
+            slot: self.config.postgres.slot.clone(),
+            publication: self.config.postgres.publication.clone(),
+            tables: Arc::new(started.tables),
+            memberships: started.memberships,
+            spool_directory: self.config.data_dir.clone(),
+            limits: self.limits(),
+            inputs: self.inputs.clone(),
+            confirmed,
+            metrics: self.shared.metrics.clone(),
+            observed: Arc::default(),
+        };
+        let mut source = tokio::spawn(source.run(self.here.clone()));
+        let serve = async {
+            // Tables that were copied just now are as of up to here.
+            let mut progress = self.progress.clone();
+            let there = |progress: &Progress| progress.durable.lsn >= started.serve_from;
+            if progress.wait_for(there).await.is_ok() {
+                self.stage.ready(grpc.merge(self.pages()));
+            }
+            std::future::pending::<()>().await
+        };
+        let (result, source_ended) = tokio::select! {
+            streamed = &mut source => (streamed_ended(streamed), true),
+            engine = &mut ended => (Err(engine_ended(engine.ok())), false),
+            () = serve => unreachable!("it never ends"),
+        };
+        self.here.cancel();
+        session::send(&self.inputs, Input::Shutdown);
+        if !source_ended && timeout(GRACE, source).await.is_err() {
+            return Err(Error::Definite("the stream did not end in time".into()));
+        }
+        let joined = tokio::task::block_in_place(|| thread.join());
+        joined.map_err(|_| Error::Definite("the engine panicked".into()))?;
+        result
+    }
+
+    fn grpc(&self, opening: Opening) -> Result<axum::Router, start::Error> {
+        let core = rpc::Core {
+            verifier: self.shared.verifier.clone(),
+            shapes: opening.shapes,
+            token_key: opening.token_key,
+            inputs: self.inputs.clone(),
+            progress: self.progress.clone(),
+            readers: Readers::new(opening.readers),
+            copied: self.copied.clone(),
+            queue_bytes_max: self.config.memory().queue_bytes_max,
+            queues: self.queues.clone(),
+            metrics: self.shared.metrics.clone(),
+            tasks: self.tasks.clone(),
+            stopping: self.here.clone(),
+        };
+        let (_, health) = tonic_health::server::health_reporter();
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(anabranch_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()
+            .map_err(|error| start::Error::Definite(error.to_string()))?;
+        let mut grpc = Routes::builder();
+        grpc.add_service(rpc::Service::new(core))
+            .add_service(health)
+            .add_service(reflection);
+        Ok(grpc.routes().into_axum_router())
+    }
+
+    fn pages(&self) -> axum::Router {
+        http::routes(Arc::new(Pages {
+            verifier: self.shared.verifier.clone(),
+            progress: self.progress.clone(),
+            metrics: self.shared.metrics.clone(),
+            queues: self.queues.clone(),
+        }))
+    }
+
+    fn limits(&self) -> stream::Limits {
+        let memory = self.config.memory();
+        stream::Limits {
             chunk_bytes_max: memory.chunk_bytes_max,
             row_bytes_max: memory.row_bytes_max,
             spool_memory_bytes_max: memory.events_bytes_max,
-        },
-        inputs: inputs.clone(),
-        confirmed,
-        metrics: shared.metrics.clone(),
-        observed: Arc::default(),
-    };
-    let mut source = tokio::spawn(source.run(here.clone()));
-    let serve = async {
-        // Tables that were copied just now are as of up to here.
-        let mut progress = progress;
-        let there = |progress: &Progress| progress.durable.lsn >= started.serve_from;
-        if progress.wait_for(there).await.is_ok() {
-            stage.ready(routes);
         }
-        std::future::pending::<()>().await
-    };
-    let (result, source_ended) = tokio::select! {
-        streamed = &mut source => (streamed_ended(streamed), true),
-        engine = &mut ended => (Err(engine_ended(engine.ok())), false),
-        () = serve => unreachable!("it never ends"),
-    };
-    here.cancel();
-    session::send(&inputs, Input::Shutdown);
-    drop(inputs);
-    tasks.close();
-    let all = async {
-        if !source_ended {
-            let _ = source.await;
-        }
-        tasks.wait().await;
-    };
-    if tokio::time::timeout(GRACE, all).await.is_err() {
-        return Err(Error::Definite("the parts did not end in time".into()));
     }
-    let joined = tokio::task::block_in_place(|| thread.join());
-    joined.map_err(|_| Error::Definite("the engine panicked".into()))?;
-    result
 }
 
 fn streamed_ended(ended: Result<Result<(), sql::Error>, JoinError>) -> Result<(), Error> {
@@ -221,23 +291,6 @@ fn engine_ended(ended: Option<Result<(), engine::Error>>) -> Error {
         Some(Err(error)) => Error::Transient(error.to_string()),
         None => Error::Definite("the engine panicked".into()),
     }
-}
-
-fn routes(core: rpc::Core, pages: Pages) -> Result<axum::Router, Error> {
-    let (_, health) = tonic_health::server::health_reporter();
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(anabranch_proto::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|error| Error::Definite(error.to_string()))?;
-    let mut grpc = Routes::builder();
-    grpc.add_service(rpc::Service::new(core))
-        .add_service(health)
-        .add_service(reflection);
-    Ok(grpc
-        .routes()
-        .into_axum_router()
-        .merge(http::routes(Arc::new(pages))))
 }
 
 /// How long a group stays open; a test stretches it to see what happens to who joins meanwhile.

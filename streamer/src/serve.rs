@@ -48,7 +48,8 @@ const STREAMS_MAX: u32 = 100;
 /// How long connections may take to end when the streamer stops.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// What is served: until the mirror is complete, a few words on that; from then on, everything.
+/// What is served: until the mirror is complete, a few words on that, and what is there to replicas; from then on,
+/// everything.
 pub struct Stage {
     starting: Router,
     ready: Mutex<Option<Router>>,
@@ -58,11 +59,14 @@ impl Stage {
     /// Says that the streamer is starting.
     pub fn new() -> Arc<Stage> {
         Arc::new(Stage {
-            starting: Router::new()
-                .route("/healthz", get(|| async { "ok\n" }))
-                .fallback(starting),
+            starting: starting_pages().fallback(starting),
             ready: Mutex::new(None),
         })
+    }
+
+    /// From here on replicas are served by these while the mirror is filled; pages still say that the streamer is starting.
+    pub fn early(&self, grpc: Router) {
+        *self.lock() = Some(grpc.merge(starting_pages()));
     }
 
     /// From here on these are served, also on connections that are open already.
@@ -82,6 +86,15 @@ impl Stage {
     fn lock(&self) -> MutexGuard<'_, Option<Router>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The pages while the mirror is filled.
+fn starting_pages() -> Router {
+    Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(starting))
+        .route("/status", get(starting))
+        .route("/metrics", get(starting))
 }
 
 /// Replicas are told in gRPC's own terms, so that they try again soon.

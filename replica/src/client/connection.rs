@@ -23,10 +23,7 @@ use tokio::{
     net::TcpStream,
     task::JoinSet,
 };
-use tonic::{
-    codec::CompressionEncoding,
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
-};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tower::service_fn;
 
 use crate::config::{Config, Tls};
@@ -122,8 +119,7 @@ pub async fn connect(config: &Config, tasks: &Tasks) -> Result<Connection, Strin
         .map_err(|_| format!("no answer within {timeout:?}"))?
         .map_err(|error| explain(&error))?;
     let client = AnabranchClient::new(channel)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX + MESSAGE_SLACK_BYTES)
-        .accept_compressed(CompressionEncoding::Zstd);
+        .max_decoding_message_size(MESSAGE_BYTES_MAX + MESSAGE_SLACK_BYTES);
     Ok(Connection { client, received })
 }
 

@@ -53,6 +53,7 @@ fn defaults_differ_from_what_is_documented() {
         params,
         [("ids", "[1,2]"), ("name", "\"blue\""), ("team", "7")]
     );
+    assert!(!config.zstd);
     assert!(config.warnings().is_empty());
 }
 

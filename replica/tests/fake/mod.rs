@@ -297,6 +297,7 @@ pub fn message(elements: Vec<v1::Element>) -> v1::Down {
     v1::Down {
         elements,
         resume_token: token.into(),
+        ..v1::Down::default()
     }
 }
 

@@ -4,6 +4,13 @@
 //! it writes the file and the file before it forgets the log, so a power cut in the middle loses batches and harms
 //! nothing, least of all the tables that are followed meanwhile. (With OFF it could tear those.) The batches become
 //! durable with the next commit under FULL, which syncs all of the log up to itself: that of `end_copy` at the latest.
+//!
+//! *Early readers.* Until the first history begins, nothing that was copied changes any more. So a catch-up may give out
+//! rows of a table while its copy goes on, in key order, up to the highest key that is there; what comes behind that it
+//! finds later. A row that comes *below* the highest key may have been passed already: it gets an entry in the change
+//! index (it was absent), under an ordinal for its batch, and is found as any change is. That costs a write more for such
+//! a row, so a table is only opened to readers once its first [`SAMPLE_ROWS`] rows came nearly in the order of
+//! their keys, as those of a growing key do; any other is read when its copy is complete.
 
 use std::sync::Arc;
 
@@ -17,6 +24,24 @@ use super::{
     schema,
 };
 use crate::table::{Oid, Table};
+
+/// After so many rows it is decided whether readers may look at a table that is being copied.
+pub(super) const SAMPLE_ROWS: u64 = 16 * 1024;
+
+/// They may, if at most this part of them came below a higher key.
+const LATE_PART_MAX: u64 = 16;
+
+/// How the copy of a table goes.
+#[derive(Debug, Default)]
+pub(super) struct Copied {
+    /// The highest key so far.
+    highest: Option<Key>,
+    rows: u64,
+    /// Rows that came in a batch after one with a higher key.
+    late: u64,
+    /// Readers may look at it.
+    open: bool,
+}
 
 impl Mirror {
     /// Creates an empty table in state `Copying`; one that is there already is emptied. An open group is
@@ -33,14 +58,14 @@ impl Mirror {
             let integer_key = table.integer_key().is_some();
             schema::create_rows(&mirror.sqlite, table.oid, integer_key, rows.has_identity())?;
             mirror.sqlite.execute(
-                "INSERT OR REPLACE INTO tables(oid, version, schema, state, floor, replaced, reach)
-                 VALUES(?1, ?2, ?3, ?4, 0, ?5, 0)",
+                "INSERT OR REPLACE INTO tables(oid, version, schema, state, open, floor, replaced, reach)
+                 VALUES(?1, ?2, ?3, ?4, 0, 0, ?5, 0)",
                 (
                     table.oid,
                     table.version,
                     description,
                     State::Copying.columns().0,
-                    mirror.position != Position::default(),
+                    mirror.has_begun(),
                 ),
             )?;
             mirror.tables.insert(table.oid, rows);
@@ -94,6 +119,8 @@ impl Mirror {
 
     fn insert_batch(&mut self, oid: Oid, batch: &[Bytes]) -> Result<(), Failure> {
         let rows = &self.tables[&oid];
+        let (before, mut highest) = (&rows.copied.highest, rows.copied.highest.clone());
+        let mut late = Vec::new();
         for row in batch {
             if row.len() > self.settings.row_bytes_max {
                 return Err(too_large(row.len(), self.settings.row_bytes_max));
@@ -107,8 +134,50 @@ impl Mirror {
             {
                 return Err(Failure::Stop("its copy has two rows of one key".into()));
             }
+            if Some(&key) < before.as_ref() {
+                late.push(key);
+            } else if Some(&key) > highest.as_ref() {
+                highest = Some(key);
+            }
+        }
+        if self.has_begun() {
+            return Ok(());
+        }
+        let copied = Copied {
+            highest,
+            rows: rows.copied.rows + batch.len() as u64,
+            late: rows.copied.late + late.len() as u64,
+            open: rows.copied.open,
+        };
+        self.open_to_readers(oid, copied, &late)
+            .map_err(Failure::Mirror)
+    }
+
+    /// Lets readers look at a table, or tells those who do what came late.
+    fn open_to_readers(&mut self, oid: Oid, mut copied: Copied, late: &[Key]) -> Result<(), Error> {
+        if copied.open && !late.is_empty() {
+            let version = self.tables[&oid].table().version;
+            let ordinal = self.index.begin(&self.sqlite)?;
+            for key in late {
+                (self.index).add(&self.sqlite, ordinal, (oid, version), key, None)?;
+            }
+            self.index.end_copied(&self.sqlite, ordinal)?;
+        }
+        let sampled =
+            copied.rows >= self.sample_rows && self.tables[&oid].copied.rows < self.sample_rows;
+        if sampled && copied.late * LATE_PART_MAX <= copied.rows {
+            copied.open = true;
+            (self.sqlite).execute("UPDATE tables SET open = 1 WHERE oid = ?1", [oid])?;
+        }
+        if let Some(rows) = self.tables.get_mut(&oid) {
+            rows.copied = copied;
         }
         Ok(())
+    }
+
+    /// The first history has begun: before, there is nothing but tables that are being copied.
+    fn has_begun(&self) -> bool {
+        self.position != Position::default()
     }
 
     /// The copy is complete as of `at`; durable when it returns.

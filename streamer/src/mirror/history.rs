@@ -57,6 +57,11 @@ impl Mirror {
         }
         self.alone(|mirror| {
             let sqlite = &mirror.sqlite;
+            // What was copied late belongs to the first history: catch-ups that began before it go on in it.
+            let first = match mirror.position == Position::default() {
+                true => mirror.index.first(),
+                false => mirror.index.next(),
+            };
             let known: Option<i64> = sqlite
                 .query_row(
                     "SELECT id FROM epoch WHERE id = ?1",
@@ -76,7 +81,7 @@ impl Mirror {
                     (
                         epoch.0 as i64,
                         at.0 as i64,
-                        mirror.index.next(),
+                        first,
                         parent.map(|parent| parent.epoch.0 as i64),
                         parent.map(|parent| parent.lsn.0 as i64),
                     ),

@@ -183,6 +183,18 @@ impl Index {
         Ok(())
     }
 
+    /// A batch of copied rows that has the entries under `ordinal` ends. It is no transaction of the source: it lies below
+    /// all of them, and has no time.
+    pub fn end_copied(&mut self, sqlite: &Connection, ordinal: i64) -> Result<(), rusqlite::Error> {
+        sqlite
+            .prepare_cached(
+                "INSERT INTO txn(ordinal, epoch, lsn, commit_time) VALUES(?1, 0, 0, 0)",
+            )?
+            .execute([ordinal])?;
+        self.last = ordinal;
+        Ok(())
+    }
+
     /// Before a commit: writes down how large it is, starts a new segment where the last is full or old, and drops
     /// what is too much or too old. `now` is the commit time of the last transaction.
     pub fn maintain(&mut self, sqlite: &Connection, now: i64) -> Result<(), Error> {
@@ -254,6 +266,11 @@ impl Index {
         sqlite.execute("DELETE FROM txn WHERE ordinal < ?1", [next.first])?;
         self.segments.remove(0);
         Ok(true)
+    }
+
+    /// The first ordinal that there can still be entries of.
+    pub fn first(&self) -> i64 {
+        self.segments.first().map_or(1, |segment| segment.first)
     }
 
     /// The ordinal that the first transaction from here on gets.

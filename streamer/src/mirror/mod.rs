@@ -87,6 +87,7 @@ pub struct Mirror {
     group: bool,
     large: Option<Large>,
     nets_max: usize,
+    sample_rows: u64,
     checkpoint: Checkpoint,
     /// The file could not be read again after an error: what is in memory proves nothing.
     failed: bool,
@@ -167,6 +168,7 @@ impl Mirror {
             group: false,
             large: None,
             nets_max: NETS_MAX,
+            sample_rows: copy::SAMPLE_ROWS,
             checkpoint,
             failed: false,
             _lock: lock,

@@ -16,6 +16,8 @@ use crate::table::{Oid, Table};
 pub struct Reader {
     sqlite: Connection,
     snapshot: Option<Snapshot>,
+    /// Which list [`Reader::collect`] has filled last.
+    list: Option<u64>,
 }
 
 /// What an open snapshot says of the whole mirror.
@@ -39,10 +41,22 @@ pub(crate) struct Snapshot {
 pub(crate) struct Standing {
     /// Its copy is complete.
     pub copied: bool,
+    /// It may be read although its copy is not complete.
+    pub open: bool,
+    /// It is not followed any more.
+    pub stopped: bool,
     pub floor: Lsn,
     /// The lowest position from which the change index has it.
     pub reach: Lsn,
     pub version: u32,
+}
+
+impl Standing {
+    /// The rows are those of the same copy, and the change index has all that happened to them since.
+    pub fn is_same_copy(&self, other: &Standing) -> bool {
+        (self.copied, self.floor, self.reach, self.version)
+            == (other.copied, other.floor, other.reach, other.version)
+    }
 }
 
 /// A range of keys: above `after`, up to and with `upto`.
@@ -57,6 +71,7 @@ impl Reader {
         Ok(Reader {
             sqlite: schema::open_reader(file, cache_bytes)?,
             snapshot: None,
+            list: None,
         })
     }
 
@@ -163,13 +178,17 @@ impl Reader {
     pub(crate) fn standing(&self, table: Oid) -> Result<Option<Standing>, Error> {
         Ok(self
             .sqlite
-            .prepare_cached("SELECT state, floor, version, reach FROM tables WHERE oid = ?1")?
+            .prepare_cached(
+                "SELECT state, open, floor, version, reach, stopped FROM tables WHERE oid = ?1",
+            )?
             .query_row([table], |row| {
                 Ok(Standing {
                     copied: row.get::<_, i64>(0)? != super::State::Copying.columns().0,
-                    floor: Lsn(row.get::<_, i64>(1)? as u64),
-                    version: row.get(2)?,
-                    reach: Lsn(row.get::<_, i64>(3)? as u64),
+                    open: row.get(1)?,
+                    floor: Lsn(row.get::<_, i64>(2)? as u64),
+                    version: row.get(3)?,
+                    reach: Lsn(row.get::<_, i64>(4)? as u64),
+                    stopped: row.get::<_, Option<i64>>(5)?.is_some(),
                 })
             })
             .optional()?)
@@ -179,6 +198,14 @@ impl Reader {
     pub(crate) fn ordinal_at(&self, lsn: Lsn) -> Result<i64, Error> {
         let snapshot = self.snapshot()?;
         ordinal_at(&self.sqlite, lsn, snapshot.first, snapshot.last)
+    }
+
+    /// The highest key of a table's rows.
+    pub(crate) fn highest(&self, table: Oid) -> Result<Option<Key>, Error> {
+        Ok(self
+            .sqlite
+            .prepare_cached(&format!("SELECT max(k) FROM rows_{table}"))?
+            .query_row([], |row| row.get(0))?)
     }
 
     /// The row of a key, now.
@@ -270,21 +297,32 @@ impl Reader {
         }
     }
 
+    /// Whether it has this list of [`Reader::collect`].
+    pub(crate) fn has_list(&self, list: u64) -> bool {
+        self.list == Some(list)
+    }
+
     /// Empties the list of changed keys that [`Reader::collect`] fills.
-    pub(crate) fn forget_collected(&self) -> Result<(), Error> {
+    pub(crate) fn forget_collected(&mut self) -> Result<(), Error> {
+        self.list = None;
         Ok(self
             .sqlite
             .execute_batch("DROP TABLE IF EXISTS temp.changed")?)
     }
 
-    /// Lists the keys that transactions after `from` changed in these tables, at most `entries_max` of them. Returns
-    /// where to go on, or `None` once the list is complete up to the snapshot's last transaction.
+    /// Lists the keys that transactions after `from` changed in these tables, at most `entries_max` of them; another
+    /// `list` is forgotten. Returns where to go on, or `None` once it is complete up to the snapshot's last transaction.
     pub(crate) fn collect(
-        &self,
+        &mut self,
+        list: u64,
         tables: &[Oid],
         from: &Place,
         entries_max: usize,
     ) -> Result<Option<Place>, Error> {
+        if !self.has_list(list) {
+            self.forget_collected()?;
+            self.list = Some(list);
+        }
         self.sqlite.execute_batch(
             "CREATE TEMP TABLE IF NOT EXISTS changed(
                 tbl INTEGER, k, txn INTEGER, PRIMARY KEY(tbl, k, txn)

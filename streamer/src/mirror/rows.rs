@@ -6,7 +6,7 @@ use anabranch_proto::{Lsn, record::Malformed};
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension};
 
-use super::{Entry, Key, State};
+use super::{Entry, Key, State, copy::Copied};
 use crate::{
     delta,
     table::{Identity, Table},
@@ -16,6 +16,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Rows {
     pub entry: Entry,
+    pub copied: Copied,
     get: String,
     insert: String,
     update: String,
@@ -46,6 +47,7 @@ impl Rows {
         };
         Rows {
             entry,
+            copied: Copied::default(),
             get: format!("SELECT r FROM rows_{oid} WHERE k = ?1"),
             insert: format!("INSERT OR IGNORE INTO rows_{oid}(k, r) VALUES(?1, ?2)"),
             update: format!("UPDATE rows_{oid} SET r = ?2 WHERE k = ?1"),

@@ -13,8 +13,9 @@
 //! | `segment`        | segments of the change index: `first` ordinal, bytes, time of the first commit          |
 //! | `changes_<n>`    | one: what rows were before a transaction; `old` is NULL where there was none            |
 //!
-//! `tables.replaced`: the copy began when there were replicas, which may have the table from before. `tables.reach`: the
-//! lowest position from which the change index has all that happened to it.
+//! `tables.open`: readers may look at it although its copy is not complete (see `copy`). `tables.replaced`: the copy began
+//! when there were replicas, which may have the table from before. `tables.reach`: the lowest position from which the
+//! change index has all that happened to it.
 //!
 //! LSNs and epochs are unsigned 64-bit numbers kept in SQLite's signed ones, bit by bit; so they are compared here,
 //! in Rust, and never by SQLite.
@@ -58,7 +59,7 @@ const TABLES: &str = "
     CREATE TABLE fact(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE tables(
         oid INTEGER PRIMARY KEY, version INTEGER NOT NULL, schema TEXT NOT NULL,
-        state INTEGER NOT NULL, floor INTEGER NOT NULL, stopped INTEGER, reason TEXT,
+        state INTEGER NOT NULL, open INTEGER NOT NULL, floor INTEGER NOT NULL, stopped INTEGER, reason TEXT,
         replaced INTEGER NOT NULL, reach INTEGER NOT NULL
     );
     CREATE TABLE epoch(

@@ -14,7 +14,7 @@ mod view;
 
 use std::sync::Arc;
 
-use anabranch_proto::{HEARTBEAT_EVERY, Position, v1};
+use anabranch_proto::{HEARTBEAT_EVERY, Position, packed, v1};
 use bytes::Bytes;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -38,7 +38,7 @@ use crate::{
 };
 
 /// Bytes of one round of a catch-up. They are in memory while the replica takes them, and no snapshot is held then.
-pub const ROUND_BYTES: usize = 4 * 1024 * 1024;
+pub const ROUND_BYTES: usize = 1024 * 1024;
 
 /// Messages on their way into the connection of one session.
 pub const MESSAGES_AHEAD: usize = 2;
@@ -92,6 +92,10 @@ pub struct Session {
     pub progress: watch::Receiver<Progress>,
     /// For catch-ups.
     pub readers: Arc<Readers>,
+    /// Counts what the initial copy brings, if one is under way.
+    pub copied: watch::Receiver<u64>,
+    /// Messages may be packed.
+    pub zstd: bool,
     /// Where its messages go.
     pub out: mpsc::Sender<v1::Down>,
     /// The streamer stops.
@@ -237,7 +241,14 @@ impl Session {
             }
             join = matches!(round, Round::Complete(_));
             drop(reader);
+            if round == Round::Filling {
+                // What there is goes out now: the replica takes it in while Postgres is read on.
+                encoder.end_message(Bytes::new());
+            }
             self.send(encoder).await?;
+            if round == Round::Filling {
+                self.wait_for_copy(encoder).await?;
+            }
             reader = self.readers.take().await;
         };
         drop(reader);
@@ -252,6 +263,18 @@ impl Session {
         standing.first = false;
         standing.last = Some(position);
         Ok(())
+    }
+
+    /// Until the initial copy has brought more.
+    async fn wait_for_copy(&mut self, encoder: &mut Encoder) -> Result<(), Ended> {
+        match tokio::time::timeout(HEARTBEAT_EVERY, self.copied.changed()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Ended::Stopping),
+            Err(_) => {
+                encoder.sign_of_life();
+                self.send(encoder).await
+            }
+        }
     }
 
     /// Streams from the queue until the session falls behind.
@@ -398,6 +421,10 @@ impl Session {
 
     async fn send(&self, encoder: &mut Encoder) -> Result<(), Ended> {
         while let Some(message) = encoder.take() {
+            let message = match self.zstd {
+                true => packed::pack(message),
+                false => message,
+            };
             self.out.send(message).await.map_err(|_| Ended::Gone)?;
         }
         Ok(())

@@ -25,18 +25,19 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use anabranch_proto::{Epoch, Lsn, Position};
+use anabranch_proto::{Lsn, Position};
+use tokio::sync::watch::Sender;
 
 use self::resolve::Resolved;
 pub use self::watch::{WATCH_EVERY, watch};
 use crate::{
     config::Config,
-    mirror::{self, Mirror},
+    mirror::{self, Mirror, Reader},
     postgres::{
         catalog::{self, Name},
         check,
         copy::{self, Progress, Snapshot},
-        history::{self, Incarnation, Remembered, Source, Verdict},
+        history::{self, Incarnation, Remembered, Verdict},
         replication::Replication,
         setup::{self, Wanted},
         sql::{self, Client},
@@ -81,33 +82,46 @@ impl From<mirror::Error> for Error {
     }
 }
 
+/// What sessions need of a start.
+pub struct Opening {
+    /// Compiled against the tables as the mirror has them.
+    pub shapes: Vec<Shape>,
+    /// Authenticates resume tokens.
+    pub token_key: token::Key,
+    /// For catch-ups.
+    pub readers: Vec<Reader>,
+}
+
+/// Lets replicas in while the initial copy goes on.
+pub type Early<'a> = Box<dyn FnOnce(Opening) -> Result<(), Error> + Send + 'a>;
+
 /// Ready to stream.
 pub struct Started {
     /// At `position`, all tables complete or stopped.
     pub mirror: Mirror,
+    /// `None`: replicas were let in already.
+    pub opening: Option<Opening>,
     /// The tables to follow.
     pub tables: HashMap<Oid, Arc<Table>>,
-    /// Compiled against the tables as the mirror has them.
-    pub shapes: Vec<Shape>,
     /// Where streaming goes on.
     pub position: Position,
     /// No session may see the mirror before its position is at least this: tables that were copied now are as of up
     /// to here.
     pub serve_from: Lsn,
-    /// Whose history it is.
-    pub source: Source,
-    /// The id of that history.
-    pub epoch: Epoch,
     /// Each table's membership in the publication, for [`watch`].
     pub memberships: BTreeMap<Oid, Oid>,
-    /// Authenticates resume tokens.
-    pub token_key: token::Key,
 }
 
-/// Starts. What is copied can be watched in `progress`.
+/// Starts. What is copied can be watched in `progress`; each batch of it counts in `copied`. A fresh start lets replicas
+/// in by `early`.
 ///
 /// Dropped in the middle it leaves what a kill leaves; blocking threads end by themselves.
-pub async fn start(config: &Config, progress: &Progress) -> Result<Started, Error> {
+pub async fn start(
+    config: &Config,
+    progress: &Progress,
+    copied: &Sender<u64>,
+    early: Early<'_>,
+) -> Result<Started, Error> {
     let postgres = &config.postgres;
     let client = Client::connect(&postgres.target, "anabranch start").await?;
     let findings = check::server(&client, &postgres.slot, config.wal_retained_max).await?;
@@ -156,8 +170,8 @@ pub async fn start(config: &Config, progress: &Progress) -> Result<Started, Erro
     let findings = resolved.refused.iter().map(check::of_table).collect();
     refuse(check::errors(findings))?;
     compile(config, &resolved.all())?;
-    let copied: Vec<Name> = resolved.copy.iter().map(|table| name(table)).collect();
-    let mut findings = check::row_security(&client, &copied).await?;
+    let to_copy: Vec<Name> = resolved.copy.iter().map(|table| name(table)).collect();
+    let mut findings = check::row_security(&client, &to_copy).await?;
     findings.extend(check::publication(&client, &postgres.publication, &names).await?);
     refuse(check::errors(findings))?;
 
@@ -167,12 +181,14 @@ pub async fn start(config: &Config, progress: &Progress) -> Result<Started, Erro
         replication,
         mirror: Arc::new(Mutex::new(mirror)),
         progress,
+        copied,
     };
+    let opened = fresh.is_some();
     match fresh {
-        Some(drop_slot) => start.fresh(drop_slot, &resolved).await?,
+        Some(drop_slot) => start.fresh(drop_slot, &resolved, early).await?,
         None => start.resume(&resolved).await?,
     }
-    start.finish().await
+    start.finish(opened).await
 }
 
 /// The parts that a start works with.
@@ -183,6 +199,7 @@ struct Start<'a> {
     /// Only ever locked by one blocking thread at a time.
     mirror: Arc<Mutex<Mirror>>,
     progress: &'a Progress,
+    copied: &'a Sender<u64>,
 }
 
 impl Start<'_> {
@@ -195,7 +212,12 @@ impl Start<'_> {
         Ok(blocking(work).await??)
     }
 
-    async fn fresh(&mut self, drop_slot: bool, resolved: &Resolved) -> Result<(), Error> {
+    async fn fresh(
+        &mut self,
+        drop_slot: bool,
+        resolved: &Resolved,
+        early: Early<'_>,
+    ) -> Result<(), Error> {
         let postgres = &self.config.postgres;
         let slot = postgres.slot.clone();
         if drop_slot {
@@ -246,6 +268,7 @@ impl Start<'_> {
         self.on_mirror(move |mirror| Remembered::created(mirror, &incarnation))
             .await?;
         tracing::info!(slot, %at, "slot created");
+        early(self.opening(&resolved.all()).await?)?;
         self.copy(&created.snapshot, &resolved.copy, at).await?;
 
         let epoch = source.epoch();
@@ -254,6 +277,7 @@ impl Start<'_> {
             Remembered::completed(mirror)
         })
         .await?;
+        self.copied.send_modify(|count| *count += 1);
         tracing::info!(%epoch, %at, tables = resolved.copy.len(), "initial copy complete");
         Ok(())
     }
@@ -349,9 +373,9 @@ impl Start<'_> {
                 let sender = sender;
                 snapshot.copy(&owned, bytes_max, &sender, progress).await
             };
-            let owned = tables.to_vec();
-            let filling =
-                self.on_mirror(move |mirror| copy::fill(mirror, &owned, at, &mut receiver));
+            let (owned, copied) = (tables.to_vec(), self.copied.clone());
+            let filling = self
+                .on_mirror(move |mirror| copy::fill(mirror, &owned, at, &mut receiver, &copied));
             tokio::join!(copying, filling)
         };
         // Where the mirror failed, the copy failed because of it.
@@ -362,18 +386,32 @@ impl Start<'_> {
         }
     }
 
-    async fn finish(self) -> Result<Started, Error> {
+    /// What sessions need. The mirror's tables are `tables`, or will be.
+    async fn opening(&self, tables: &[Arc<Table>]) -> Result<Opening, Error> {
         let secrets = setup::secrets(&self.client).await?;
+        let count = self.config.memory().readers;
+        let readers = self
+            .on_mirror(move |mirror| (0..count).map(|_| mirror.reader()).collect())
+            .await?;
+        Ok(Opening {
+            shapes: compile(self.config, tables)?,
+            token_key: token::Key::new(&secrets.token_key),
+            readers,
+        })
+    }
+
+    async fn finish(self, opened: bool) -> Result<Started, Error> {
+        let entries = self.on_mirror(|mirror| Ok(mirror.tables())).await?;
+        let all: Vec<_> = entries.iter().map(|entry| entry.table.clone()).collect();
+        let opening = match opened {
+            true => None,
+            false => Some(self.opening(&all).await?),
+        };
         let remembered = self.on_mirror(|mirror| Remembered::read(mirror)).await?;
-        let source = (remembered.source)
-            .ok_or_else(|| Error::Definite("the mirror does not know its source".into()))?;
         let mirror = Arc::into_inner(self.mirror)
             .ok_or_else(|| Error::Definite("the mirror is still in use".into()))?
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
-        let entries = mirror.tables();
-        let all: Vec<_> = entries.iter().map(|entry| entry.table.clone()).collect();
-        let shapes = compile(self.config, &all)?;
         let serve_from = entries.iter().map(|entry| entry.floor).max();
         let live = entries
             .into_iter()
@@ -381,14 +419,11 @@ impl Start<'_> {
             .map(|entry| (entry.table.oid, entry.table));
         let position = mirror.position();
         Ok(Started {
+            opening,
             tables: live.collect(),
-            shapes,
             position,
             serve_from: serve_from.unwrap_or_default().max(position.lsn),
-            epoch: source.epoch(),
-            source,
             memberships: remembered.published,
-            token_key: token::Key::new(&secrets.token_key),
             mirror,
         })
     }

@@ -230,6 +230,7 @@ pub fn down(elements: Vec<v1::Element>) -> v1::Down {
     v1::Down {
         elements,
         resume_token: token.unwrap_or_default().into(),
+        ..v1::Down::default()
     }
 }
 

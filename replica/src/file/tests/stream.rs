@@ -104,6 +104,7 @@ fn positions_that_go_back_are_refused() {
         v1::Down {
             elements: vec![begin(&[]), good(), other_epoch],
             resume_token: "x".into(),
+            ..v1::Down::default()
         },
     );
     let nowhere = element(Kind::Commit(v1::Commit::default()));
@@ -112,6 +113,7 @@ fn positions_that_go_back_are_refused() {
         v1::Down {
             elements: vec![begin(&[]), good(), nowhere],
             resume_token: "x".into(),
+            ..v1::Down::default()
         },
     );
     // A streamer that is behind the file.
@@ -131,6 +133,7 @@ fn tokens_out_of_place_are_refused() {
     let with = |elements, token: &str| v1::Down {
         elements,
         resume_token: token.to_owned().into(),
+        ..v1::Down::default()
     };
     refused("no token", with(vec![begin(&[]), good(), commit(11)], ""));
     refused(

@@ -144,16 +144,14 @@ impl Driver {
             tables: source.initial.clone(),
             ..Expected::default()
         };
-        for table in &source.tables {
-            mirror.begin_copy(table).unwrap();
+        mirror.sample_rows = rng.random_range(1..10);
+        let mut replicas = Vec::new();
+        if rng.random() {
+            replicas.push(Replica::early(&mut rng, &source, &mirror));
         }
+        fill(&mut mirror, &mut rng, &source, &mut replicas);
         for table in &source.tables {
-            copy(&mut mirror, &mut rng, table, &source.initial[&table.oid]);
             now.floors.insert(table.oid, source.start);
-        }
-        mirror.begin_epoch(EPOCH, None, source.start).unwrap();
-        for table in &source.tables {
-            mirror.end_copy(table.oid, source.start).unwrap();
         }
         let nets_max = *[3, 100_000].choose(&mut rng).unwrap();
         mirror.nets_max = nets_max;
@@ -167,7 +165,7 @@ impl Driver {
             durable: now.clone(),
             history: vec![now.clone()],
             now,
-            replicas: Vec::new(),
+            replicas,
             completed: 0,
             reset: 0,
         }
@@ -472,6 +470,13 @@ impl Driver {
         else {
             return;
         };
+        // Readers are shared: a catch-up gets another one for each round.
+        let other = self.rng.random_range(0..self.replicas.len());
+        if which != other {
+            let (one, two) = (which.min(other), which.max(other));
+            let (left, right) = self.replicas.split_at_mut(two);
+            std::mem::swap(&mut left[one].reader, &mut right[0].reader);
+        }
         let bytes_max = *[1, 60, 500, 100_000].choose(&mut self.rng).unwrap();
         let replica = &mut self.replicas[which];
         let position = replica.reader.begin().unwrap();
@@ -575,6 +580,7 @@ impl Driver {
         let not_ready = |oid: &Oid| self.durable.floors[oid] > self.durable.lsn;
         match round {
             Ok(Round::More) => {}
+            Ok(Round::Filling) => panic!("the mirror is filled"),
             Ok(Round::Complete(at)) => {
                 assert_eq!(at, position);
                 assert_eq!(replica.has, shape);
@@ -603,6 +609,88 @@ impl Driver {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+impl Replica {
+    /// One that comes before anything was copied.
+    fn early(rng: &mut StdRng, source: &Source, mirror: &Mirror) -> Replica {
+        let filters: Vec<_> = (source.tables.iter())
+            .map(|table| Arc::new(Filter::any(rng, table)))
+            .collect();
+        let items = filters.iter().map(|filter| Item {
+            view: filter.clone(),
+            from: None,
+        });
+        Replica {
+            at: None,
+            has: vec![Content::new(); filters.len()],
+            tellable: (filters.iter())
+                .map(|filter| {
+                    let seen = filter.of(&source.initial[&filter.table.oid]);
+                    seen.into_keys().collect()
+                })
+                .collect(),
+            reader: mirror.reader().unwrap(),
+            catchup: Some(Catchup::new(items.collect())),
+            filters,
+        }
+    }
+
+    /// A round while the mirror is being filled.
+    fn early_round(&mut self, rng: &mut StdRng, source: &Source) {
+        let bytes_max = *[1, 60, 500, 100_000].choose(rng).unwrap();
+        self.reader.begin().unwrap();
+        let (filters, has) = (&self.filters, &mut self.has);
+        let catchup = self.catchup.as_mut().unwrap();
+        let round = catchup.round(&mut self.reader, bytes_max, &mut |item, op| {
+            let Op::Upsert(record) = op else {
+                panic!("a delete of what was copied");
+            };
+            let row = decode(&record);
+            let key = filters[item].key(&row);
+            let shape = filters[item].of(&source.initial[&filters[item].table.oid]);
+            assert_eq!(shape.get(&key), Some(&row));
+            has[item].insert(key, row);
+        });
+        assert!(matches!(round, Ok(Round::More | Round::Filling)));
+        self.reader.end();
+    }
+}
+
+/// The initial copy of all tables, a batch of any of them at a time, in an order that is that of the keys or not.
+fn fill(mirror: &mut Mirror, rng: &mut StdRng, source: &Source, early: &mut [Replica]) {
+    let mut copies = Vec::new();
+    for table in &source.tables {
+        let content = &source.initial[&table.oid];
+        let mut rows: Vec<Bytes> = content.values().map(|row| encode(row)).collect();
+        for _ in 0..rng.random_range(0..=rows.len()) / 4 {
+            let (one, other) = (
+                rng.random_range(0..rows.len()),
+                rng.random_range(0..rows.len()),
+            );
+            rows.swap(one, other);
+        }
+        copies.push((table.oid, rows));
+        mirror.begin_copy(table).unwrap();
+    }
+    while !copies.is_empty() {
+        let at = rng.random_range(0..copies.len());
+        let (oid, rows) = &mut copies[at];
+        let batch: Vec<Bytes> = rows
+            .drain(..rng.random_range(0..=rows.len().min(9)))
+            .collect();
+        mirror.copy_rows(*oid, &batch).unwrap();
+        if rows.is_empty() {
+            mirror.end_copy(*oid, source.start).unwrap();
+            copies.remove(at);
+        }
+        for replica in early.iter_mut() {
+            if rng.random() {
+                replica.early_round(rng, source);
+            }
+        }
+    }
+    mirror.begin_epoch(EPOCH, None, source.start).unwrap();
 }
 
 fn copy(mirror: &mut Mirror, rng: &mut StdRng, table: &Table, content: &Content) {

@@ -23,7 +23,11 @@ use std::{
 
 use anabranch_proto::{Lsn, record::Builder};
 use bytes::Bytes;
-use tokio::{sync::mpsc, task::JoinSet, time};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time,
+};
 use tokio_stream::StreamExt as _;
 
 use self::progress::Counters;
@@ -325,13 +329,14 @@ pub fn channel() -> (mpsc::Sender<Batch>, mpsc::Receiver<Batch>) {
     mpsc::channel(QUEUE_BATCHES)
 }
 
-/// Inserts what comes, on the thread that owns the mirror, and ends each table's copy as of `at`. `false`: the channel
-/// ended before all tables were complete.
+/// Inserts what comes, on the thread that owns the mirror, and ends each table's copy as of `at`. Each batch counts in
+/// `copied`. `false`: the channel ended before all tables were complete.
 pub fn fill(
     mirror: &mut Mirror,
     tables: &[Arc<Table>],
     at: Lsn,
     batches: &mut mpsc::Receiver<Batch>,
+    copied: &watch::Sender<u64>,
 ) -> Result<bool, mirror::Error> {
     for table in tables {
         mirror.begin_copy(table)?;
@@ -345,6 +350,7 @@ pub fn fill(
             mirror.end_copy(batch.table, at)?;
             complete += 1;
         }
+        copied.send_modify(|count| *count += 1);
     }
     Ok(complete == tables.len())
 }
