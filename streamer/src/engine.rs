@@ -26,6 +26,7 @@ use anabranch_proto::{Lsn, Position, record::Malformed};
 use tokio::sync::{oneshot, watch};
 
 use crate::{
+    events::Events,
     mirror::{self, Applied, Entry, Mirror, State},
     route::{Router, SessionId},
     session::{Delivery, Handle, Lease},
@@ -39,7 +40,7 @@ use crate::{
 pub const GROUP_TIME: Duration = Duration::from_millis(5);
 
 /// A group is committed at this age even if more is waiting, so that joins and confirmations get their turn.
-pub const GROUP_TIME_MAX: Duration = Duration::from_millis(50);
+pub const GROUP_TIME_MAX: Duration = Duration::from_millis(200);
 
 /// A group is committed at this many changes: beyond it larger groups hardly save anything (DESIGN.md, section 10).
 pub const GROUP_CHANGES_MAX: usize = 5_000;
@@ -47,14 +48,13 @@ pub const GROUP_CHANGES_MAX: usize = 5_000;
 /// An idle position is made durable at most this often, unless Postgres waits for it.
 pub const IDLE_EVERY: Duration = Duration::from_secs(1);
 
-/// What waits for the engine at most, in inputs. A chunk is at most `chunk_bytes_max`, and most are one small
-/// transaction, so this bounds memory together with the byte limit that the sender keeps (see `source`).
+/// What waits for the engine at most, in inputs. Those that hold data are bounded in bytes too (see `events`).
 pub const INPUTS_MAX: usize = 1_024;
 
 /// What the engine takes.
 pub enum Input {
     /// From Postgres, in the order of its WAL.
-    Event(Event),
+    Events(Events),
     /// How far Postgres' WAL had come, or that it is out of reach.
     Source(Source),
     /// A session wants to be served from the next boundary of groups on.
@@ -218,20 +218,9 @@ impl Engine {
     /// Takes one input.
     pub fn take(&mut self, input: Input) -> Result<(), Error> {
         match input {
-            Input::Event(Event::Chunk(chunk)) => self.chunk(chunk)?,
-            Input::Event(Event::Idle { lsn, urgent }) => {
-                self.source.lsn = self.source.lsn.max(lsn);
-                if lsn > self.mirror.position().lsn {
-                    self.idle = Some(lsn);
-                }
-                if urgent {
-                    self.commit()?;
-                }
-            }
-            Input::Event(Event::Lost) => {
-                if std::mem::take(&mut self.large) {
-                    self.mirror.abort_large()?;
-                    self.serve_waiting()?;
+            Input::Events(mut events) => {
+                for event in events.events.drain(..) {
+                    self.event(event)?;
                 }
             }
             Input::Source(source) => {
@@ -253,6 +242,28 @@ impl Engine {
                 self.serve_waiting()?;
             }
             Input::Shutdown => self.commit()?,
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, event: Event) -> Result<(), Error> {
+        match event {
+            Event::Chunk(chunk) => self.chunk(chunk)?,
+            Event::Idle { lsn, urgent } => {
+                self.source.lsn = self.source.lsn.max(lsn);
+                if lsn > self.mirror.position().lsn {
+                    self.idle = Some(lsn);
+                }
+                if urgent {
+                    self.commit()?;
+                }
+            }
+            Event::Lost => {
+                if std::mem::take(&mut self.large) {
+                    self.mirror.abort_large()?;
+                    self.serve_waiting()?;
+                }
+            }
         }
         Ok(())
     }

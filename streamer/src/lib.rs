@@ -7,6 +7,7 @@
 //!  postgres/stream              socket → batches; feedback     (I/O)
 //!  postgres/pgoutput, assemble  messages → transaction::Event  (pure; spools what is in progress)
 //!  postgres/convert             Postgres' text → values of a record, the same for COPY and stream
+//!  events                       batches of them, bounded in bytes
 //!  engine                       one thread, commit order; group commit; hand-over
 //!  mirror                       rows as records, the change index (SQLite)
 //!  route                        whom does a net change concern? (pure)
@@ -27,6 +28,7 @@ pub mod config;
 pub mod delta;
 pub mod encode;
 pub mod engine;
+pub mod events;
 pub mod http;
 pub mod metrics;
 pub mod mirror;

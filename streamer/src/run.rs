@@ -21,6 +21,7 @@ use crate::{
     auth::Verifier,
     config::Config,
     engine::{self, Engine, GROUP_TIME, INPUTS_MAX, Input, Inputs, Progress},
+    events::Waiting,
     http::{self, Pages},
     metrics::Metrics,
     postgres::{copy, sql, stream},
@@ -202,6 +203,7 @@ impl Parts<'_> {
             spool_directory: self.config.data_dir.clone(),
             limits: self.limits(),
             inputs: self.inputs.clone(),
+            waiting: Waiting::new(self.config.memory().events_bytes_max / 2),
             confirmed,
             metrics: self.shared.metrics.clone(),
             observed: Arc::default(),
@@ -273,7 +275,7 @@ impl Parts<'_> {
         stream::Limits {
             chunk_bytes_max: memory.chunk_bytes_max,
             row_bytes_max: memory.row_bytes_max,
-            spool_memory_bytes_max: memory.events_bytes_max,
+            spool_memory_bytes_max: memory.events_bytes_max / 2,
         }
     }
 }

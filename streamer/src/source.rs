@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     engine::{self, Input, Inputs},
+    events::Waiting,
     metrics::Metrics,
     mirror::{self, Mirror},
     postgres::{
@@ -62,6 +63,8 @@ pub struct Source {
     pub limits: Limits,
     /// The engine.
     pub inputs: Inputs,
+    /// What it has not yet taken.
+    pub waiting: Arc<Waiting>,
     /// What may be confirmed to Postgres.
     pub confirmed: watch::Receiver<Lsn>,
     /// Counted here.
@@ -126,8 +129,11 @@ impl Source {
             spool_directory: self.spool_directory.clone(),
             limits: self.limits,
         };
-        let inputs = self.inputs.clone();
-        let events = move |event| inputs.send(Input::Event(event)).map_err(|_| Closed);
+        let (inputs, waiting) = (self.inputs.clone(), self.waiting.clone());
+        let events = move |events| {
+            let events = Input::Events(waiting.admit(events));
+            inputs.send(events).map_err(|_| Closed)
+        };
         let cut = stopping.child_token();
         let confirmed = self.confirmed.clone();
         let streaming = stream::run(

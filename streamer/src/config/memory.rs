@@ -31,7 +31,8 @@ pub struct Memory {
     pub queue_bytes_max: usize,
     /// What the queues of all sessions hold together; above it the fullest one is dropped, and catches up.
     pub queues_bytes_max: usize,
-    /// What decoded changes hold between the replication connection and the engine.
+    /// What decoded changes hold between the replication connection and the engine: one half of transactions in
+    /// progress, one of those that committed.
     pub events_bytes_max: usize,
     /// A transaction up to this is held whole and routed; a larger one is applied in chunks of this.
     pub chunk_bytes_max: usize,

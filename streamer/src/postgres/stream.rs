@@ -43,12 +43,16 @@ use super::{
     sql::Error,
 };
 use crate::{
+    events,
     table::{Oid, Table},
     transaction::Event,
 };
 
 /// How long Postgres may take to close the connection when we stop. It frees the slot as it does.
 const GOODBYE_WITHIN: Duration = Duration::from_secs(1);
+
+/// Events of more bytes than this are handed on although more came together with them.
+const TOGETHER_BYTES: usize = 256 * 1024;
 
 /// Everything that `run` is about.
 pub struct Source {
@@ -171,7 +175,8 @@ impl Observed {
 
 /// Streams until `shutdown` (which is no error), until the engine is gone (neither), or until something breaks.
 ///
-/// `events` is called from a thread that may block, and sees [`Event::Lost`] at the end, always. What `confirmed` says
+/// `events` is called from a thread that may block, with those that came together, and sees [`Event::Lost`] at the
+/// end, always. What `confirmed` says
 /// is told to Postgres as durable. Must be run to its end; it ends soon after `shutdown`, provided that `events`
 /// returns.
 pub async fn run<S>(
@@ -182,7 +187,7 @@ pub async fn run<S>(
     observed: Arc<Observed>,
 ) -> Result<(), Error>
 where
-    S: FnMut(Event) -> Result<(), Closed> + Send + 'static,
+    S: FnMut(Vec<Event>) -> Result<(), Closed> + Send + 'static,
 {
     let Source {
         replication,
@@ -297,28 +302,42 @@ async fn stream(
 fn assemble<S>(
     mut batches: mpsc::UnboundedReceiver<Batch>,
     mut assembler: Assembler,
-    mut events: S,
+    mut send: S,
     stop: &AtomicBool,
     observed: &Observed,
 ) -> Result<(), assemble::Error>
 where
-    S: FnMut(Event) -> Result<(), Closed>,
+    S: FnMut(Vec<Event>) -> Result<(), Closed>,
 {
     let mut described = 0;
+    let (mut together, mut bytes) = (Vec::new(), 0);
     let mut work = || {
         while let Some(batch) = batches.blocking_recv() {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
+            let mut gather = |event| {
+                bytes += events::bytes(&event);
+                together.push(event);
+                if bytes < TOGETHER_BYTES {
+                    return Ok(());
+                }
+                bytes = 0;
+                send(std::mem::take(&mut together))
+            };
             match &batch.content {
                 Content::Frames(frames) => {
                     for payload in frames.payloads() {
-                        assembler.feed(payload, &mut events)?;
+                        assembler.feed(payload, &mut gather)?;
                     }
                 }
-                Content::Cut(head) => assembler.feed_cut(head, &mut events)?,
+                Content::Cut(head) => assembler.feed_cut(head, &mut gather)?,
             }
-            assembler.flush(&mut events)?;
+            assembler.flush(&mut gather)?;
+            if !together.is_empty() {
+                bytes = 0;
+                send(std::mem::take(&mut together))?;
+            }
             let now = assembler.descriptions();
             observed
                 .descriptions
@@ -330,7 +349,8 @@ where
     let result = work();
     // So that the reader notices, while the engine takes its time.
     drop(batches);
-    let _ = events(Event::Lost);
+    together.push(Event::Lost);
+    let _ = send(together);
     result
 }
 

@@ -12,7 +12,7 @@ mod queue;
 mod readers;
 mod view;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use anabranch_proto::{HEARTBEAT_EVERY, Position, packed, v1};
 use bytes::Bytes;
@@ -39,6 +39,10 @@ use crate::{
 
 /// Bytes of one round of a catch-up. They are in memory while the replica takes them, and no snapshot is held then.
 pub const ROUND_BYTES: usize = 1024 * 1024;
+
+/// While Postgres is ahead of the replica, what comes within this time travels together: a message, and a commit of the
+/// replica, for each transaction of a backlog would be most of the work. What is live goes at once.
+const GATHER: Duration = Duration::from_millis(5);
 
 /// Messages on their way into the connection of one session.
 pub const MESSAGES_AHEAD: usize = 2;
@@ -283,6 +287,9 @@ impl Session {
         loop {
             // Read before the queue is taken: whatever lies at or below it was pushed before it was told.
             let now = *self.progress.borrow_and_update();
+            if standing.last.is_some_and(|last| last.lsn < now.source.lsn) {
+                tokio::time::sleep_until(said + GATHER).await;
+            }
             let taken = self.handle.take();
             let something = !taken.deliveries.is_empty() || !taken.stopped.is_empty();
             let behind = taken.behind;
