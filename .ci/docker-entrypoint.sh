@@ -1,6 +1,7 @@
 #!/bin/bash
-# What the official Postgres image does at its start, as far as tests look: makes a cluster where there is none, with
-# the user, password and database that the environment names, then becomes the server.
+# What the official Postgres image does at its start, as far as tests and deploy/ look: makes a cluster where there is
+# none, with the user, password and database that the environment names and the SQL that is mounted, then becomes the
+# server.
 set -euo pipefail
 
 # Arguments alone are meant for the server.
@@ -28,6 +29,10 @@ if [[ ! -s $PGDATA/PG_VERSION ]]; then
   if [[ $POSTGRES_DB != postgres ]]; then
     createdb --username="$POSTGRES_USER" "$POSTGRES_DB"
   fi
+  for script in /docker-entrypoint-initdb.d/*.sql; do
+    [[ -e $script ]] || continue
+    psql -v ON_ERROR_STOP=1 --no-psqlrc --username="$POSTGRES_USER" --dbname="$POSTGRES_DB" --file="$script"
+  done
   pg_ctl -D "$PGDATA" -m fast -w stop
 fi
 exec "$@"

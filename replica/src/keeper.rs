@@ -443,10 +443,11 @@ impl Keeping {
         if let (true, Some(position)) = (first, status.position) {
             tracing::info!(%position, rows = status.rows, ms = took.as_millis() as u64, "first complete commit");
         }
-        if !self.caught_up_told && status.caught_up() {
+        let caught_up = status.position.filter(|_| status.caught_up());
+        if let (false, Some(position)) = (self.caught_up_told, caught_up) {
             self.caught_up_told = true;
             let (rows, transactions) = (status.rows, status.transactions);
-            tracing::info!(position = ?status.position, rows, transactions, "caught up");
+            tracing::info!(%position, rows, transactions, "caught up");
         }
     }
 

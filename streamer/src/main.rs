@@ -1,6 +1,6 @@
 //! `anabranch-streamer`: reads the command line and runs the library.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration};
 
 use anabranch_streamer::{
     auth,
@@ -205,7 +205,8 @@ fn log(format: LogFormat) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
     match format {
-        LogFormat::Text => builder.init(),
+        // Colours are for people: a journal or a container's log would keep them as text.
+        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => builder.json().init(),
     }
 }

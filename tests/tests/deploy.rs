@@ -4,6 +4,8 @@ use std::path::Path;
 
 const STREAMER: &str = include_str!("../../deploy/streamer.toml");
 const REPLICA: &str = include_str!("../../deploy/replica.toml");
+const STREAMER_UNIT: &str = include_str!("../../deploy/systemd/anabranch-streamer.service");
+const REPLICA_UNIT: &str = include_str!("../../deploy/systemd/anabranch-replica.service");
 
 #[test]
 fn the_streamers_reference_is_read_and_equals_the_defaults() {
@@ -47,6 +49,84 @@ fn the_replicas_reference_is_read_and_equals_the_defaults() {
             "{key}"
         );
     }
+}
+
+/// A reference with what it has as comments, but for `instead`: what the comments are in place of.
+fn with_comments(reference: &str, instead: &str) -> String {
+    let is_key = |text: &str| {
+        let name = text.split('=').next().unwrap_or_default().trim();
+        text.starts_with('[')
+            || (text.contains(" = ") && name.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
+    };
+    let lines = reference.lines().filter(|line| !line.starts_with(instead));
+    lines
+        .map(|line| match line.strip_prefix("# ") {
+            Some(text) if is_key(text) => format!("{text}\n"),
+            _ => format!("{line}\n"),
+        })
+        .collect()
+}
+
+#[test]
+fn what_the_streamers_reference_has_as_comments_is_read_too() {
+    let text = with_comments(STREAMER, "tokens = ");
+    let config = anabranch_streamer::config::Config::read(Path::new("streamer.toml"), &text, [])
+        .unwrap_or_else(|error| panic!("{error}"));
+    assert!(config.tls.is_some(), "{text}");
+    assert!(config.auth.jwt.is_some(), "{text}");
+}
+
+#[test]
+fn what_the_replicas_reference_has_as_comments_is_read_too() {
+    let directory = tempfile::tempdir().unwrap();
+    for file in ["ca.crt", "replica.crt", "replica.key"] {
+        std::fs::write(directory.path().join(file), "-----BEGIN SOMETHING-----\n").unwrap();
+    }
+    let text = with_comments(REPLICA, "token = ")
+        .replace("http://127.0.0.1:7420", "https://127.0.0.1:7420")
+        .replace("/etc/anabranch", directory.path().to_str().unwrap());
+    let config = anabranch_replica::Config::parse(&text, "replica.toml", [])
+        .unwrap_or_else(|error| panic!("{error:?}"));
+    assert!(config.tls.ca.is_some(), "{text}");
+    assert!(config.tls.identity.is_some(), "{text}");
+    let token = anabranch_replica::config::Token::File(directory.path().join("token"));
+    assert_eq!(format!("{:?}", config.token), format!("{token:?}"));
+}
+
+/// What a unit sets.
+#[track_caller]
+fn setting<'a>(unit: &'a str, key: &str) -> &'a str {
+    let mut values = unit
+        .lines()
+        .filter_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    let value = values.next().unwrap_or_else(|| panic!("no {key}"));
+    assert_eq!(values.next(), None, "{key} is there twice");
+    value
+}
+
+#[test]
+fn units_leave_the_programs_what_their_defaults_take() {
+    let streamer =
+        anabranch_streamer::config::Config::read(Path::new("streamer.toml"), STREAMER, [])
+            .unwrap_or_else(|error| panic!("{error}"));
+    let replica = anabranch_replica::Config::parse(REPLICA, "replica.toml", [])
+        .unwrap_or_else(|error| panic!("{error:?}"));
+    for (unit, memory_max) in [
+        (STREAMER_UNIT, streamer.memory_max),
+        (REPLICA_UNIT, replica.memory.max),
+    ] {
+        let limit = setting(unit, "MemoryMax").strip_suffix('M').unwrap();
+        let limit = limit.parse::<u64>().unwrap() << 20;
+        assert!(limit > memory_max, "{limit} {memory_max}");
+    }
+    // The only directories that may be written: those that the configs name are there.
+    let state = |unit| Path::new("/var/lib").join(setting(unit, "StateDirectory"));
+    assert_eq!(state(STREAMER_UNIT), streamer.data_dir);
+    assert!(replica.database.is_relative());
+    let within = format!("%S/{}", setting(REPLICA_UNIT, "StateDirectory"));
+    assert_eq!(setting(REPLICA_UNIT, "WorkingDirectory"), within);
+    let socket = format!("unix:/run/{}/", setting(REPLICA_UNIT, "RuntimeDirectory"));
+    assert!(REPLICA.contains(&socket), "{socket}");
 }
 
 #[test]

@@ -22,6 +22,7 @@
 
 use std::{
     fs::{File, OpenOptions, TryLockError},
+    io::ErrorKind,
     os::unix::fs::OpenOptionsExt,
     path::Path,
 };
@@ -102,6 +103,20 @@ pub(super) fn lock(directory: &Path) -> Result<Lock, Error> {
 
 /// Opens the writing connection, and makes the tables if they are not there. The directory is locked.
 pub(super) fn open(file: &Path, cache_bytes: usize) -> Result<Connection, Error> {
+    // Made here, since SQLite's own could be read by all where the directory can: it holds every row. The -wal and -shm
+    // take its permissions. One that is there is not touched: closing it would drop the locks that SQLite holds on it.
+    let made = OpenOptions::new()
+        .create_new(true)
+        .write(true)
+        .mode(0o600)
+        .open(file);
+    if let Err(error) = made
+        && error.kind() != ErrorKind::AlreadyExists
+    {
+        let what = format!("making {}: {error}", file.display());
+        let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CANTOPEN);
+        return Err(rusqlite::Error::SqliteFailure(code, Some(what)).into());
+    }
     let sqlite = Connection::open_with_flags(
         file,
         OpenFlags::SQLITE_OPEN_READ_WRITE
@@ -235,4 +250,21 @@ pub(super) fn clear(sqlite: &Connection) -> Result<(), rusqlite::Error> {
     // Goes on counting, so that a catch-up that is under way notices.
     sqlite.execute("UPDATE state SET histories = ?1", [histories + 1])?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_directory_that_all_may_enter_does_not_show_the_rows() {
+        let directory = tempfile::tempdir().unwrap();
+        let _sqlite = open(&directory.path().join("mirror.db"), 1 << 20).unwrap();
+        for name in ["mirror.db", "mirror.db-wal", "mirror.db-shm"] {
+            let about = std::fs::metadata(directory.path().join(name)).unwrap();
+            assert_eq!(about.permissions().mode() & 0o777, 0o600, "{name}");
+        }
+    }
 }
