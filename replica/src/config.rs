@@ -199,7 +199,8 @@ impl Default for Timing {
             silence_max: anabranch_proto::SILENCE_MAX,
             ack_every: anabranch_proto::ACK_EVERY,
             ack_gap: Duration::from_millis(50),
-            retry: (Duration::from_millis(100), Duration::from_secs(15)),
+            // A streamer that is back is found within the latter, however long it was away.
+            retry: (Duration::from_millis(100), Duration::from_secs(5)),
             slow_retry: (Duration::from_secs(15), Duration::from_secs(60)),
             token_poll: Duration::from_secs(1),
             report_every: Duration::from_secs(5),

@@ -40,6 +40,9 @@ const OP_BYTES: usize = 16;
 /// also where the replica sees little of a large table.
 const LOOK_PART: usize = 16;
 
+/// What so many transactions changed is merged as it is read; of more, the changed keys are listed first.
+const MERGED_MAX: i64 = 8;
+
 /// Entries of the change index that one round lists at most: less than a second's work.
 const COLLECTED_MAX: usize = 200_000;
 
@@ -66,6 +69,8 @@ pub struct Catchup {
     items: Vec<Item>,
     /// From the first round on.
     walk: Option<Walk>,
+    /// [`MERGED_MAX`], but in tests.
+    pub(crate) merged_max: i64,
 }
 
 /// What a round came to.
@@ -131,7 +136,11 @@ struct Budget {
 impl Catchup {
     /// Starts one. Items in any order.
     pub fn new(items: Vec<Item>) -> Catchup {
-        Catchup { items, walk: None }
+        Catchup {
+            items,
+            walk: None,
+            merged_max: MERGED_MAX,
+        }
     }
 
     /// One round, within the snapshot that `reader` has open. Gives at most about `bytes_max` to `sink`
@@ -306,7 +315,9 @@ impl Catchup {
     ) -> Result<bool, Error> {
         while let Some((from, to, as_of)) = walk.ranges[item].stale(after.as_ref(), upto, turn.now)
         {
-            if as_of.is_some_and(|as_of| as_of + 1 < turn.now) && !self.collect(walk, turn)? {
+            if as_of.is_some_and(|as_of| as_of + self.merged_max < turn.now)
+                && !self.collect(walk, turn)?
+            {
                 (walk.item, walk.after) = (item, after);
                 return Ok(false);
             }
@@ -368,8 +379,8 @@ impl Catchup {
         };
         match as_of {
             None => reader.scan(table.oid, keys, |key, row| look(key, None, Some(row)))?,
-            Some(as_of) if as_of + 1 == *now => {
-                reader.changes_of(table, *now, keys, |key, was| {
+            Some(as_of) if as_of + self.merged_max >= *now => {
+                reader.changes_of(table, as_of, *now, keys, |key, was| {
                     let is = reader.row(table.oid, &key)?;
                     look(key, was, is)
                 })?;

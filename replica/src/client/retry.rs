@@ -72,7 +72,7 @@ mod tests {
             let mut retry = Retry::new(&Timing::default());
             retry.failures = failures;
             for random in randoms {
-                prop_assert!(retry.pause(Pace::Soon, random) <= Duration::from_secs(15));
+                prop_assert!(retry.pause(Pace::Soon, random) <= Duration::from_secs(5));
                 let slow = retry.pause(Pace::Slow, random);
                 prop_assert!(slow >= Duration::from_secs(15) && slow <= Duration::from_secs(60), "{slow:?}");
             }

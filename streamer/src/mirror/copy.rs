@@ -121,13 +121,14 @@ impl Mirror {
         let rows = &self.tables[&oid];
         let (before, mut highest) = (&rows.copied.highest, rows.copied.highest.clone());
         let mut late = Vec::new();
+        let mut insert = rows.inserting(&self.sqlite)?;
         for row in batch {
             if row.len() > self.settings.row_bytes_max {
                 return Err(too_large(row.len(), self.settings.row_bytes_max));
             }
             let key = Key::of_row(rows.table(), row)?;
             let identity = rows.identity(row)?;
-            if !rows.insert(&self.sqlite, &key, row)?
+            if !insert(&key, row)?
                 || identity.map_or(Ok(false), |identity| {
                     (rows.insert_identity(&self.sqlite, &identity, &key)).map(|inserted| !inserted)
                 })?
@@ -140,6 +141,7 @@ impl Mirror {
                 highest = Some(key);
             }
         }
+        drop(insert);
         if self.has_begun() {
             return Ok(());
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anabranch_proto::{Epoch, Lsn, Position};
 use bytes::Bytes;
-use rusqlite::{Connection, OptionalExtension, types::ValueRef};
+use rusqlite::{Connection, OptionalExtension, Rows, types::ValueRef};
 
 use super::{Error, Key, index::ordinal_at, schema};
 use crate::table::{Oid, Table};
@@ -237,23 +237,51 @@ impl Reader {
         Ok(())
     }
 
-    /// Gives what one transaction changed in a table, in key order, until `each` says that it is enough.
+    /// Gives what transactions after `from`, up to and with `upto`, changed in a table: each key with what its row was
+    /// before the first of them, in key order, until `each` says that it is enough. For few transactions: a cursor is open
+    /// on each.
     pub(crate) fn changes_of(
         &self,
         table: &Table,
-        ordinal: i64,
+        from: i64,
+        upto: i64,
         keys: Keys<'_>,
         mut each: impl FnMut(Key, Option<Bytes>) -> Result<bool, Error>,
     ) -> Result<(), Error> {
-        let segment = self.segment(ordinal)?;
         let range = keys.condition();
-        let mut statement = self.sqlite.prepare_cached(&format!(
-            "SELECT k, old, version FROM changes_{segment} WHERE txn = ?3 AND tbl = ?4 AND {range} ORDER BY k"
-        ))?;
-        let mut entries = statement.query((keys.after, keys.upto, ordinal, table.oid))?;
-        while let Some(entry) = entries.next()? {
-            check_version(table, entry.get(2)?)?;
-            if !each(entry.get(0)?, old(entry.get_ref(1)?)?)? {
+        let mut statements = Vec::new();
+        for ordinal in from + 1..=upto {
+            let segment = self.segment(ordinal)?;
+            let statement = self.sqlite.prepare_cached(&format!(
+                "SELECT k, old, version FROM changes_{segment} WHERE txn = ?3 AND tbl = ?4 AND {range} ORDER BY k"
+            ))?;
+            statements.push((ordinal, statement));
+        }
+        let mut cursors = Vec::new();
+        for (ordinal, statement) in &mut statements {
+            let mut entries = statement.query((keys.after, keys.upto, *ordinal, table.oid))?;
+            if let Some(head) = entry(table, &mut entries)? {
+                cursors.push((head, entries));
+            }
+        }
+        // Of entries of one key, that of the first transaction comes first.
+        while let Some(first) = (0..cursors.len()).min_by(|one, other| {
+            let ((one, _), _) = &cursors[*one];
+            let ((other, _), _) = &cursors[*other];
+            one.cmp(other)
+        }) {
+            let ((key, old), _) = &cursors[first];
+            let (key, old) = (key.clone(), old.clone());
+            for place in (first..cursors.len()).rev() {
+                let (head, entries) = &mut cursors[place];
+                if head.0 == key {
+                    match entry(table, entries)? {
+                        Some(next) => *head = next,
+                        None => drop(cursors.remove(place)),
+                    }
+                }
+            }
+            if !each(key, old)? {
                 break;
             }
         }
@@ -414,6 +442,15 @@ impl Keys<'_> {
             (None, None) => "?1 IS NULL AND ?2 IS NULL",
         }
     }
+}
+
+/// The next entry of a cursor on the change index: key, and what was before.
+fn entry(table: &Table, entries: &mut Rows<'_>) -> Result<Option<(Key, Option<Bytes>)>, Error> {
+    let Some(entry) = entries.next()? else {
+        return Ok(None);
+    };
+    check_version(table, entry.get(2)?)?;
+    Ok(Some((entry.get(0)?, old(entry.get_ref(1)?)?)))
 }
 
 fn check_version(table: &Table, version: u32) -> Result<(), Error> {

@@ -81,6 +81,20 @@ impl Rows {
             .transpose()
     }
 
+    /// As [`Rows::insert`], for many rows: the statement is only looked up once.
+    pub fn inserting<'a>(
+        &self,
+        sqlite: &'a Connection,
+    ) -> Result<impl FnMut(&Key, &[u8]) -> Result<bool, rusqlite::Error> + use<'a>, rusqlite::Error>
+    {
+        let mut statement = sqlite.prepare_cached(&self.insert)?;
+        Ok(move |key: &Key, row: &[u8]| {
+            statement.raw_bind_parameter(1, key)?;
+            statement.raw_bind_parameter(2, row)?;
+            Ok(statement.raw_execute()? == 1)
+        })
+    }
+
     /// False: there is a row of that key already, and it stays.
     pub fn insert(
         &self,
@@ -88,10 +102,7 @@ impl Rows {
         key: &Key,
         row: &[u8],
     ) -> Result<bool, rusqlite::Error> {
-        let mut statement = sqlite.prepare_cached(&self.insert)?;
-        statement.raw_bind_parameter(1, key)?;
-        statement.raw_bind_parameter(2, row)?;
-        Ok(statement.raw_execute()? == 1)
+        self.inserting(sqlite)?(key, row)
     }
 
     /// False: there is no row of that key.

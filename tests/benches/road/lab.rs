@@ -130,8 +130,9 @@ impl Lab {
 
     /// W2a or W2b, and its limit.
     pub async fn backlog(&mut self, report: &mut Report, work: &str) {
-        let (streamer, _) = self.running.as_ref().expect("W1 was run");
+        let (streamer, replica) = self.running.as_ref().expect("W1 was run");
         streamer.terminate().await;
+        replica.terminate().await;
         self.database
             .execute("SELECT pg_create_logical_replication_slot('drain', 'pgoutput')")
             .await;
@@ -173,13 +174,12 @@ impl Lab {
         self.settle().await;
         let (streamer, replica) = self.running.as_ref().expect("W1 was run");
         let postgres = self.busy().await;
-        let replica_before = cpu(replica.pid());
         let began = Instant::now();
         streamer.spawn();
+        replica.spawn();
         replica_row(replica, marker).await;
         let took = began.elapsed();
-        let mut cost = self.cost(postgres).await;
-        cost.subtract("replica", replica_before);
+        let cost = self.cost(postgres).await;
         report.add(work, "anabranch", took, Some(cost));
     }
 

@@ -17,14 +17,6 @@ impl Cost {
                 .collect(),
         )
     }
-
-    /// What a process had used before.
-    pub fn subtract(&mut self, name: &str, cpu: f64) {
-        self.0
-            .iter_mut()
-            .filter(|one| one.0 == name)
-            .for_each(|one| one.1 -= cpu);
-    }
 }
 
 #[derive(Default)]

@@ -183,6 +183,7 @@ fn a_kill_at_any_moment_leaves_whole_transactions_and_all_that_was_durable() {
             reader
                 .changes_of(
                     &table,
+                    ordinal - 1,
                     ordinal,
                     Keys {
                         after: None,

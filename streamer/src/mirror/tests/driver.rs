@@ -528,7 +528,9 @@ impl Driver {
                     }
                 }
             }
-            replica.catchup = Some(Catchup::new(items));
+            let mut catchup = Catchup::new(items);
+            catchup.merged_max = *[0, 2, 8].choose(&mut self.rng).unwrap();
+            replica.catchup = Some(catchup);
         }
         for (tellable, shape) in replica.tellable.iter_mut().zip(&shape) {
             tellable.extend(shape.keys().cloned());
