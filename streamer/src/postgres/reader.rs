@@ -12,7 +12,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
-    time::{Instant, timeout_at},
+    time::{Instant, sleep, timeout_at},
 };
 
 use super::{
@@ -31,6 +31,9 @@ const READ_AHEAD_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// What a batch counts beside its frames, so that many small ones are bounded too.
 const BATCH_BYTES: usize = 512;
+
+/// How long what is streamed before its commit gathers in the socket.
+const GATHER: Duration = Duration::from_millis(1);
 
 /// The reader's buffer: what one read of the socket may yield.
 const READ_BYTES: usize = 256 * 1024;
@@ -115,6 +118,8 @@ pub(super) struct Reader<R> {
     message_bytes_max: usize,
     /// Between `B` and `C` of a transaction.
     within: bool,
+    /// Between `S` and `E`: a transaction that has not committed is streamed.
+    in_progress: bool,
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
@@ -136,6 +141,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             observed,
             message_bytes_max: row_bytes_max.max(MESSAGE_BYTES_MIN),
             within: false,
+            in_progress: false,
         }
     }
 
@@ -199,6 +205,10 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         if self.buffer.capacity() - self.buffer.len() < READ_BYTES / 8 {
             self.buffer.reserve(READ_BYTES);
         }
+        if self.in_progress {
+            // Nobody waits for it, and the walsender writes each row by itself.
+            sleep(GATHER).await;
+        }
         let since = Instant::now();
         let mut read = std::pin::pin!(self.socket.read_buf(&mut self.buffer));
         let read = match timeout_at(since + PROBE_AFTER, &mut read).await {
@@ -240,6 +250,8 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                     match payload.get(assemble::XLOG_HEADER_BYTES) {
                         Some(b'B') => self.within = true,
                         Some(b'C') => self.within = false,
+                        Some(b'S') => self.in_progress = true,
+                        Some(b'E') => self.in_progress = false,
                         _ => {}
                     }
                 }

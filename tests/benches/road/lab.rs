@@ -213,6 +213,11 @@ impl Lab {
             replica.terminate().await;
             streamer.terminate().await;
         }
+        self.drop_slots().await;
+    }
+
+    /// Those that nobody uses.
+    pub async fn drop_slots(&self) {
         self.database
             .execute(
                 "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active",

@@ -6,6 +6,8 @@
 //! | W2a | a backlog of 100,000 one-row transactions | `pg_recvlogical` to nowhere | the subscription |
 //! | W2b | a backlog of one transaction that updates 1,000,000 rows | the same | the subscription |
 //! | W3 | commit-to-visible latency at 500 transactions a second for 30 s | a poller at the source itself | the subscription |
+//! | M1 | memory peaks of the initial copy and of W2b's transaction, with `memory_max` of 256 and 128 MiB | the caps | |
+//! | M2 | latency and the streamer's memory beside a replica that gets 2 kB/s | | without that one |
 //!
 //! Each consumer works alone: the others are stopped meanwhile. Wall times are noisy, so medians of several rounds are
 //! what counts. Environment: `ANABRANCH_BENCH_ROUNDS` (3), `ANABRANCH_BENCH_ROWS` (1000000), `ANABRANCH_BENCH_ONLY` (a
@@ -14,6 +16,7 @@
 mod lab;
 mod latency;
 mod limits;
+mod memory;
 mod report;
 
 use std::time::Duration;
@@ -52,7 +55,8 @@ fn main() {
     runtime.block_on(async {
         let mut report = Report::new(&sizes);
         let mut lab = Lab::new(&sizes).await;
-        for round in 1..=sizes.rounds {
+        let works = ["W1", "W2a", "W2b", "W3"].into_iter().any(wanted);
+        for round in 1..=if works { sizes.rounds } else { 0 } {
             eprintln!("round {round} of {}", sizes.rounds);
             // W1 leaves a streamer, a replica and a subscription behind that the others need.
             lab.initial_copy(&mut report).await;
@@ -66,6 +70,12 @@ fn main() {
                 lab.latency(&mut report).await;
             }
             lab.clear().await;
+        }
+        if wanted("M1") {
+            memory::large_transaction(&lab, &mut report).await;
+        }
+        if wanted("M2") {
+            memory::stalled_beside_live(&lab, sizes.latency, &mut report).await;
         }
         report.print();
     });

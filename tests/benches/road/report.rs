@@ -29,6 +29,7 @@ pub struct Report {
     sizes: Sizes,
     works: BTreeMap<String, Vec<(String, Entry)>>,
     latencies: Vec<(String, Vec<[f64; 3]>)>,
+    notes: Vec<String>,
 }
 
 impl Report {
@@ -37,6 +38,7 @@ impl Report {
             sizes: sizes.clone(),
             works: BTreeMap::new(),
             latencies: Vec::new(),
+            notes: Vec::new(),
         }
     }
 
@@ -78,6 +80,12 @@ impl Report {
         }
     }
 
+    /// A figure that is not compared.
+    pub fn note(&mut self, note: String) {
+        eprintln!("  {note}");
+        self.notes.push(note);
+    }
+
     pub fn print(&self) {
         println!(
             "\nMedians of {} rounds; {} rows; memory_max of the streamer {}, of the replica half of it.\n",
@@ -104,6 +112,10 @@ impl Report {
                 of(1),
                 of(2)
             );
+        }
+        println!();
+        for note in &self.notes {
+            println!("{note}");
         }
     }
 }
