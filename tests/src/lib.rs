@@ -13,6 +13,7 @@ use std::sync::OnceLock;
 
 use tokio::runtime::{Builder, Runtime};
 
+pub mod authority;
 pub mod http;
 pub mod oracle;
 pub mod peers;
