@@ -2,6 +2,7 @@
 
 mod catalog;
 mod conditions;
+mod copies;
 mod faults;
 mod harness;
 mod kills;
