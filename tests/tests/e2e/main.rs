@@ -5,6 +5,7 @@ mod conditions;
 mod copies;
 mod faults;
 mod harness;
+mod history;
 mod kills;
 mod pgbench;
 mod refused;
