@@ -10,4 +10,6 @@ mod kills;
 mod pgbench;
 mod refused;
 mod road;
+mod tls;
+mod tokens;
 mod types;
