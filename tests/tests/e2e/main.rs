@@ -10,6 +10,7 @@ mod kills;
 mod pgbench;
 mod refused;
 mod road;
+mod shapes;
 mod tls;
 mod tokens;
 mod types;
