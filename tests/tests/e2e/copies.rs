@@ -235,6 +235,13 @@ async fn a_replica_killed_at_any_moment_of_its_first_copy_starts_clean() {
     compare_file(&database, &replica.file(), &SELECTS)
         .await
         .unwrap();
+    // Nothing lies about of what was begun.
+    let names = |replica: &Replica| -> String {
+        let sql = "SELECT group_concat(name) FROM (SELECT name FROM sqlite_schema ORDER BY name)";
+        let file = replica.open();
+        file.query_row(sql, [], |row| row.get(0)).unwrap()
+    };
+    assert_eq!(names(&replica), names(&undisturbed));
     println!("{nothing} kills left nothing, {everything} all of it");
     assert!(nothing >= KILLS / 2, "{nothing}");
 }

@@ -1,6 +1,6 @@
 //! The same values all the way into a replica's file: copied, inserted and updated while streaming, and from the mirror.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_tests::{
     peers::{Replica, Streamer},
@@ -137,7 +137,8 @@ async fn every_type_is_exact_in_the_file_however_it_came_there() {
                 let text = text.map_or("no row", String::as_str);
                 text.chars().take(200).collect::<String>()
             };
-            for id in said.keys().chain(found.keys()) {
+            let ids: BTreeSet<_> = said.keys().chain(found.keys()).collect();
+            for id in ids {
                 let (said, found) = (said.get(id), found.get(id));
                 if said != found {
                     wrong.push(format!(
