@@ -3,6 +3,7 @@
 //! - [`postgres`]: a real Postgres server, and a database of one's own, each in a line of code.
 //! - [`peers`]: the real programs as processes: started, killed, stopped, started again.
 //! - [`proxy`]: a TCP connection that breaks in the ways that networks break.
+//! - [`authority`]: certificates that only a test trusts.
 //! - [`wait`]: waiting for a condition, never for time. [`seed`]: chance that can be had again.
 //! - [`oracle`]: what a replica's file must hold, found out without any of our own decoding.
 //!
@@ -13,6 +14,7 @@ use std::sync::OnceLock;
 
 use tokio::runtime::{Builder, Runtime};
 
+pub mod authority;
 pub mod http;
 pub mod oracle;
 pub mod peers;

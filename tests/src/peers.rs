@@ -89,6 +89,16 @@ impl Peer {
         self.dir().join("config.toml")
     }
 
+    /// Changes one key of its config file, for when it is started again.
+    pub fn reconfigure(&self, path: &str, value: impl Into<toml::Value>) {
+        let file = self.config_file();
+        let text = fs::read_to_string(&file).expect("read a config");
+        let mut table = text.parse().expect("a config that we wrote");
+        set(&mut table, path, value.into());
+        let text = toml::to_string(&table).expect("a config is a table");
+        fs::write(file, text).expect("write a config");
+    }
+
     /// `host:port` of its HTTP.
     pub fn address(&self) -> &str {
         &self.address
@@ -214,7 +224,7 @@ impl Peer {
     }
 
     /// Its exit status, once, if it has ended.
-    fn poll_exit(&self) -> Option<ExitStatus> {
+    pub fn poll_exit(&self) -> Option<ExitStatus> {
         let mut slot = self.running.lock().expect("no panic under it");
         let status = slot.as_mut()?.child.try_wait().expect("ask for an end")?;
         slot.take().expect("it was there").watcher.disarm();
@@ -269,13 +279,18 @@ impl Config {
     }
 
     fn set(&mut self, path: &str, value: toml::Value) {
-        let (path, last) = path.rsplit_once('.').unwrap_or(("", path));
-        let mut table = toml::Table::from_iter([(last.to_owned(), value)]);
-        for name in path.rsplit('.').filter(|name| !name.is_empty()) {
-            table = toml::Table::from_iter([(name.to_owned(), table.into())]);
-        }
-        merge(&mut self.table, table);
+        set(&mut self.table, path, value);
     }
+}
+
+/// Sets one key, such as `postgres.slot`.
+fn set(into: &mut toml::Table, path: &str, value: toml::Value) {
+    let (path, last) = path.rsplit_once('.').unwrap_or(("", path));
+    let mut table = toml::Table::from_iter([(last.to_owned(), value)]);
+    for name in path.rsplit('.').filter(|name| !name.is_empty()) {
+        table = toml::Table::from_iter([(name.to_owned(), table.into())]);
+    }
+    merge(into, table);
 }
 
 /// Tables are merged, all else is replaced.
@@ -506,6 +521,12 @@ impl ReplicaConfig {
     /// Uses this token.
     pub fn token(self, token: &str) -> Self {
         self.set("token", token)
+    }
+
+    /// Reads its token from a file.
+    pub fn token_file(mut self, file: &Path) -> Self {
+        self.config.table.remove("token");
+        self.set("token_file", file.to_str().expect("a path of ours"))
     }
 
     /// Connects to the streamer through a proxy in front of it.

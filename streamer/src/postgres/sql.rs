@@ -36,8 +36,17 @@ const PINNED: &[(&str, &str)] = &[
     ("idle_session_timeout", "0"),
 ];
 
-/// Set after connecting, from this server version on: older ones would refuse the connection.
-const PINNED_LATER: &[(u32, &str, &str)] = &[(170_000, "transaction_timeout", "0")];
+/// Set after connecting, from this server version on.
+const PINNED_LATER: &[(u32, &str, &str)] = &[
+    // A database may be read-only by default, but `anabranch` is ours to write. Not before connecting: the server
+    // would report our value to `target_session_attrs`, in place of its own.
+    (0, "default_transaction_read_only", "off"),
+    // Statements that look again after waiting for a lock must see what changed.
+    (0, "default_transaction_isolation", "'read committed'"),
+    (0, "default_transaction_deferrable", "off"),
+    // Older ones would refuse the connection.
+    (170_000, "transaction_timeout", "0"),
+];
 
 /// How long the driver of a dropped connection may take to say goodbye. Without a limit it would wait for the end of
 /// whatever the connection was doing.

@@ -108,7 +108,8 @@ pub fn cast(constant: Constant, to: &DataType) -> Result<Constant, String> {
     }
     let is_number = |of: &DataType| of.is_integer() || *of == DataType::Numeric;
     let castable = match to {
-        DataType::Int2 | DataType::Int4 | DataType::Int8 | DataType::Oid => is_number(from),
+        DataType::Oid => from.is_integer(),
+        DataType::Int2 | DataType::Int4 | DataType::Int8 => is_number(from),
         DataType::Numeric | DataType::Float4 | DataType::Float8 => is_number(from),
         _ => false,
     };

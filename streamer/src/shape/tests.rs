@@ -337,6 +337,11 @@ fn conditions_that_can_not_be_exact_are_refused() {
         ("status = 'open'::weather", "weather is not supported"),
         ("object = -1", "out of the range of oid"),
         ("object = id", "oid"),
+        ("object = 1.0::oid", "a cast from numeric to oid"),
+        (
+            "object <> ALL (ARRAY['7', 1.0]::oid[])",
+            "a cast from numeric to oid",
+        ),
         ("pair IS NULL", "IS NOT DISTINCT FROM NULL"),
         ("issues IS NULL", "does not exist"),
         ("issues.* IS NULL", "whole rows"),

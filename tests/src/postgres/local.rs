@@ -39,6 +39,14 @@ impl Cluster {
     }
 
     fn create(bin: PathBuf, options: &Options) -> Self {
+        let cluster = Self::place(bin);
+        cluster.initdb(options);
+        cluster.run();
+        cluster
+    }
+
+    /// A cluster without anything in it.
+    fn place(bin: PathBuf) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("anabranch-pg-")
             .tempdir()
@@ -50,23 +58,57 @@ impl Cluster {
         }
         let watcher = Watcher::start(WATCH, [bin.as_os_str(), dir.as_os_str()], server_user())
             .expect("start the watcher of a cluster");
-        let cluster = Self {
+        Self {
             bin,
             dir,
             port: port::free(),
             postmaster: Mutex::new(None),
             _watcher: watcher,
-        };
-        cluster.initdb(options);
-        cluster.run();
-        cluster
+        }
+    }
+
+    pub(super) async fn standby(&self) -> Self {
+        let (bin, port) = (self.bin.clone(), self.port.to_string());
+        let made = tokio::task::spawn_blocking(move || {
+            let standby = Self::place(bin);
+            let mut copy = standby.command("pg_basebackup");
+            copy.args(["--checkpoint=fast", "--write-recovery-conf", "--pgdata"])
+                .arg(standby.dir.join("data"))
+                .args(["--host=127.0.0.1", "--username", USER, "--port", &port])
+                .env("PGPASSWORD", PASSWORD);
+            succeed(copy);
+            standby.configure("");
+            standby.run();
+            standby
+        });
+        made.await.expect("make a standby")
+    }
+
+    pub(super) async fn save(&self) {
+        self.replace("data", "saved").await;
+    }
+
+    pub(super) async fn put_back(&self) {
+        self.replace("saved", "data").await;
+    }
+
+    async fn replace(&self, from: &str, to: &str) {
+        assert!(self.pid().is_none(), "its files are in use");
+        let (from, to) = (self.dir.join(from), self.dir.join(to));
+        let replaced = tokio::task::spawn_blocking(move || {
+            let _ = fs::remove_dir_all(&to);
+            let mut copy = Command::new("cp");
+            copy.arg("--archive").arg(from).arg(to);
+            succeed(copy);
+        });
+        replaced.await.expect("copy files");
     }
 
     fn initdb(&self, options: &Options) {
         let password = self.dir.join("password");
         fs::write(&password, PASSWORD).expect("write the password");
-        let output = self
-            .command("initdb")
+        let mut command = self.command("initdb");
+        command
             .arg("--pgdata")
             .arg(self.dir.join("data"))
             .arg("--username")
@@ -74,18 +116,15 @@ impl Cluster {
             .arg("--pwfile")
             .arg(&password)
             .args(["--auth-local=trust", "--auth-host=scram-sha-256"])
-            .args(options.initdb_arguments())
-            .output()
-            .expect("run initdb");
-        assert!(
-            output.status.success(),
-            "initdb failed:\n{}{}",
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        );
+            .args(options.initdb_arguments());
+        succeed(command);
+        self.configure(&options.config_file());
+    }
+
+    /// Adds to postgresql.conf, and says there where this cluster is.
+    fn configure(&self, settings: &str) {
         let ours = format!(
-            "\n{}port = {}\nunix_socket_directories = '{}'\n",
-            options.config_file(),
+            "\n{settings}port = {}\nunix_socket_directories = '{}'\n",
             self.port,
             self.dir.display()
         );
@@ -226,6 +265,18 @@ impl Drop for Cluster {
             let _ = postmaster.wait();
         }
     }
+}
+
+fn succeed(mut command: Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?} failed:\n{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 fn server_user() -> Option<u32> {

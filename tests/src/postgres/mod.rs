@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::OnceCell;
 
+use crate::authority::Authority;
+
 pub mod backend;
 mod database;
 mod docker;
@@ -28,7 +30,6 @@ mod tls;
 pub use backend::Backend;
 pub use database::Database;
 pub(crate) use database::connect;
-pub use tls::Tls;
 
 /// The superuser of every server.
 pub const USER: &str = "postgres";
@@ -169,6 +170,47 @@ impl Server {
         server
     }
 
+    /// Starts a cluster whose files can be got at: on local programs, also where the others run in Docker. `None`, and
+    /// said: there are no local programs.
+    pub async fn start_local(options: Options) -> Option<Server> {
+        let local = match backend::choose().await {
+            local @ Backend::Local { .. } => Ok(local.clone()),
+            Backend::Docker { .. } => backend::resolve("local").await.map(|(local, _)| local),
+        };
+        match local {
+            Ok(local) => Some(Self::start_on(&local, options).await),
+            Err(error) => {
+                crate::announce(&format!("NOT TESTED: what needs a server's files: {error}"));
+                None
+            }
+        }
+    }
+
+    /// A physical standby of it, which follows it until it is promoted.
+    pub async fn standby(&self) -> Server {
+        let place = Place::Local(self.local().standby().await);
+        let mut server = Server { place, version: 0 };
+        server.version = server.until_it_answers().await;
+        server
+    }
+
+    /// Keeps a copy of its files, of which there is one at a time. It must be stopped.
+    pub async fn save(&self) {
+        self.local().save().await;
+    }
+
+    /// Puts its files back to what they were at [`save`](Self::save). It must be stopped.
+    pub async fn put_back(&self) {
+        self.local().put_back().await;
+    }
+
+    fn local(&self) -> &local::Cluster {
+        match &self.place {
+            Place::Local(cluster) => cluster,
+            Place::Docker(_) => panic!("a server of `start_local` is needed here"),
+        }
+    }
+
     /// What it runs on.
     pub fn backend(&self) -> Backend {
         match &self.place {
@@ -287,8 +329,8 @@ impl Server {
         }
     }
 
-    /// Makes it speak TLS, with a certificate of a new authority for `localhost` and its address.
-    pub async fn enable_tls(&self) -> Tls {
+    /// Makes it speak TLS, with a certificate of a new authority for `localhost`, 127.0.0.1 and its address.
+    pub async fn enable_tls(&self) -> Authority {
         tls::enable(self).await
     }
 

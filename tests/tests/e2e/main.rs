@@ -2,10 +2,15 @@
 
 mod catalog;
 mod conditions;
+mod copies;
 mod faults;
 mod harness;
+mod history;
 mod kills;
 mod pgbench;
 mod refused;
 mod road;
+mod shapes;
+mod tls;
+mod tokens;
 mod types;

@@ -1,6 +1,7 @@
 //! What is refused, in which words, and that nothing was harmed by then.
 
 use anabranch_tests::{
+    oracle::select::compare_file,
     peers::{Replica, Streamer},
     postgres::Server,
     wait::{DEADLINE, until},
@@ -172,6 +173,102 @@ async fn a_dropped_table_is_said_to_be_stopped_without_any_row() {
         file.query_row(sql, [], |row| row.get::<_, String>(0)).ok()
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_above_the_limit_stops_its_table_by_name_and_no_other() {
+    let database = Server::shared().await.database().await;
+    let tables = ["copied", "inserted", "updated", "large", "steady"];
+    for table in tables {
+        database
+            .execute(&format!(
+                "CREATE TABLE {table} (id int PRIMARY KEY, v text); INSERT INTO {table} VALUES (1, 'first')"
+            ))
+            .await;
+    }
+    // Random, so that nobody makes it small.
+    let wide = |kib: i64| {
+        format!(
+            "(SELECT string_agg(md5(random()::text), '') FROM generate_series(1, {}))",
+            kib * 1024 / 32
+        )
+    };
+    database
+        .execute(&format!("INSERT INTO copied VALUES (2, {})", wide(1500)))
+        .await;
+    let selects = tables.map(|table| format!("SELECT * FROM {table}"));
+    let selects = selects.each_ref().map(String::as_str);
+    let streamer = Streamer::config(&database)
+        .set("row_bytes_max", "1MiB")
+        .shape("s", &selects)
+        .start()
+        .await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    // In one transaction with a row of another table, and one below the limit.
+    database
+        .execute(&format!(
+            "BEGIN; UPDATE steady SET v = 'second'; INSERT INTO inserted VALUES (2, {0}); UPDATE updated SET v = {0};
+             INSERT INTO steady VALUES (2, 'third'); INSERT INTO large VALUES (2, {1}); COMMIT;
+             UPDATE inserted SET v = 'never seen'; DELETE FROM updated; UPDATE steady SET v = v || '!'",
+            wide(1500),
+            wide(900)
+        ))
+        .await;
+    let said = |replica: &Replica| -> Vec<(String, String)> {
+        let file = replica.open();
+        let sql = "SELECT table_name, state, reason FROM _anabranch_tables ORDER BY table_name";
+        let mut rows = file.prepare(sql).unwrap();
+        let rows = rows.query_map([], |row| {
+            let (state, reason): (String, Option<String>) = (row.get(1)?, row.get(2)?);
+            let told = reason.is_some_and(|reason| reason.contains("row_bytes_max"));
+            Ok((row.get(0)?, format!("{state} {told}")))
+        });
+        rows.unwrap().collect::<Result<_, _>>().unwrap()
+    };
+    let expected = [
+        ("copied", "stopped true"),
+        ("inserted", "stopped true"),
+        ("large", "live false"),
+        ("steady", "live false"),
+        ("updated", "stopped true"),
+    ]
+    .map(|(table, said)| (table.to_owned(), said.to_owned()));
+    let steady = [
+        ("steady", "SELECT * FROM steady"),
+        ("large", "SELECT * FROM large"),
+    ];
+    let count = |replica: &Replica, sql: &str| -> i64 {
+        let file = replica.open();
+        file.query_row(sql, [], |row| row.get(0)).unwrap()
+    };
+    replica.until_caught_up(&database).await;
+    assert_eq!(said(&replica), expected);
+    compare_file(&database, &replica.file(), &steady)
+        .await
+        .unwrap();
+    // The last state before the row: of what was copied there is none.
+    assert_eq!(count(&replica, "SELECT count(*) FROM copied"), 0);
+    for table in ["inserted", "updated"] {
+        let sql = format!("SELECT count(*) FROM {table} WHERE id = 1 AND v = 'first'");
+        assert_eq!(count(&replica, &sql), 1, "{table}");
+        let sql = format!("SELECT count(*) FROM {table}");
+        assert_eq!(count(&replica, &sql), 1, "{table}");
+    }
+
+    // It stays so: over a restart, for who joins, and for the row below the limit.
+    streamer.kill();
+    streamer.start().await;
+    let late = Replica::config(&streamer).subscribe("s").start().await;
+    database
+        .execute("UPDATE large SET id = id + 10; UPDATE steady SET v = 'last'")
+        .await;
+    for replica in [&replica, &late] {
+        replica.until_caught_up(&database).await;
+        assert_eq!(said(replica), expected);
+        compare_file(&database, &replica.file(), &steady)
+            .await
+            .unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

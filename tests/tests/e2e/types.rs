@@ -2,6 +2,8 @@
 //! the text of them all: what `convert` makes of it, on the way of COPY and on that of the stream, must be what
 //! Postgres itself says of the value by other ways (casts, `to_char`, `float8send`, `to_json`, `unnest`).
 
+mod file;
+
 use std::collections::{BTreeMap, HashMap};
 
 use anabranch_proto::record::{Builder, ValueRef, value};
@@ -78,17 +80,8 @@ async fn cases(database: &Database) -> Vec<Case> {
     cases
 }
 
-/// A database with a table `t1`, `t2`, … for each case, of which `v` has the type.
-async fn fill(database: &Database) -> Vec<Case> {
-    database.execute(SETUP).await;
-    database
-        .execute("CREATE PUBLICATION p FOR ALL TABLES")
-        .await;
-    database
-        .execute(
-            "SELECT pg_create_logical_replication_slot(current_database() || '_s', 'pgoutput')",
-        )
-        .await;
+/// A table `t0`, `t1`, … for each case, of which `v` has the type: NULL is row 0, and the values come after it.
+async fn make_tables(database: &Database) -> Vec<Case> {
     let cases = cases(database).await;
     for (i, case) in cases.iter().enumerate() {
         let Case { sql_type, values } = case;
@@ -104,6 +97,11 @@ async fn fill(database: &Database) -> Vec<Case> {
         }
         database.execute(&sql).await;
     }
+    cases
+}
+
+/// Gives the database hostile defaults. Connections that are open already keep theirs.
+async fn spoil(database: &Database) {
     for setting in HOSTILE.split(';') {
         database
             .execute(&format!("ALTER DATABASE {} {setting}", database.name()))
@@ -124,6 +122,21 @@ async fn fill(database: &Database) -> Vec<Case> {
             anabranch_tests::announce("no locale on this server but C: lc_monetary is not spoilt")
         }
     }
+}
+
+/// A hostile database with the tables, and a slot that has all their rows.
+async fn fill(database: &Database) -> Vec<Case> {
+    database.execute(SETUP).await;
+    database
+        .execute("CREATE PUBLICATION p FOR ALL TABLES")
+        .await;
+    database
+        .execute(
+            "SELECT pg_create_logical_replication_slot(current_database() || '_s', 'pgoutput')",
+        )
+        .await;
+    let cases = make_tables(database).await;
+    spoil(database).await;
     cases
 }
 
