@@ -76,6 +76,7 @@ mod tests {
             name: name.into(),
             attnum: 1,
             type_oid: 25,
+            base_oid: 25,
             typmod: -1,
             postgres_type: "text".into(),
             kind,

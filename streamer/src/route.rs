@@ -296,6 +296,7 @@ mod tests {
             name: name.into(),
             attnum,
             type_oid: 23,
+            base_oid: 23,
             typmod: -1,
             postgres_type: "integer".into(),
             kind: Kind::Integer,

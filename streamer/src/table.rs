@@ -51,6 +51,8 @@ pub struct Column {
     pub attnum: i16,
     /// OID of the declared type (a domain's own, not its base's).
     pub type_oid: u32,
+    /// OID of the type that values have: a domain's base, or the declared type itself.
+    pub base_oid: u32,
     /// `atttypmod`.
     pub typmod: i32,
     /// The type as `format_type()` prints it.

@@ -12,7 +12,7 @@ pub enum DataType {
     Int2,
     /// int4
     Int4,
-    /// int8, and domains over any integer.
+    /// int8
     Int8,
     /// oid
     Oid,
@@ -82,7 +82,7 @@ impl DataType {
     /// The type of a column; none where its values can't be compared exactly.
     pub fn of(column: &Column) -> Option<DataType> {
         Some(match &column.kind {
-            Kind::Integer => match column.type_oid {
+            Kind::Integer => match column.base_oid {
                 21 => DataType::Int2,
                 23 => DataType::Int4,
                 26 => DataType::Oid,
@@ -92,7 +92,7 @@ impl DataType {
             Kind::Float4 => DataType::Float4,
             Kind::Float8 => DataType::Float8,
             Kind::Numeric => DataType::Numeric,
-            Kind::Text if column.type_oid == 19 => DataType::Name,
+            Kind::Text if column.base_oid == 19 => DataType::Name,
             Kind::Text => DataType::Text,
             Kind::Char => DataType::Char,
             Kind::Enum(labels) => DataType::Enum(Enum {

@@ -22,6 +22,7 @@ fn column(name: &str, type_oid: u32, postgres_type: &str, kind: Kind) -> Column 
         name: name.to_owned(),
         attnum: 1,
         type_oid,
+        base_oid: type_oid,
         typmod: -1,
         postgres_type: postgres_type.to_owned(),
         kind,

@@ -163,6 +163,7 @@ mod tests {
                     name: format!("c{i}"),
                     attnum: i as i16 + 1,
                     type_oid: 20,
+                    base_oid: 20,
                     typmod: -1,
                     postgres_type: "bigint".into(),
                     kind: Kind::Integer,

@@ -63,6 +63,7 @@ pub fn table(oid: Oid, columns: &[(&str, Kind)], key: &[usize], identity: Identi
         name: (*name).into(),
         attnum: place as i16 + 1,
         type_oid: 25,
+        base_oid: 25,
         typmod: -1,
         postgres_type: "text".into(),
         kind: kind.clone(),

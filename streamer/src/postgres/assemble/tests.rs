@@ -19,6 +19,7 @@ fn column(name: &str, type_oid: u32, attnum: i16) -> Column {
         name: name.into(),
         attnum,
         type_oid,
+        base_oid: type_oid,
         typmod: -1,
         postgres_type: "type".into(),
         kind: Kind::Text,

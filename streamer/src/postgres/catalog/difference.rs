@@ -111,6 +111,7 @@ mod tests {
             name: name.into(),
             attnum,
             type_oid: 25,
+            base_oid: 25,
             typmod: -1,
             postgres_type: "text".into(),
             kind: Kind::Text,

@@ -210,6 +210,7 @@ impl<'a> Judge<'a> {
                     name: attribute.name.clone(),
                     attnum: attribute.attnum,
                     type_oid: attribute.type_oid,
+                    base_oid: base(self.facts, attribute.type_oid),
                     typmod: attribute.typmod,
                     postgres_type: attribute.postgres_type.clone(),
                     collation: self.collation(attribute, &kind),
@@ -429,6 +430,14 @@ fn innermost(facts: &Facts, mut oid: u32) -> u32 {
         oid = under;
     }
     oid
+}
+
+/// The type that a domain stands for, or the type itself.
+fn base(facts: &Facts, oid: u32) -> u32 {
+    match facts.types.get(&oid).and_then(|of| of.base) {
+        Some(of) => base(facts, of),
+        None => oid,
+    }
 }
 
 /// What values of a type are.

@@ -85,6 +85,7 @@ mod tests {
                 name: format!("c{i}"),
                 attnum: i as i16 + 1,
                 type_oid: 25,
+                base_oid: 25,
                 typmod: -1,
                 postgres_type: "text".into(),
                 kind: Kind::Text,

@@ -357,7 +357,8 @@ impl Fixture {
 }
 
 async fn read_table(client: &Client, icu: bool) -> Table {
-    let sql = "SELECT attname::text, attnum, atttypid, atttypmod, format_type(atttypid, atttypmod), attrelid \
+    let sql = "SELECT attname::text, attnum, atttypid, atttypmod, format_type(atttypid, atttypmod), attrelid, \
+               coalesce((SELECT nullif(typbasetype, 0) FROM pg_type WHERE oid = atttypid), atttypid) \
                FROM pg_attribute WHERE attrelid = 'samples'::regclass AND attnum > 0 ORDER BY attnum";
     let rows = client.query(sql, &[]).await.unwrap();
     let columns = rows.iter().map(|row| {
@@ -366,6 +367,7 @@ async fn read_table(client: &Client, icu: bool) -> Table {
         Column {
             attnum: row.get(1),
             type_oid: row.get(2),
+            base_oid: row.get(6),
             typmod: row.get(3),
             postgres_type: row.get(4),
             kind: kind(&name),
