@@ -32,8 +32,13 @@ const READ_AHEAD_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// What a batch counts beside its frames, so that many small ones are bounded too.
 const BATCH_BYTES: usize = 512;
 
-/// How long what is streamed before its commit gathers in the socket.
+/// The walsender writes each row by itself. What nobody waits for, since it has not committed, gathers in the socket for
+/// this long, and so does what comes so fast that there were [`READS_MAX`] reads within this time: a wake-up of
+/// several threads for each row would be most of the work.
 const GATHER: Duration = Duration::from_millis(1);
+
+/// A live stream of some thousand transactions a second stays below it.
+const READS_MAX: u32 = 12;
 
 /// The reader's buffer: what one read of the socket may yield.
 const READ_BYTES: usize = 256 * 1024;
@@ -120,6 +125,9 @@ pub(super) struct Reader<R> {
     within: bool,
     /// Between `S` and `E`: a transaction that has not committed is streamed.
     in_progress: bool,
+    /// When reads were last counted from nothing, and how many there were since.
+    window: Instant,
+    reads: u32,
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
@@ -142,6 +150,8 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             message_bytes_max: row_bytes_max.max(MESSAGE_BYTES_MIN),
             within: false,
             in_progress: false,
+            window: Instant::now(),
+            reads: 0,
         }
     }
 
@@ -205,8 +215,11 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         if self.buffer.capacity() - self.buffer.len() < READ_BYTES / 8 {
             self.buffer.reserve(READ_BYTES);
         }
-        if self.in_progress {
-            // Nobody waits for it, and the walsender writes each row by itself.
+        self.reads += 1;
+        if self.window.elapsed() >= GATHER {
+            (self.window, self.reads) = (Instant::now(), 0);
+        }
+        if self.in_progress || self.reads > READS_MAX {
             sleep(GATHER).await;
         }
         let since = Instant::now();
