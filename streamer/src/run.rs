@@ -198,6 +198,7 @@ impl Parts<'_> {
             target: self.config.postgres.target.clone(),
             slot: self.config.postgres.slot.clone(),
             publication: self.config.postgres.publication.clone(),
+            streaming: self.config.postgres.streaming,
             tables: Arc::new(started.tables),
             memberships: started.memberships,
             spool_directory: self.config.data_dir.clone(),

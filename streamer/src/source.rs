@@ -53,6 +53,8 @@ pub struct Source {
     pub slot: String,
     /// Our publication.
     pub publication: String,
+    /// Large transactions are sent before they commit.
+    pub streaming: bool,
     /// The tables that are followed.
     pub tables: Arc<HashMap<Oid, Arc<Table>>>,
     /// The membership of each in the publication.
@@ -125,6 +127,7 @@ impl Source {
             slot: self.slot.clone(),
             from,
             publication: self.publication.clone(),
+            streaming: self.streaming,
             tables: (*self.tables).clone(),
             spool_directory: self.spool_directory.clone(),
             limits: self.limits,

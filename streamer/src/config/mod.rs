@@ -91,6 +91,8 @@ pub struct Postgres {
     pub publication: String,
     /// `slot`.
     pub slot: String,
+    /// `streaming`: large transactions are sent before they commit.
+    pub streaming: bool,
 }
 
 /// `[auth]`.
@@ -303,6 +305,7 @@ impl Config {
             ("wal_retained_max", size(self.wal_retained_max)),
             ("postgres.publication", text(&self.postgres.publication)),
             ("postgres.slot", text(&self.postgres.slot)),
+            ("postgres.streaming", self.postgres.streaming.to_string()),
         ]
     }
 

@@ -262,11 +262,13 @@ fn postgres(mut section: Section<'_>) -> Option<Postgres> {
             text
         }
     };
+    let streaming = section.flag("streaming").unwrap_or_default();
     section.finish();
     Some(Postgres {
         target: target?,
         publication,
         slot,
+        streaming,
     })
 }
 

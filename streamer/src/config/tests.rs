@@ -104,7 +104,7 @@ params.p = { claim = "a", client = "b" }
         "streamer.toml:3:1: colour: unknown key; known here: listen, data_dir",
         "streamer.toml:5:7: postgres.url: must be a text",
         "streamer.toml:6:8: postgres.slot: must be 1 to 63 of a-z, 0-9 and _",
-        "streamer.toml:7:1: postgres.ulr: unknown key; known here: url, write_url, publication, slot",
+        "streamer.toml:7:1: postgres.ulr: unknown key; known here: url, write_url, publication, slot, streaming",
         "streamer.toml:8:1: shape.team.tables: is missing or empty",
         "streamer.toml:11:23: shape.other.tables[1]: must be a text",
         "streamer.toml:12:12: shape.other.params.p: must be { claim",

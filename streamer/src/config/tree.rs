@@ -305,6 +305,18 @@ impl<'c> Section<'c> {
         }
     }
 
+    /// Takes true or false.
+    pub fn flag(&mut self, key: &'static str) -> Option<bool> {
+        let node = resolve(self.take(key)?, self.complaints);
+        match node.value {
+            Value::Bool(flag) => Some(flag),
+            _ => {
+                self.complain(&node.origin, key, "must be true or false");
+                None
+            }
+        }
+    }
+
     /// Takes a number of bytes: `"256MiB"`, or an integer.
     pub fn bytes(&mut self, key: &'static str) -> Option<(u64, Origin)> {
         let node = self.take(key)?;

@@ -64,6 +64,8 @@ pub struct Source {
     pub from: Lsn,
     /// Name of the publication.
     pub publication: String,
+    /// Whether Postgres sends large transactions before they commit.
+    pub streaming: bool,
     /// The tables to follow, for as long as this connection lives.
     pub tables: HashMap<Oid, Arc<Table>>,
     /// For the files of transactions in progress.
@@ -194,6 +196,7 @@ where
         slot,
         from,
         publication,
+        streaming,
         tables,
         spool_directory,
         limits,
@@ -211,7 +214,7 @@ where
         tokio::task::spawn_blocking(move || assemble(received, assembler, events, &stop, &observed))
     };
     let start = async move {
-        let streaming = replication.start(&slot, from, &publication).await?;
+        let streaming = (replication.start(&slot, from, &publication, streaming)).await?;
         tracing::info!(slot, %from, "streaming from Postgres");
         Ok(streaming)
     };

@@ -2,8 +2,9 @@
 
 use anabranch_tests::{
     oracle::select::compare_file,
-    peers::{Replica, Streamer},
+    peers::{Replica, Streamer, StreamerConfig},
     postgres::{Database, Server},
+    wait::{DEADLINE, until},
 };
 
 /// A streamer and a replica with one shape of one SELECT.
@@ -19,7 +20,17 @@ impl Pair {
     async fn start(setup: &str, table: &'static str, sql: &'static str) -> Pair {
         let database = Server::shared().await.database().await;
         database.execute(setup).await;
-        let streamer = Streamer::config(&database).shape("s", &[sql]).start().await;
+        let streamer = Streamer::config(&database);
+        Pair::of(database, streamer, table, sql).await
+    }
+
+    async fn of(
+        database: Database,
+        streamer: StreamerConfig,
+        table: &'static str,
+        sql: &'static str,
+    ) -> Pair {
+        let streamer = streamer.shape("s", &[sql]).start().await;
         let replica = Replica::config(&streamer).subscribe("s").start().await;
         Pair {
             database,
@@ -187,23 +198,41 @@ async fn identities_other_than_the_primary_key_find_the_old_row() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_transaction_with_a_subtransaction_rolled_back_arrives_whole() {
-    let pair = Pair::start(
-        "CREATE TABLE t (id int PRIMARY KEY, v int, pad text)",
-        "t",
-        "SELECT * FROM t WHERE v <> 3",
-    )
-    .await;
-    // Streamed before its commit where Postgres is told to; above what is held in memory in any case.
-    pair.after(
-        "BEGIN;
-         INSERT INTO t SELECT g, g % 5, repeat('x', 100) FROM generate_series(1, 150000) g;
-         SAVEPOINT a; DELETE FROM t WHERE id % 2 = 0; ROLLBACK TO a;
-         SAVEPOINT b; UPDATE t SET v = v + 1 WHERE id % 7 = 0; RELEASE b;
-         COMMIT",
-    )
-    .await;
-    pair.after("UPDATE t SET v = v + 1").await;
-    pair.after("TRUNCATE t").await;
+    for streaming in [false, true] {
+        let database = Server::shared().await.database().await;
+        database
+            .execute("CREATE TABLE t (id int PRIMARY KEY, v int, pad text)")
+            .await;
+        let mut streamer = Streamer::config(&database);
+        if streaming {
+            // Everything above 64 kB is streamed before its commit, in many blocks.
+            let eager = "?options=-c%20logical_decoding_work_mem%3D64kB";
+            streamer = streamer
+                .set("postgres.streaming", true)
+                .set("postgres.url", format!("{}{eager}", database.url()));
+        }
+        let pair = Pair::of(database, streamer, "t", "SELECT * FROM t WHERE v <> 3").await;
+        pair.after(
+            "BEGIN;
+             INSERT INTO t SELECT g, g % 5, repeat('x', 100) FROM generate_series(1, 150000) g;
+             SAVEPOINT a; DELETE FROM t WHERE id % 2 = 0; ROLLBACK TO a;
+             SAVEPOINT b; UPDATE t SET v = v + 1 WHERE id % 7 = 0; RELEASE b;
+             COMMIT",
+        )
+        .await;
+        pair.after("UPDATE t SET v = v + 1").await;
+        pair.after("BEGIN; DELETE FROM t; ROLLBACK").await;
+        pair.after("TRUNCATE t").await;
+        let streamed = "SELECT stream_txns > 0 FROM pg_stat_replication_slots WHERE slot_name = $1";
+        if streaming {
+            let slot = format!("anabranch_{}", pair.database.name());
+            until("Postgres counts what it streamed", DEADLINE, || async {
+                let rows = pair.database.query(streamed, &[&slot]).await;
+                rows.first().is_some_and(|row| row.get(0)).then_some(())
+            })
+            .await;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
