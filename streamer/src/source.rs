@@ -177,6 +177,7 @@ impl Source {
     /// Renews the continuity nonce now and then, and looks for schema changes that came without a row.
     async fn tend(&self, client: &Client) -> Result<(), Error> {
         let (mut renewed, mut watched) = (None::<Instant>, Instant::now());
+        let mut described = self.observed.descriptions();
         loop {
             if renewed.is_none_or(|at| at.elapsed() >= history::RENEW_EVERY) {
                 let claim = self.mirror(Remembered::begin_renewal).await?;
@@ -188,9 +189,11 @@ impl Source {
                     .await?;
                 renewed = Some(Instant::now());
             }
-            if watched.elapsed() >= WATCH_EVERY {
+            // Postgres describes a table anew after whatever may have changed it.
+            let described_now = self.observed.descriptions();
+            if watched.elapsed() >= WATCH_EVERY || described != described_now {
                 self.look(client).await?;
-                watched = Instant::now();
+                (watched, described) = (Instant::now(), described_now);
             }
             let row = client
                 .client

@@ -1,14 +1,16 @@
 //! Applying transactions: one that is held in memory, or one that comes in parts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use anabranch_proto::Lsn;
+use foldhash::fast::FixedState;
 
 use super::{
     Applied, Error, Mirror, State,
     change::{self, Failure},
     direct::Direct,
     fold::Fold,
+    rows::Rows,
 };
 use crate::{
     table::Oid,
@@ -57,16 +59,9 @@ impl Mirror {
         let mut stopped: Vec<(Oid, String)> = Vec::new();
         for change in &chunk.changes {
             let oid = oid(change);
-            let Some(rows) = self
-                .tables
-                .get(&oid)
-                .filter(|rows| rows.takes(chunk.commit_lsn))
-            else {
+            let Some(rows) = taking(&self.tables, oid, chunk, &stopped) else {
                 continue;
             };
-            if stopped.iter().any(|(other, _)| *other == oid) {
-                continue;
-            }
             match change::make(&mut fold, rows, change, self.settings.row_bytes_max) {
                 Ok(()) => {}
                 Err(Failure::Stop(reason)) => stopped.push((oid, reason)),
@@ -199,16 +194,9 @@ impl Mirror {
         };
         for change in &chunk.changes {
             let oid = oid(change);
-            let Some(rows) = self
-                .tables
-                .get(&oid)
-                .filter(|rows| rows.takes(chunk.commit_lsn))
-            else {
+            let Some(rows) = taking(&self.tables, oid, chunk, &large.stopped) else {
                 continue;
             };
-            if large.stopped.iter().any(|(other, _)| *other == oid) {
-                continue;
-            }
             match change::make(&mut direct, rows, change, self.settings.row_bytes_max) {
                 Ok(()) => {
                     large.touched.insert(oid);
@@ -277,6 +265,18 @@ impl Mirror {
         }
         Ok(())
     }
+}
+
+/// The table's rows, if changes of this transaction are to be made to them: it did not stop the table before.
+fn taking<'t>(
+    tables: &'t HashMap<Oid, Rows, FixedState>,
+    oid: Oid,
+    chunk: &Chunk,
+    stopped: &[(Oid, String)],
+) -> Option<&'t Rows> {
+    let rows = tables.get(&oid)?;
+    let is_stopped = stopped.iter().any(|(other, _)| *other == oid);
+    (rows.takes(chunk.commit_lsn) && !is_stopped).then_some(rows)
 }
 
 fn oid(change: &Change) -> Oid {

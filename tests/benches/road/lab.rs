@@ -42,8 +42,10 @@ impl Lab {
             .set("checkpoint_timeout", "30min")
             .set("fsync", "on")
             .set("autovacuum", "off");
-        let source = Server::start(options.clone()).await;
-        let peer = Server::start(options).await;
+        // Their processes are measured, and one connects to the other: not in containers.
+        let local = "cargo bench needs a Postgres server's programs on this machine";
+        let source = Server::start_local(options.clone()).await.expect(local);
+        let peer = Server::start_local(options).await.expect(local);
         let database = source.database().await;
         let subscriber = peer.database().await;
         database.execute(EVENTS).await;

@@ -4,6 +4,7 @@ use anabranch_tests::{
     oracle::select::compare_file,
     peers::{Replica, Streamer, StreamerConfig},
     postgres::{Database, Server},
+    proxy::{Proxy, Way},
     wait::{DEADLINE, until},
 };
 
@@ -314,4 +315,36 @@ async fn a_row_in_two_shapes_of_one_replica_goes_when_it_is_in_neither() {
         .await
         .unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_messages_are_packed_where_the_replica_wants_it() {
+    let pair = Pair::start(
+        "CREATE TABLE t (id int PRIMARY KEY, v int, body text);
+         INSERT INTO t SELECT g, g % 5, 'the same words in every row ' || g FROM generate_series(1, 20000) g",
+        "t",
+        "SELECT * FROM t",
+    )
+    .await;
+    let mut sent = Vec::new();
+    for zstd in [false, true] {
+        let proxy = Proxy::to(pair.streamer.address()).await;
+        let replica = Replica::config(&pair.streamer)
+            .through(&proxy)
+            .set("zstd", zstd)
+            .subscribe("s")
+            .start()
+            .await;
+        let same = async || {
+            replica.until_caught_up(&pair.database).await;
+            compare_file(&pair.database, &replica.file(), &[(pair.table, pair.sql)])
+                .await
+                .unwrap();
+        };
+        same().await;
+        pair.database.execute("UPDATE t SET v = v + 1").await;
+        same().await;
+        sent.push(proxy.bytes(Way::Down));
+    }
+    assert!(sent[1] < sent[0] / 2, "{sent:?}");
 }
