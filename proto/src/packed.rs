@@ -48,7 +48,12 @@ pub fn unpack(message: Down) -> Result<Down, Error> {
     if message.zstd.is_empty() {
         return Ok(message);
     }
-    let bytes = zstd::bulk::decompress(&message.zstd, UNPACKED_BYTES_MAX)?;
+    // No more is reserved than the message says that it takes; if it takes more after all, that is an error.
+    let says = zstd::zstd_safe::get_frame_content_size(&message.zstd).unwrap_or_default();
+    let size = says.map_or(UNPACKED_BYTES_MAX, |says| {
+        usize::try_from(says).map_or(UNPACKED_BYTES_MAX, |says| says.min(UNPACKED_BYTES_MAX))
+    });
+    let bytes = zstd::bulk::decompress(&message.zstd, size)?;
     let message = Down::decode(bytes::Bytes::from(bytes))?;
     if message.zstd.is_empty() {
         Ok(message)

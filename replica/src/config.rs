@@ -243,17 +243,18 @@ impl Config {
         warnings
     }
 
-    /// Host of the streamer, without the brackets of an IPv6 address.
+    /// Host of the streamer, without the brackets of IPv6.
     pub fn host(&self) -> &str {
-        self.streamer
-            .host()
-            .unwrap_or_default()
-            .trim_matches(['[', ']'])
+        host(&self.streamer)
     }
 }
 
+/// The host that an address names, without the brackets of IPv6.
+pub fn host(uri: &Uri) -> &str {
+    uri.host().unwrap_or_default().trim_matches(['[', ']'])
+}
+
 fn is_loopback(host: &str) -> bool {
-    let host = host.trim_matches(['[', ']']);
     host == "localhost"
         || host
             .parse::<std::net::IpAddr>()
@@ -391,7 +392,7 @@ impl Raw {
             }
         };
         // Within one machine there is no line to save.
-        let zstd = (self.zstd).unwrap_or_else(|| !is_loopback(streamer.host().unwrap_or_default()));
+        let zstd = (self.zstd).unwrap_or_else(|| !is_loopback(host(&streamer)));
         Ok(Config {
             streamer,
             tls,

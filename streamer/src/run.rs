@@ -204,7 +204,7 @@ impl Parts<'_> {
             spool_directory: self.config.data_dir.clone(),
             limits: self.limits(),
             inputs: self.inputs.clone(),
-            waiting: Waiting::new(self.config.memory().events_bytes_max / 2),
+            waiting: Waiting::new(self.config.memory().events_bytes_max),
             confirmed,
             metrics: self.shared.metrics.clone(),
             observed: Arc::default(),
@@ -276,7 +276,7 @@ impl Parts<'_> {
         stream::Limits {
             chunk_bytes_max: memory.chunk_bytes_max,
             row_bytes_max: memory.row_bytes_max,
-            spool_memory_bytes_max: memory.events_bytes_max / 2,
+            spool_memory_bytes_max: memory.spool_bytes_max,
         }
     }
 }

@@ -32,6 +32,7 @@ use tempfile::TempDir;
 
 use crate::{
     http::{self, Answer},
+    oracle::select::compare_file,
     port,
     postgres::Database,
     process, programs,
@@ -489,6 +490,24 @@ impl Replica {
             let lsn = database.lsn().await;
             println!("{caller}: waiting until the replica is at {lsn}");
             self.until_at(lsn).await;
+        }
+    }
+
+    /// Until the file holds all that `database` has committed by now; its tables then equal what Postgres answers to
+    /// these queries, or the test fails.
+    #[track_caller]
+    pub fn until_equal<'a>(
+        &'a self,
+        database: &'a Database,
+        tables: &'a [(&'a str, &'a str)],
+    ) -> impl Future<Output = ()> + 'a {
+        let caller = std::panic::Location::caller();
+        let caught_up = self.until_caught_up(database);
+        async move {
+            caught_up.await;
+            compare_file(database, &self.file(), tables)
+                .await
+                .unwrap_or_else(|difference| panic!("{caller}: {difference:#}"));
         }
     }
 }

@@ -26,7 +26,7 @@ use tokio::{
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tower::service_fn;
 
-use crate::config::{Config, Tls};
+use crate::config::{self, Config, Tls};
 
 /// What a message may be above its limit: the limit speaks of its content, the frame comes on top.
 const MESSAGE_SLACK_BYTES: usize = 64 * 1024;
@@ -96,11 +96,7 @@ pub async fn connect(config: &Config, tasks: &Tasks) -> Result<Connection, Strin
     let connector = service_fn(move |uri: Uri| {
         let counter = counter.clone();
         async move {
-            let host = uri
-                .host()
-                .unwrap_or_default()
-                .trim_matches(['[', ']'])
-                .to_owned();
+            let host = config::host(&uri).to_owned();
             let port = uri
                 .port_u16()
                 .unwrap_or(if uri.scheme_str() == Some("https") {
@@ -109,7 +105,7 @@ pub async fn connect(config: &Config, tasks: &Tasks) -> Result<Connection, Strin
                     80
                 });
             // The name is looked up at each attempt: an address may have moved.
-            let stream = TcpStream::connect((host.as_str(), port)).await?;
+            let stream = TcpStream::connect((host, port)).await?;
             stream.set_nodelay(true)?;
             Ok::<_, io::Error>(TokioIo::new(Counted { stream, counter }))
         }

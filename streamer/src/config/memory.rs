@@ -31,8 +31,9 @@ pub struct Memory {
     pub queue_bytes_max: usize,
     /// What the queues of all sessions hold together; above it the fullest one is dropped, and catches up.
     pub queues_bytes_max: usize,
-    /// What decoded changes hold between the replication connection and the engine: one half of transactions in
-    /// progress, one of those that committed.
+    /// What decoded changes of transactions in progress hold; above it they go to files.
+    pub spool_bytes_max: usize,
+    /// What decoded changes of transactions that committed hold until the engine takes them.
     pub events_bytes_max: usize,
     /// A transaction up to this is held whole and routed; a larger one is applied in chunks of this.
     pub chunk_bytes_max: usize,
@@ -56,7 +57,8 @@ impl Memory {
             reader_cache_bytes: size(share(1) / READERS as u64),
             queue_bytes_max: size((queues / 8).clamp(QUEUE_BYTES_MIN, QUEUE_BYTES_MAX)),
             queues_bytes_max: size(queues),
-            events_bytes_max: size(share(1)),
+            spool_bytes_max: size(share(1) / 2),
+            events_bytes_max: size(share(1) / 2),
             // A transaction costs about three times its own size while it is applied: its changes, the rows before
             // and after, and what is encoded of them. That makes 1.5 sixteenths.
             chunk_bytes_max: size(share(1) / 2),
@@ -71,6 +73,7 @@ impl Memory {
         self.mirror_cache_bytes
             + self.readers * self.reader_cache_bytes
             + self.queues_bytes_max
+            + self.spool_bytes_max
             + self.events_bytes_max
             + 3 * self.chunk_bytes_max
             + LARGE_ROWS as usize * self.row_bytes_max

@@ -14,7 +14,7 @@
 
 use std::sync::Arc;
 
-use anabranch_proto::{Lsn, Position};
+use anabranch_proto::Lsn;
 use bytes::Bytes;
 
 use super::{
@@ -175,11 +175,6 @@ impl Mirror {
             rows.copied = copied;
         }
         Ok(())
-    }
-
-    /// The first history has begun: before, there is nothing but tables that are being copied.
-    fn has_begun(&self) -> bool {
-        self.position != Position::default()
     }
 
     /// The copy is complete as of `at`; durable when it returns.

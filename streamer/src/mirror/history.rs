@@ -58,9 +58,9 @@ impl Mirror {
         self.alone(|mirror| {
             let sqlite = &mirror.sqlite;
             // What was copied late belongs to the first history: catch-ups that began before it go on in it.
-            let first = match mirror.position == Position::default() {
-                true => mirror.index.first(),
-                false => mirror.index.next(),
+            let first = match mirror.has_begun() {
+                true => mirror.index.next(),
+                false => mirror.index.first(),
             };
             let known: Option<i64> = sqlite
                 .query_row(

@@ -207,6 +207,11 @@ impl Mirror {
         Ok(())
     }
 
+    /// The first history has begun: before, there is nothing but tables that are being copied.
+    fn has_begun(&self) -> bool {
+        self.position != Position::default()
+    }
+
     /// The position as applied (the group may still be open).
     pub fn position(&self) -> Position {
         self.position

@@ -265,11 +265,7 @@ impl Reader {
             }
         }
         // Of entries of one key, that of the first transaction comes first.
-        while let Some(first) = (0..cursors.len()).min_by(|one, other| {
-            let ((one, _), _) = &cursors[*one];
-            let ((other, _), _) = &cursors[*other];
-            one.cmp(other)
-        }) {
+        while let Some(first) = (0..cursors.len()).min_by_key(|place| &cursors[*place].0.0) {
             let ((key, old), _) = &cursors[first];
             let (key, old) = (key.clone(), old.clone());
             for place in (first..cursors.len()).rev() {

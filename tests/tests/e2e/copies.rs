@@ -2,7 +2,7 @@
 //! Moments are told by what was copied so far, not by a clock. What is left alone afterwards gets there by itself.
 
 use anabranch_tests::{
-    oracle::{file, select::compare_file},
+    oracle::file,
     peers::{Replica, Streamer},
     postgres::{Database, Options, Server},
     proxy::{Proxy, Way},
@@ -140,10 +140,7 @@ async fn a_streamer_killed_at_any_moment_of_its_first_copy_starts_clean() {
     streamer.start().await;
     replica.until_ready().await;
     change(&database, 400).await;
-    replica.until_caught_up(&database).await;
-    compare_file(&database, &replica.file(), &SELECTS)
-        .await
-        .unwrap();
+    replica.until_equal(&database, &SELECTS).await;
 
     let mut after = slots(&database).await;
     let ours = after.iter().position(|(name, _)| name == "ours");
@@ -157,14 +154,9 @@ async fn a_streamer_killed_at_any_moment_of_its_first_copy_starts_clean() {
     };
     assert_eq!(still(&after), still(&before));
     database.execute("INSERT INTO beside VALUES (1)").await;
-    reader.until_caught_up(&database).await;
-    compare_file(
-        &database,
-        &reader.file(),
-        &[("beside", "SELECT * FROM beside")],
-    )
-    .await
-    .unwrap();
+    reader
+        .until_equal(&database, &[("beside", "SELECT * FROM beside")])
+        .await;
     println!("{} kills", moments.len());
 }
 
@@ -231,10 +223,7 @@ async fn a_replica_killed_at_any_moment_of_its_first_copy_starts_clean() {
         change(&database, turn).await;
     }
     replica.start().await;
-    replica.until_caught_up(&database).await;
-    compare_file(&database, &replica.file(), &SELECTS)
-        .await
-        .unwrap();
+    replica.until_equal(&database, &SELECTS).await;
     // Nothing lies about of what was begun.
     let names = |replica: &Replica| -> String {
         let sql = "SELECT group_concat(name) FROM (SELECT name FROM sqlite_schema ORDER BY name)";

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use anabranch_tests::{
-    oracle::select::compare_file,
     peers::{Replica, Streamer},
     postgres::{Options, Server, Stop},
     proxy::{Cut, Proxy, Way},
@@ -34,10 +33,7 @@ async fn postgres_restarted_killed_or_crashed_loses_and_doubles_nothing() {
         database
             .execute("UPDATE items SET v = v + 10 WHERE id % 5 = 0")
             .await;
-        replica.until_caught_up(&database).await;
-        compare_file(&database, &replica.file(), &[("items", ONE)])
-            .await
-            .unwrap();
+        replica.until_equal(&database, &[("items", ONE)]).await;
     }
 }
 
@@ -55,10 +51,7 @@ async fn a_fast_shutdown_of_postgres_is_not_held_up() {
     println!("stopped in {took:?}");
     assert!(took < Duration::from_secs(5), "{took:?}");
     server.start_again().await;
-    replica.until_caught_up(&database).await;
-    compare_file(&database, &replica.file(), &[("items", ONE)])
-        .await
-        .unwrap();
+    replica.until_equal(&database, &[("items", ONE)]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -101,10 +94,7 @@ async fn killed_streamers_and_replicas_resume_where_they_were() {
         if replica.pid().is_none() {
             replica.start().await;
         }
-        replica.until_caught_up(&database).await;
-        compare_file(&database, &replica.file(), &[("items", ONE)])
-            .await
-            .unwrap();
+        replica.until_equal(&database, &[("items", ONE)]).await;
     }
     assert!(streamer.terminate().await.success());
     assert!(replica.terminate().await.success());
@@ -139,9 +129,9 @@ async fn a_return_sends_what_changed_and_not_the_table() {
     let returned = proxy.bytes(Way::Down) - copied;
     println!("a copy is {copied} bytes, the return {returned}");
     assert!(returned < 50_000, "{returned}");
-    compare_file(&database, &replica.file(), &[("t", "SELECT * FROM t")])
-        .await
-        .unwrap();
+    replica
+        .until_equal(&database, &[("t", "SELECT * FROM t")])
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -172,10 +162,7 @@ async fn cut_stalled_and_half_open_connections_heal() {
         })
         .await;
         proxy.set(|faults| faults.heal());
-        replica.until_caught_up(&database).await;
-        compare_file(&database, &replica.file(), &[("items", ONE)])
-            .await
-            .unwrap();
+        replica.until_equal(&database, &[("items", ONE)]).await;
     }
 }
 
@@ -259,10 +246,7 @@ async fn a_program_that_writes_its_own_tables_is_left_alone() {
         own.execute("INSERT INTO mine (v) VALUES (?1)", [turn])
             .unwrap();
     }
-    replica.until_caught_up(&database).await;
-    compare_file(&database, &replica.file(), &[("items", ONE)])
-        .await
-        .unwrap();
+    replica.until_equal(&database, &[("items", ONE)]).await;
     let count: i64 = own
         .query_row("SELECT count(*) FROM mine", [], |row| row.get(0))
         .unwrap();
@@ -289,13 +273,9 @@ async fn a_stalled_replica_does_not_slow_another_and_catches_up() {
     stalled.resume();
     stalled.until_caught_up(&database).await;
     for replica in [&live, &stalled] {
-        compare_file(
-            &database,
-            &replica.file(),
-            &[("items", "SELECT * FROM items")],
-        )
-        .await
-        .unwrap();
+        replica
+            .until_equal(&database, &[("items", "SELECT * FROM items")])
+            .await;
     }
 }
 
@@ -328,9 +308,6 @@ async fn joins_and_catch_ups_while_a_group_is_stretched_miss_nothing() {
     };
     let ((), replicas) = tokio::join!(load, joins);
     for replica in &replicas {
-        replica.until_caught_up(&database).await;
-        compare_file(&database, &replica.file(), &[("items", ONE)])
-            .await
-            .unwrap();
+        replica.until_equal(&database, &[("items", ONE)]).await;
     }
 }

@@ -2,10 +2,7 @@
 //! and does not claim to be up to date.
 
 use anabranch_tests::{
-    oracle::{
-        file::{self, Snapshot},
-        select::compare_file,
-    },
+    oracle::file::{self, Snapshot},
     peers::{Replica, Streamer, StreamerConfig},
     postgres::{Database, Options, Server, Stop},
     proxy::{Cut, Proxy},
@@ -47,10 +44,7 @@ impl<'a> Scene<'a> {
     /// What is written arrives.
     async fn goes_on(&self, sql: &str) {
         self.database.execute(sql).await;
-        self.replica.until_caught_up(self.database).await;
-        compare_file(self.database, &self.replica.file(), &[("t", ALL)])
-            .await
-            .unwrap();
+        self.replica.until_equal(self.database, &[("t", ALL)]).await;
     }
 
     fn held(&self) -> Snapshot {

@@ -10,7 +10,6 @@ use std::{
 };
 
 use anabranch_tests::{
-    oracle::select::compare_file,
     peers::{Replica, Streamer},
     postgres::Server,
 };
@@ -68,9 +67,7 @@ async fn no_look_during_pgbench_sees_half_a_transaction() {
     over.store(true, Ordering::Relaxed);
     let looks = looking.await.unwrap();
     let pairs: Vec<_> = tables.into_iter().zip(selects).collect();
-    compare_file(&database, &replica.file(), &pairs)
-        .await
-        .unwrap();
+    replica.until_equal(&database, &pairs).await;
     let tps = said
         .lines()
         .find(|line| line.starts_with("tps"))

@@ -1,7 +1,6 @@
 //! What is refused, in which words, and that nothing was harmed by then.
 
 use anabranch_tests::{
-    oracle::select::compare_file,
     peers::{Replica, Streamer},
     postgres::Server,
     wait::{DEADLINE, until},
@@ -243,9 +242,7 @@ async fn a_row_above_the_limit_stops_its_table_by_name_and_no_other() {
     };
     replica.until_caught_up(&database).await;
     assert_eq!(said(&replica), expected);
-    compare_file(&database, &replica.file(), &steady)
-        .await
-        .unwrap();
+    replica.until_equal(&database, &steady).await;
     // The last state before the row: of what was copied there is none.
     assert_eq!(count(&replica, "SELECT count(*) FROM copied"), 0);
     for table in ["inserted", "updated"] {
@@ -265,9 +262,7 @@ async fn a_row_above_the_limit_stops_its_table_by_name_and_no_other() {
     for replica in [&replica, &late] {
         replica.until_caught_up(&database).await;
         assert_eq!(said(replica), expected);
-        compare_file(&database, &replica.file(), &steady)
-            .await
-            .unwrap();
+        replica.until_equal(&database, &steady).await;
     }
 }
 

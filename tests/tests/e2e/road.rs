@@ -1,7 +1,6 @@
 //! The road from Postgres to the file: what rows do, and what the file then holds.
 
 use anabranch_tests::{
-    oracle::select::compare_file,
     peers::{Replica, Streamer, StreamerConfig},
     postgres::{Database, Server},
     proxy::{Proxy, Way},
@@ -49,14 +48,9 @@ impl Pair {
     }
 
     async fn same(&self) {
-        self.replica.until_caught_up(&self.database).await;
-        compare_file(
-            &self.database,
-            &self.replica.file(),
-            &[(self.table, self.sql)],
-        )
-        .await
-        .unwrap();
+        self.replica
+            .until_equal(&self.database, &[(self.table, self.sql)])
+            .await;
     }
 
     fn one<T: rusqlite::types::FromSql>(&self, sql: &str) -> T {
@@ -146,15 +140,12 @@ async fn names_in_any_spelling_reach_the_file_unchanged() {
                UPDATE "UPPER" SET id = 2"#,
         )
         .await;
-    replica.until_caught_up(&database).await;
     let tables = [
         (r#"My.Schema.Order "Items""#, selects[0]),
         ("other.table", selects[1]),
         ("UPPER", selects[2]),
     ];
-    compare_file(&database, &replica.file(), &tables)
-        .await
-        .unwrap();
+    replica.until_equal(&database, &tables).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -190,11 +181,8 @@ async fn identities_other_than_the_primary_key_find_the_old_row() {
              UPDATE whole SET id = id + 100; UPDATE whole SET v = v + 5; DELETE FROM whole WHERE v > 40",
         )
         .await;
-    replica.until_caught_up(&database).await;
     let tables: Vec<_> = names.iter().copied().zip(borrowed).collect();
-    compare_file(&database, &replica.file(), &tables)
-        .await
-        .unwrap();
+    replica.until_equal(&database, &tables).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -306,14 +294,9 @@ async fn a_row_in_two_shapes_of_one_replica_goes_when_it_is_in_neither() {
         "DELETE FROM t WHERE id = 3",
     ] {
         database.execute(sql).await;
-        replica.until_caught_up(&database).await;
-        compare_file(
-            &database,
-            &replica.file(),
-            &[("t", "SELECT * FROM t WHERE a OR b")],
-        )
-        .await
-        .unwrap();
+        replica
+            .until_equal(&database, &[("t", "SELECT * FROM t WHERE a OR b")])
+            .await;
     }
 }
 
@@ -336,10 +319,9 @@ async fn large_messages_are_packed_where_the_replica_wants_it() {
             .start()
             .await;
         let same = async || {
-            replica.until_caught_up(&pair.database).await;
-            compare_file(&pair.database, &replica.file(), &[(pair.table, pair.sql)])
-                .await
-                .unwrap();
+            replica
+                .until_equal(&pair.database, &[(pair.table, pair.sql)])
+                .await;
         };
         same().await;
         pair.database.execute("UPDATE t SET v = v + 1").await;

@@ -2,7 +2,7 @@
 //! change.
 
 use anabranch_tests::{
-    oracle::{file, select::compare_file},
+    oracle::file,
     peers::{Replica, Streamer},
     postgres::{Database, Server},
     proxy::{Proxy, Way},
@@ -67,10 +67,7 @@ impl Scene {
     }
 
     async fn same(&self, tables: &[(&str, &str)]) {
-        self.replica.until_caught_up(&self.database).await;
-        compare_file(&self.database, &self.replica.file(), tables)
-            .await
-            .unwrap();
+        self.replica.until_equal(&self.database, tables).await;
     }
 
     /// What the file has of a table that it should not have any more.

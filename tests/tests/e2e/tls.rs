@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use anabranch_tests::{
     authority::{Authority, Certificate},
-    oracle::select::compare_file,
     peers::{Replica, Streamer},
     port,
     postgres::{Database, Options, Server},
@@ -54,23 +53,24 @@ fn check(streamer: &Streamer) -> (Option<i32>, String) {
     (output.status.code(), said.concat())
 }
 
-/// Until the server has taken up its certificate.
-async fn until_encrypted(server: &Server) {
+/// A server of its own that speaks TLS, its authority, and a database with the table.
+async fn encrypted() -> (Server, Authority, Database) {
+    let server = Server::start(Options::new()).await;
+    let authority = server.enable_tls().await;
     let ask = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
     until("Postgres speaks TLS", DEADLINE, || async {
         let said = server.tool("psql", "postgres", &["-XAtc", ask]).await;
         said.trim() == "t"
     })
     .await;
+    let database = server.database().await;
+    make_table(&database).await;
+    (server, authority, database)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_is_reached_by_tls_bound_to_its_channel_and_only_under_its_name() {
-    let server = Server::start(Options::new()).await;
-    let authority = server.enable_tls().await;
-    until_encrypted(&server).await;
-    let database = server.database().await;
-    make_table(&database).await;
+    let (server, authority, database) = encrypted().await;
     let roots = authority.file("roots.pem", &authority.pem());
     let roots = roots.to_str().unwrap();
     let others = Authority::new();
@@ -116,10 +116,7 @@ async fn postgres_is_reached_by_tls_bound_to_its_channel_and_only_under_its_name
     database
         .execute("INSERT INTO t VALUES (2, 'streamed')")
         .await;
-    replica.until_caught_up(&database).await;
-    compare_file(&database, &replica.file(), &[("t", T)])
-        .await
-        .unwrap();
+    replica.until_equal(&database, &[("t", T)]).await;
     let kinds = database
         .query(
             "SELECT backend_type, bool_and(ssl) FROM pg_stat_activity JOIN pg_stat_ssl USING (pid)
@@ -186,11 +183,7 @@ async fn interpose(server: &Server, authority: &Authority) -> u16 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn channel_binding_keeps_out_who_reads_along() {
-    let server = Server::start(Options::new()).await;
-    let authority = server.enable_tls().await;
-    until_encrypted(&server).await;
-    let database = server.database().await;
-    make_table(&database).await;
+    let (server, authority, database) = encrypted().await;
     let port = interpose(&server, &authority).await;
     // He gets through where nobody asks who he is, so it is not his fault that he doesn't below.
     let open = streamer(
@@ -246,10 +239,7 @@ async fn a_replica_speaks_tls_to_its_streamer_and_to_nobody_else() {
     database
         .execute("INSERT INTO t VALUES (2, 'streamed')")
         .await;
-    replica.until_caught_up(&database).await;
-    compare_file(&database, &replica.file(), &[("t", T)])
-        .await
-        .unwrap();
+    replica.until_equal(&database, &[("t", T)]).await;
     // A handshake record of TLS, and not the preface of HTTP/2.
     assert_eq!(proxy.recorded(Way::Up)[0], 22);
 

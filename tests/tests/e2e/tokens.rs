@@ -7,7 +7,6 @@ use std::{
 };
 
 use anabranch_tests::{
-    oracle::select::compare_file,
     peers::{Replica, Streamer},
     postgres::{Database, Server},
     wait::{DEADLINE, until},
@@ -127,11 +126,8 @@ async fn a_token_that_proves_nothing_is_refused_with_the_reason() {
             assert!(!log.contains(token.as_str()), "a token is in a log");
         }
     }
-    accepted.until_caught_up(&database).await;
     let one = [("t", "SELECT * FROM t WHERE team = 1")];
-    compare_file(&database, &accepted.file(), &one)
-        .await
-        .unwrap();
+    accepted.until_equal(&database, &one).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -175,9 +171,6 @@ async fn a_token_that_expires_ends_the_stream_until_there_is_another() {
 
     // The same replica in another team: it has what that may have, and nothing of the old.
     fs::write(&file, good_for(600, 2)).unwrap();
-    replica.until_caught_up(&database).await;
     let two = [("t", "SELECT * FROM t WHERE team = 2")];
-    compare_file(&database, &replica.file(), &two)
-        .await
-        .unwrap();
+    replica.until_equal(&database, &two).await;
 }

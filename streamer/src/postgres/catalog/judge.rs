@@ -442,12 +442,10 @@ fn base(facts: &Facts, oid: u32) -> u32 {
 
 /// What values of a type are.
 fn kind(facts: &Facts, oid: u32) -> Kind {
+    let oid = base(facts, oid);
     let Some(of) = facts.types.get(&oid) else {
         return Kind::Other;
     };
-    if let Some(base) = of.base {
-        return kind(facts, base);
-    }
     if let Some(element) = of.element {
         // array_out asks the element's type for the delimiter, not the array's.
         let delimiter = facts.types.get(&element).map_or(',', |of| of.delimiter);
