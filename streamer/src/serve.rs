@@ -1,10 +1,6 @@
 //! One port for gRPC and HTTP, plain or TLS.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -21,7 +17,7 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, watch},
     time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
@@ -45,6 +41,10 @@ const SEND_BUFFER_MAX: usize = 512 * 1024;
 /// Streams that one connection may have open: a replica needs one.
 const STREAMS_MAX: u32 = 100;
 
+/// How long a replica's call waits for a streamer that is starting. Told to come again at once, all of them would come
+/// some pause too late, and to a stream that is under way already. It hears from the streamer within its limit of silence.
+const STARTING_MAX: Duration = Duration::from_secs(5);
+
 /// How long connections may take to end when the streamer stops.
 const GRACE: Duration = Duration::from_secs(3);
 
@@ -52,7 +52,7 @@ const GRACE: Duration = Duration::from_secs(3);
 /// everything.
 pub struct Stage {
     starting: Router,
-    ready: Mutex<Option<Router>>,
+    ready: watch::Sender<Option<Router>>,
 }
 
 impl Stage {
@@ -60,32 +60,42 @@ impl Stage {
     pub fn new() -> Arc<Stage> {
         Arc::new(Stage {
             starting: starting_pages().fallback(starting),
-            ready: Mutex::new(None),
+            ready: watch::Sender::new(None),
         })
     }
 
     /// From here on replicas are served by these while the mirror is filled; pages still say that the streamer is starting.
     pub fn early(&self, grpc: Router) {
-        *self.lock() = Some(grpc.merge(starting_pages()));
+        self.ready.send_replace(Some(grpc.merge(starting_pages())));
     }
 
     /// From here on these are served, also on connections that are open already.
     pub fn ready(&self, routes: Router) {
-        *self.lock() = Some(routes);
+        self.ready.send_replace(Some(routes));
     }
 
     /// The streamer starts anew.
     pub fn starting(&self) {
-        *self.lock() = None;
+        self.ready.send_replace(None);
     }
 
-    fn routes(&self) -> Router {
-        self.lock().as_ref().unwrap_or(&self.starting).clone()
+    /// What answers this. Calls wait for a while until they can be answered; pages don't.
+    async fn routes(&self, request: &Request<Incoming>, stopping: &CancellationToken) -> Router {
+        let mut ready = self.ready.subscribe();
+        let longest = match is_call(request) {
+            true => STARTING_MAX,
+            false => Duration::ZERO,
+        };
+        let routes = ready.wait_for(Option::is_some);
+        let routes = stopping.run_until_cancelled(timeout(longest, routes)).await;
+        let routes = routes.and_then(|waited| waited.ok()?.ok()?.clone());
+        routes.unwrap_or_else(|| self.starting.clone())
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, Option<Router>> {
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn is_call<T>(request: &Request<T>) -> bool {
+    let kind = request.headers().get(header::CONTENT_TYPE);
+    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// The pages while the mirror is filled.
@@ -100,8 +110,7 @@ fn starting_pages() -> Router {
 /// Replicas are told in gRPC's own terms, so that they try again soon.
 async fn starting(request: Request<Body>) -> Response {
     const STARTING: &str = "the streamer is starting";
-    let kind = request.headers().get(header::CONTENT_TYPE);
-    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
+    if is_call(&request) {
         return tonic::Status::unavailable(STARTING).into_http();
     }
     (StatusCode::SERVICE_UNAVAILABLE, STARTING).into_response()
@@ -179,9 +188,14 @@ async fn drive(
     stage: Arc<Stage>,
     stopping: CancellationToken,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let called = stopping.clone();
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(peer);
-        stage.routes().oneshot(request.map(Body::new))
+        let (stage, stopping) = (stage.clone(), called.clone());
+        async move {
+            let routes = stage.routes(&request, &stopping).await;
+            routes.oneshot(request.map(Body::new)).await
+        }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder

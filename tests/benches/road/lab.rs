@@ -49,16 +49,6 @@ impl Lab {
         let database = source.database().await;
         let subscriber = peer.database().await;
         database.execute(EVENTS).await;
-        let rows = sizes.rows;
-        database
-            .execute(&format!(
-                "INSERT INTO events SELECT g, g % 1000, 'kind-' || g % 17,
-                   jsonb_build_object('name', 'event number ' || g, 'hash', md5(g::text), 'again', md5((g * 7)::text), 'n', g),
-                   (g % 100000) / 100.0, g % 2 = 0, '2024-01-01'::timestamptz + g * interval '1 second', md5(g::text)::uuid
-                   FROM generate_series(1, {rows}) g"
-            ))
-            .await;
-        database.execute("VACUUM ANALYZE events").await;
         database
             .execute("CREATE PUBLICATION bench FOR TABLE events")
             .await;
@@ -74,9 +64,23 @@ impl Lab {
         }
     }
 
+    /// The same rows for each round: what an earlier one updated and added is not in order any more.
+    pub async fn fill(&self) {
+        let rows = self.sizes.rows;
+        self.database
+            .execute(&format!(
+                "TRUNCATE events; INSERT INTO events SELECT g, g % 1000, 'kind-' || g % 17,
+                   jsonb_build_object('name', 'event number ' || g, 'hash', md5(g::text), 'again', md5((g * 7)::text), 'n', g),
+                   (g % 100000) / 100.0, g % 2 = 0, '2024-01-01'::timestamptz + g * interval '1 second', md5(g::text)::uuid
+                   FROM generate_series(1, {rows}) g"
+            ))
+            .await;
+        self.database.execute("VACUUM ANALYZE events").await;
+    }
+
     /// W1, and its limits.
     pub async fn initial_copy(&mut self, report: &mut Report) {
-        let rows = self.count().await;
+        let rows = self.sizes.rows;
         report.add(
             "W1",
             "limit: COPY to nowhere",
@@ -270,10 +274,6 @@ impl Lab {
             .execute("ALTER SYSTEM RESET synchronous_commit")
             .await;
         self.database.execute("SELECT pg_reload_conf()").await;
-    }
-
-    async fn count(&self) -> u64 {
-        Self::count_in(&self.database).await
     }
 
     async fn count_in(database: &Database) -> u64 {

@@ -58,6 +58,7 @@ fn main() {
         let works = ["W1", "W2a", "W2b", "W3"].into_iter().any(wanted);
         for round in 1..=if works { sizes.rounds } else { 0 } {
             eprintln!("round {round} of {}", sizes.rounds);
+            lab.fill().await;
             // W1 leaves a streamer, a replica and a subscription behind that the others need.
             lab.initial_copy(&mut report).await;
             if wanted("W2a") {
@@ -71,6 +72,7 @@ fn main() {
             }
             lab.clear().await;
         }
+        lab.fill().await;
         if wanted("M1") {
             memory::large_transaction(&lab, &mut report).await;
         }
