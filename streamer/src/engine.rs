@@ -377,12 +377,17 @@ impl Engine {
     }
 
     /// Lets sessions join and works on the mirror, if this is a boundary of groups.
+    ///
+    /// Sessions also join while a large transaction is applied, which may take minutes: its group began with it, so
+    /// what is committed is as of the position; and its end makes all fall behind whom it concerns.
     fn serve_waiting(&mut self) -> Result<(), Error> {
-        if self.large || self.mirror.is_open() {
+        if self.mirror.is_open() && !self.large {
             return Ok(());
         }
-        for work in std::mem::take(&mut self.work) {
-            work(&mut self.mirror)?;
+        if !self.large {
+            for work in std::mem::take(&mut self.work) {
+                work(&mut self.mirror)?;
+            }
         }
         for mut join in std::mem::take(&mut self.joins) {
             let position = join.reader.begin()?;

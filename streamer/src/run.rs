@@ -86,7 +86,7 @@ pub async fn run(
     let tls = config.tls.as_ref().map(tls::server).transpose();
     let tls = tls.map_err(|error| Error::Definite(error.to_string()))?;
     let config = Arc::new(config);
-    let stage = Stage::new();
+    let stage = Stage::new(shared.verifier.clone());
     let server = tokio::spawn(serve::serve(listener, tls, stage.clone(), stopping.clone()));
     let ended = loop {
         match parts(&config, &shared, &stage, &stopping).await {
@@ -224,6 +224,8 @@ impl Parts<'_> {
             engine = &mut ended => (Err(engine_ended(engine.ok())), false),
             () = serve => unreachable!("it never ends"),
         };
+        // Whoever calls from here on is for the next start.
+        self.stage.starting();
         self.here.cancel();
         session::send(&self.inputs, Input::Shutdown);
         if !source_ended && timeout(GRACE, source).await.is_err() {

@@ -24,6 +24,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt;
 
+use crate::auth::Verifier;
+
 /// Connections at once, replicas and readers of pages together.
 pub const CONNECTIONS_MAX: usize = 12_000;
 
@@ -51,14 +53,16 @@ const GRACE: Duration = Duration::from_secs(3);
 /// What is served: until the mirror is complete, a few words on that, and what is there to replicas; from then on,
 /// everything.
 pub struct Stage {
+    verifier: Arc<Verifier>,
     starting: Router,
     ready: watch::Sender<Option<Router>>,
 }
 
 impl Stage {
     /// Says that the streamer is starting.
-    pub fn new() -> Arc<Stage> {
+    pub fn new(verifier: Arc<Verifier>) -> Arc<Stage> {
         Arc::new(Stage {
+            verifier,
             starting: starting_pages().fallback(starting),
             ready: watch::Sender::new(None),
         })
@@ -79,10 +83,10 @@ impl Stage {
         self.ready.send_replace(None);
     }
 
-    /// What answers this. Calls wait for a while until they can be answered; pages don't.
+    /// What answers this. Calls of replicas wait for a while until they can be answered; others, and pages, don't.
     async fn routes(&self, request: &Request<Incoming>, stopping: &CancellationToken) -> Router {
         let mut ready = self.ready.subscribe();
-        let longest = match is_call(request) {
+        let longest = match is_call(request) && self.knows(request) {
             true => STARTING_MAX,
             false => Duration::ZERO,
         };
@@ -90,6 +94,12 @@ impl Stage {
         let routes = stopping.run_until_cancelled(timeout(longest, routes)).await;
         let routes = routes.and_then(|waited| waited.ok()?.ok()?.clone());
         routes.unwrap_or_else(|| self.starting.clone())
+    }
+
+    fn knows<T>(&self, request: &Request<T>) -> bool {
+        let authorization = request.headers().get(header::AUTHORIZATION);
+        let authorization = authorization.and_then(|value| value.to_str().ok());
+        self.verifier.verify(authorization).is_ok()
     }
 }
 

@@ -22,6 +22,7 @@ use crate::{
     postgres::{
         history::{self, Remembered, Verdict},
         replication::Replication,
+        setup::Membership,
         sql::{Client, Error},
         stream::{self, Closed, Limits, Observed},
         target::Target,
@@ -58,7 +59,7 @@ pub struct Source {
     /// The tables that are followed.
     pub tables: Arc<HashMap<Oid, Arc<Table>>>,
     /// The membership of each in the publication.
-    pub memberships: BTreeMap<Oid, Oid>,
+    pub memberships: BTreeMap<Oid, Membership>,
     /// In-progress transactions are spooled here.
     pub spool_directory: PathBuf,
     /// Bounds of memory.

@@ -27,9 +27,9 @@ pub struct Memory {
     pub readers: usize,
     /// Page cache of each reader. Small: a catch-up goes through a table once, in key order.
     pub reader_cache_bytes: usize,
-    /// What the queue of one session holds; a message that is being sent counts.
+    /// What the queue of one session holds; what was taken from it to be sent does not count.
     pub queue_bytes_max: usize,
-    /// What the queues of all sessions hold together; above it the fullest one is dropped, and catches up.
+    /// What the queues of all sessions hold together; above it the one that is pushed to is dropped, and catches up.
     pub queues_bytes_max: usize,
     /// What decoded changes of transactions in progress hold; above it they go to files.
     pub spool_bytes_max: usize,

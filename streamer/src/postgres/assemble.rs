@@ -5,8 +5,9 @@
 //!
 //! - Rows become packed records in the order of [`Table::columns`], through `convert`.
 //! - A table whose description by Postgres differs from the known one, or a value of which cannot be converted, is
-//!   stopped: one [`Change::Stop`] in its place in the transaction, and nothing of that table after it. Schema
-//!   changes inside a streamed transaction count when, and only if, that transaction commits.
+//!   stopped: a [`Change::Stop`] in its place in the transaction. What comes after it is the mirror's to leave out, since
+//!   only the mirror knows whether the table's copy is younger, and the table therefore not stopped. Schema changes inside a
+//!   streamed transaction count when, and only if, that transaction commits.
 //! - A transaction above `chunk_bytes_max` becomes several chunks.
 //!
 //! # Which positions may be confirmed

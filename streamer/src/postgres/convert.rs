@@ -27,7 +27,7 @@ use anabranch_proto::record::Builder;
 
 use crate::table::Kind;
 
-/// Postgres sent a text that its type cannot have: a bug, or not the type that we believe.
+/// Postgres sent a text that its type cannot have: a bug, or the type was altered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a value of this type can't have the text that Postgres sent")]
 pub struct Unconvertible;
@@ -75,6 +75,12 @@ fn form<'a>(
         Kind::Time => clock::time(text, buffer)?,
         Kind::Date => clock::date(text)?,
         Kind::Numeric => numeric(text)?,
+        // One that came after the table was read would be compared by nobody knows what rank.
+        Kind::Enum(labels) => {
+            let text = utf8(text)?;
+            let known = labels.iter().any(|label| label == text);
+            known.then_some(text).ok_or(Unconvertible)?
+        }
         // Blanks only: bpchar's own comparison ignores nothing else.
         Kind::Char => utf8(without_blanks(text))?,
         Kind::Other => match (utf8(text), text) {

@@ -28,8 +28,10 @@ pub(super) struct Rows {
     tables: HashMap<Oid, Arc<Table>>,
     /// The followed tables that Postgres has described on this connection.
     described: HashMap<Oid, Described>,
-    /// Tables that are not ours, or were stopped.
+    /// Tables that are not ours.
     ignored: HashSet<Oid>,
+    /// Tables whose last description did not fit.
+    misfit: HashSet<Oid>,
     builder: Builder,
     descriptions: u64,
 }
@@ -40,6 +42,7 @@ impl Rows {
             tables,
             described: HashMap::new(),
             ignored: HashSet::new(),
+            misfit: HashSet::new(),
             builder: Builder::new(),
             descriptions: 0,
         }
@@ -83,7 +86,7 @@ impl Rows {
         match change(described, &mut self.builder, &row) {
             Ok((change, bytes)) => open.push(change, bytes, sink),
             Err(Failed::Count) => Err(Malformed("a row has not the columns described").into()),
-            Err(Failed::Unusable(reason)) => self.stop(relation, reason, open, sink),
+            Err(Failed::Unusable(reason)) => stop(relation, reason, open, sink),
         }
     }
 
@@ -106,7 +109,7 @@ impl Rows {
             None => Ok(()),
             Some(_) => {
                 let reason = "a row is larger than row_bytes_max".to_owned();
-                self.stop(oid, reason, open, sink)
+                stop(oid, reason, open, sink)
             }
         }
     }
@@ -114,7 +117,7 @@ impl Rows {
     /// `None`: to be ignored.
     fn described(&self, oid: Oid) -> Result<Option<&Described>, Error> {
         match self.described.get(&oid) {
-            None if self.ignored.contains(&oid) => Ok(None),
+            None if self.ignored.contains(&oid) || self.misfit.contains(&oid) => Ok(None),
             None => Err(Error::Unexpected("a row of a table that was not described")),
             described => Ok(described),
         }
@@ -142,25 +145,24 @@ impl Rows {
         self.descriptions += 1;
         match compare(table, relation) {
             Ok(described) => {
+                self.misfit.remove(&oid);
                 self.described.insert(oid, described);
                 Ok(())
             }
-            Err(reason) => self.stop(oid, reason, open, sink),
+            Err(reason) => {
+                self.described.remove(&oid);
+                self.misfit.insert(oid);
+                stop(oid, reason, open, sink)
+            }
         }
     }
+}
 
-    fn stop(
-        &mut self,
-        table: Oid,
-        reason: String,
-        open: &mut Open,
-        sink: &mut Sink<'_>,
-    ) -> Result<(), Error> {
-        self.described.remove(&table);
-        self.ignored.insert(table);
-        let bytes = reason.len();
-        open.push(Change::Stop { table, reason }, bytes, sink)
-    }
+/// Says that the table can't be followed. Whether that stops it is for the mirror to say: of a table that was copied after
+/// this transaction it has what came of it, and takes what comes later, which is why the table is not forgotten here.
+fn stop(table: Oid, reason: String, open: &mut Open, sink: &mut Sink<'_>) -> Result<(), Error> {
+    let bytes = reason.len();
+    open.push(Change::Stop { table, reason }, bytes, sink)
 }
 
 /// Why there is no change.

@@ -254,10 +254,14 @@ async fn publication(client: &Client, wanted: Wanted<'_>) -> Result<Option<Strin
 pub struct Published {
     /// Its OID.
     pub oid: Oid,
-    /// OID of each table: OID of its membership, which is another one if the table was taken out and put back; and its
-    /// name.
-    pub tables: HashMap<Oid, (Oid, Name)>,
+    /// OID of each table: its membership and its name.
+    pub tables: HashMap<Oid, (Membership, Name)>,
 }
+
+/// What tells whether a table was published all the time: OID of its membership, which is another one if the table was
+/// taken out and put back; and above it the transaction that last altered the publication itself, since what it publishes
+/// (no deletes, say) may have been changed and changed back.
+pub type Membership = u64;
 
 /// Reads a publication; `None` if it is not there. Only the tables that it names itself.
 pub async fn published(
@@ -267,7 +271,7 @@ pub async fn published(
     let rows = client
         .client
         .query(
-            "SELECT p.oid, c.oid, m.oid, n.nspname::text, c.relname::text
+            "SELECT p.oid, c.oid, (p.xmin::text::bigint << 32) | m.oid::bigint, n.nspname::text, c.relname::text
                FROM pg_publication p
                LEFT JOIN (pg_publication_rel m JOIN pg_class c ON c.oid = m.prrelid
                           JOIN pg_namespace n ON n.oid = c.relnamespace) ON m.prpubid = p.oid
@@ -288,7 +292,7 @@ pub async fn published(
                     schema: row.get(3),
                     name: row.get(4),
                 };
-                table.map(|table| (table, (row.get(2), name(row))))
+                table.map(|table| (table, (row.get::<_, i64>(2).cast_unsigned(), name(row))))
             })
             .collect(),
     }))

@@ -29,6 +29,8 @@ const PINNED: &[(&str, &str)] = &[
     ("standard_conforming_strings", "on"),
     // A policy must make reading fail, not silently leave out rows: the stream would have them.
     ("row_security", "off"),
+    // What we remember to have written there must be there after a crash of the server; a standby is not waited for.
+    ("synchronous_commit", "local"),
     // A copy or a stream takes as long as it takes.
     ("statement_timeout", "0"),
     ("lock_timeout", "0"),

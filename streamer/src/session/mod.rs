@@ -189,7 +189,7 @@ impl Session {
         standing: &mut Standing,
         encoder: &mut Encoder,
     ) -> Result<(), Ended> {
-        let mut reader = self.readers.take().await;
+        let mut reader = self.alive(encoder, self.readers.take()).await?;
         let reset = self.unreachable(standing, &mut reader).await?;
         for at in &reset {
             standing.from[*at] = None;
@@ -209,11 +209,12 @@ impl Session {
         let mut catchup = Catchup::new(items.collect());
         // A replica that is not far away joins at once; one that is goes round by round first, without a queue.
         let mut join = reset.is_empty();
+        let mut said = Instant::now();
         let (position, stopped) = loop {
             let mut stopped = Vec::new();
             let mut snapshot = reader;
             if join {
-                let joined = self.join(snapshot).await?;
+                let joined = self.alive(encoder, self.join(snapshot)).await??;
                 snapshot = joined.reader;
                 stopped = joined.stopped;
             } else {
@@ -224,15 +225,15 @@ impl Session {
                 .await?;
             }
             let mut filling = std::mem::take(encoder);
-            let (round, filled);
-            (round, catchup, reader, filled) = blocking(move || {
+            let work = blocking(move || {
                 let round = catchup.round(&mut snapshot, ROUND_BYTES, &mut |item, op| {
                     filling.op(item as u32 + 1, &op);
                 });
                 snapshot.end();
                 Ok((round, catchup, snapshot, filling))
-            })
-            .await?;
+            });
+            let (round, filled);
+            (round, catchup, reader, filled) = self.alive(encoder, work).await??;
             *encoder = filled;
             let round = round?;
             if let Round::Complete(position) = round
@@ -249,11 +250,17 @@ impl Session {
                 // What there is goes out now: the replica takes it in while Postgres is read on.
                 encoder.end_message(Bytes::new());
             }
-            self.send(encoder).await?;
+            // A round may find nothing to send, and so may those after it.
+            if said.elapsed() >= HEARTBEAT_EVERY {
+                encoder.sign_of_life();
+            }
+            if self.send(encoder).await? {
+                said = Instant::now();
+            }
             if round == Round::Filling {
                 self.wait_for_copy(encoder).await?;
             }
-            reader = self.readers.take().await;
+            reader = self.alive(encoder, self.readers.take()).await?;
         };
         drop(reader);
         for (table, reason) in stopped {
@@ -276,7 +283,7 @@ impl Session {
             Ok(Err(_)) => Err(Ended::Stopping),
             Err(_) => {
                 encoder.sign_of_life();
-                self.send(encoder).await
+                self.send(encoder).await.map(drop)
             }
         }
     }
@@ -426,15 +433,36 @@ impl Session {
         answered.await.map_err(|_| Ended::Stopping)
     }
 
-    async fn send(&self, encoder: &mut Encoder) -> Result<(), Ended> {
+    /// Waits for this. Meanwhile the replica hears that the streamer lives, or it would leave, and begin again.
+    async fn alive<T>(
+        &self,
+        encoder: &mut Encoder,
+        waiting: impl Future<Output = T>,
+    ) -> Result<T, Ended> {
+        tokio::pin!(waiting);
+        loop {
+            match tokio::time::timeout(HEARTBEAT_EVERY, &mut waiting).await {
+                Ok(done) => return Ok(done),
+                Err(_) => {
+                    encoder.sign_of_life();
+                    self.send(encoder).await?;
+                }
+            }
+        }
+    }
+
+    /// Sends the messages that are finished; says whether there were any.
+    async fn send(&self, encoder: &mut Encoder) -> Result<bool, Ended> {
+        let mut any = false;
         while let Some(message) = encoder.take() {
+            any = true;
             let message = match self.zstd {
                 true => packed::pack(message),
                 false => message,
             };
             self.out.send(message).await.map_err(|_| Ended::Gone)?;
         }
-        Ok(())
+        Ok(any)
     }
 }
 

@@ -39,7 +39,7 @@ use crate::{
         copy::{self, Progress, Snapshot},
         history::{self, Incarnation, Remembered, Verdict},
         replication::Replication,
-        setup::{self, Wanted},
+        setup::{self, Membership, Wanted},
         sql::{self, Client},
     },
     shape::{self, Shape},
@@ -78,7 +78,11 @@ impl From<setup::Error> for Error {
 
 impl From<mirror::Error> for Error {
     fn from(error: mirror::Error) -> Self {
-        Error::Definite(error.to_string())
+        match error {
+            // A full disk, above all: it may be free again in a minute.
+            mirror::Error::Sqlite(_) => Error::Transient(error.to_string()),
+            error => Error::Definite(error.to_string()),
+        }
     }
 }
 
@@ -109,7 +113,7 @@ pub struct Started {
     /// to here.
     pub serve_from: Lsn,
     /// Each table's membership in the publication, for [`watch`].
-    pub memberships: BTreeMap<Oid, Oid>,
+    pub memberships: BTreeMap<Oid, Membership>,
 }
 
 /// Starts. What is copied can be watched in `progress`; each batch of it counts in `copied`. A fresh start lets replicas
@@ -333,7 +337,7 @@ impl Start<'_> {
     }
 
     /// Makes what is missing in the database; the publication, and each table's membership in it.
-    async fn set_up(&self, resolved: &Resolved) -> Result<(Oid, BTreeMap<Oid, Oid>), Error> {
+    async fn set_up(&self, resolved: &Resolved) -> Result<(Oid, BTreeMap<Oid, Membership>), Error> {
         let publication = &self.config.postgres.publication;
         let followed = resolved.followed();
         let published: Vec<_> = followed.iter().map(|table| name(table)).collect();

@@ -7,7 +7,10 @@ use std::{
 
 use crate::{
     mirror::{Entry, State},
-    postgres::catalog::{Name, Refusal, difference},
+    postgres::{
+        catalog::{Name, Refusal, difference},
+        setup::Membership,
+    },
     table::{Oid, Table},
 };
 
@@ -40,8 +43,8 @@ pub fn resolve(
     names: &[Name],
     read: Vec<Result<Table, Refusal>>,
     entries: &[Entry],
-    published: &BTreeMap<Oid, Oid>,
-    memberships: &HashMap<Oid, Oid>,
+    published: &BTreeMap<Oid, Membership>,
+    memberships: &HashMap<Oid, Membership>,
 ) -> Resolved {
     let mut resolved = Resolved::default();
     for (name, read) in names.iter().zip(read) {
@@ -88,7 +91,7 @@ pub fn resolve(
                     {
                         let name = table.full_name();
                         let note = format!(
-                            "table {name} was out of the publication for a while: it is copied anew"
+                            "table {name} was out of the publication for a while, or that was altered: it is copied anew"
                         );
                         resolved.notes.push(note);
                         resolved.copy.push(Arc::new(table));
@@ -205,8 +208,8 @@ mod tests {
     fn resolve_one(
         read: Result<Table, Refusal>,
         entries: &[Entry],
-        then: Option<Oid>,
-        now: Option<Oid>,
+        then: Option<Membership>,
+        now: Option<Membership>,
     ) -> [Vec<Oid>; 5] {
         let names = [Name {
             schema: "public".into(),

@@ -7,7 +7,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use crate::{
     postgres::{
-        catalog, setup,
+        catalog,
+        setup::{self, Membership},
         sql::{Client, Error},
     },
     table::{Oid, Table},
@@ -22,7 +23,7 @@ pub async fn watch(
     client: &Client,
     publication: &str,
     tables: &[Arc<Table>],
-    memberships: &BTreeMap<Oid, Oid>,
+    memberships: &BTreeMap<Oid, Membership>,
 ) -> Result<Vec<(Oid, String)>, Error> {
     let oids: Vec<Oid> = tables.iter().map(|table| table.oid).collect();
     let now = catalog::read_again(client, &oids).await?;
@@ -41,9 +42,9 @@ pub async fn watch(
             None => Some("the publication was dropped".into()),
             Some(published) => match published.tables.get(&table.oid) {
                 None => Some("it was taken out of the publication".into()),
-                Some((membership, _)) if memberships.get(&table.oid) != Some(membership) => {
-                    Some("it was taken out of the publication for a while".into())
-                }
+                Some((membership, _)) if memberships.get(&table.oid) != Some(membership) => Some(
+                    "it was taken out of the publication for a while, or that was altered".into(),
+                ),
                 Some(_) => None,
             },
         }

@@ -311,3 +311,66 @@ async fn joins_and_catch_ups_while_a_group_is_stretched_miss_nothing() {
         replica.until_equal(&database, &[("items", ONE)]).await;
     }
 }
+
+/// The transaction takes as long as Postgres takes to send it. Who comes meanwhile is served as of before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_joins_while_a_large_transaction_is_on_its_way() {
+    let server = Server::shared().await;
+    let database = server.database().await;
+    database.execute(ITEMS).await;
+    let proxy = Proxy::to(&format!("{}:{}", server.host(), server.port())).await;
+    let streamer = Streamer::config(&database)
+        .set("postgres.url", database.url_at("127.0.0.1", proxy.port()))
+        // Chunks of half a megabyte.
+        .set("memory_max", "64MiB")
+        .shape("s", &["SELECT * FROM items"])
+        .start()
+        .await;
+    proxy.set(|faults| faults.throttle(Way::Down, 4_000_000));
+    let before = proxy.bytes(Way::Down);
+    database
+        .execute("INSERT INTO items SELECT g, 1, 0, repeat('x', 200) FROM generate_series(10001, 60000) g")
+        .await;
+    until("some chunks have come", DEADLINE, || async {
+        proxy.bytes(Way::Down) > before + 4_000_000
+    })
+    .await;
+    proxy.set(|faults| faults.stall(Way::Down));
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    let rows: i64 = replica
+        .open()
+        .query_row("SELECT count(*) FROM items", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(rows, 2000);
+    let connections = streamer
+        .log()
+        .matches("streaming from Postgres slot")
+        .count();
+    assert_eq!(connections, 1, "it is still the first attempt");
+    proxy.set(|faults| faults.heal());
+    replica
+        .until_equal(&database, &[("items", "SELECT * FROM items")])
+        .await;
+}
+
+/// A replica leaves a streamer that says nothing, and would begin again, and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_waits_for_long_hears_that_the_streamer_lives() {
+    let database = Server::shared().await.database().await;
+    database.execute(ITEMS).await;
+    let longer = anabranch_proto::SILENCE_MAX + Duration::from_secs(3);
+    let streamer = Streamer::config(&database)
+        .shape("s", &[ONE])
+        .env(
+            "ANABRANCH_FAILPOINT_GROUP_MS",
+            &longer.as_millis().to_string(),
+        )
+        .start()
+        .await;
+    // Opens a group, which keeps who comes from joining.
+    database.execute("UPDATE items SET v = v + 1").await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    replica.until_equal(&database, &[("items", ONE)]).await;
+    let connected = streamer.log().matches("replica connected").count();
+    assert_eq!(connected, 1, "{}", streamer.log());
+}

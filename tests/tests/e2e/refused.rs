@@ -174,6 +174,45 @@ async fn a_dropped_table_is_said_to_be_stopped_without_any_row() {
     .await;
 }
 
+/// Between the two ALTERs nobody was told of deletes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_that_kept_quiet_for_a_while_is_noticed() {
+    let database = Server::shared().await.database().await;
+    database
+        .execute(
+            "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 100)",
+        )
+        .await;
+    let all = [("t", "SELECT * FROM t")];
+    let streamer = Streamer::config(&database)
+        .shape("s", &["SELECT * FROM t"])
+        .start()
+        .await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    let quietly = |sql: &str| {
+        format!(
+            "BEGIN; ALTER PUBLICATION anabranch SET (publish = 'insert, update'); COMMIT; BEGIN; {sql}; COMMIT;
+             BEGIN; ALTER PUBLICATION anabranch SET (publish = 'insert, update, delete, truncate'); COMMIT"
+        )
+    };
+    assert!(streamer.terminate().await.success());
+    database
+        .execute(&quietly("DELETE FROM t WHERE id <= 10"))
+        .await;
+    streamer.start().await;
+    replica.until_equal(&database, &all).await;
+
+    database
+        .execute(&quietly("DELETE FROM t WHERE id <= 20"))
+        .await;
+    until("the file says that the table stopped", DEADLINE, || async {
+        let file = replica.open();
+        let sql = "SELECT reason FROM _anabranch_tables WHERE state = 'stopped' AND reason LIKE '%altered%'";
+        file.query_row(sql, [], |row| row.get::<_, String>(0)).ok()
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_above_the_limit_stops_its_table_by_name_and_no_other() {
     let database = Server::shared().await.database().await;

@@ -165,3 +165,22 @@ async fn a_changed_condition_is_right_whether_the_replica_was_there_or_not() {
         scene.same(&[("big", BIG), ("going", &now)]).await;
     }
 }
+
+/// What Postgres sends of before the copy does not concern the table any more, however it looked then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_was_altered_before_it_was_copied_is_followed() {
+    let scene = Scene::start(&[BIG]).await;
+    scene
+        .reshape(
+            &[BIG, NEW],
+            "BEGIN; ALTER PUBLICATION anabranch ADD TABLE new; COMMIT; BEGIN; INSERT INTO new VALUES (1001, 1); COMMIT;
+             BEGIN; ALTER TABLE new ADD COLUMN more int; COMMIT; BEGIN; INSERT INTO new VALUES (1002, 2, 3); COMMIT",
+        )
+        .await;
+    scene.same(&[("big", BIG), ("new", NEW)]).await;
+    scene
+        .database
+        .execute("INSERT INTO new VALUES (1003, 4, 5); DELETE FROM new WHERE id = 1001")
+        .await;
+    scene.same(&[("big", BIG), ("new", NEW)]).await;
+}

@@ -152,12 +152,27 @@ fn only_char_loses_blanks() {
         Kind::Char,
         &[("a  ", "a"), ("  ", ""), (" a\t ", " a\t"), ("a", "a")],
     );
-    for kind in [Kind::Text, Kind::Citext, Kind::Other, Kind::Enum(vec![])] {
-        check_texts(
-            kind,
-            &[("a  ", "a  "), ("", ""), ("ä€😀\u{1}", "ä€😀\u{1}")],
-        );
+    let same = [("a  ", "a  "), ("", ""), ("ä€😀\u{1}", "ä€😀\u{1}")];
+    let labels = same.map(|(label, _)| label.to_owned()).to_vec();
+    for kind in [Kind::Text, Kind::Citext, Kind::Other, Kind::Enum(labels)] {
+        check_texts(kind, &same);
     }
+}
+
+#[test]
+fn a_label_that_the_enum_did_not_have_is_refused() {
+    let kind = || Kind::Enum(vec!["sad".into(), "happy".into()]);
+    check_texts(kind(), &[("sad", "sad"), ("happy", "happy")]);
+    check_refused(kind(), &[b"ok", b"Sad", b""]);
+    let array = |text: &[u8]| {
+        push(
+            &mut Builder::new(),
+            &Kind::Array(Box::new(kind()), ','),
+            text,
+        )
+    };
+    assert!(array(b"{sad,NULL}").is_ok());
+    assert!(array(b"{sad,ok}").is_err());
 }
 
 #[test]

@@ -11,6 +11,7 @@ use aws_lc_rs::rand;
 use super::{Incarnation, Source};
 use crate::{
     mirror::{Error, Mirror},
+    postgres::setup::Membership,
     table::Oid,
 };
 
@@ -44,9 +45,9 @@ pub struct Remembered {
     pub nonces: Vec<String>,
     /// OID of the publication.
     pub publication: Option<u32>,
-    /// OID of each published table, and of its membership in the publication: a table that was taken out and put back
-    /// has another one, and lacks what was committed in between.
-    pub published: BTreeMap<Oid, Oid>,
+    /// OID of each published table, and its membership in the publication: with another one it lacks what was committed
+    /// in between.
+    pub published: BTreeMap<Oid, Membership>,
     /// The initial copy is complete.
     pub complete: bool,
     /// What is durable.
@@ -111,7 +112,7 @@ impl Remembered {
     pub fn published(
         mirror: &mut Mirror,
         publication: Oid,
-        tables: &BTreeMap<Oid, Oid>,
+        tables: &BTreeMap<Oid, Membership>,
     ) -> Result<(), Error> {
         let publication = publication.to_string();
         mirror.set_facts(&[
