@@ -160,19 +160,27 @@ impl Board {
         });
     }
 
-    /// The file wrote the position of a heartbeat that waited.
-    pub fn moved(&self, position: Position) {
-        self.changes.push(position, &[]);
+    /// The file wrote the position of a heartbeat that waited; or somebody put other content into it, of another
+    /// position or of none.
+    pub fn moved(&self, position: Option<Position>) {
+        if let Some(position) = position {
+            self.changes.push(position, &[]);
+        }
         self.status.send_modify(|status| {
-            status.position = Some(position);
-            self.waiters.advance(position);
+            status.position = position;
+            match position {
+                Some(position) => self.waiters.advance(position),
+                None => self.waiters.forget(),
+            }
         });
     }
 
-    /// The streamer sent its first message on a stream.
+    /// The streamer sent its first message on a stream. What an older stream said of the source says nothing of now.
     pub fn connected(&self) {
         self.metrics.streams.inc();
         self.status.send_modify(|status| {
+            status.source_connected = false;
+            status.source_lsn = Lsn(0);
             status.connected = true;
             status.connected_changed = now();
             status.streams += 1;
@@ -182,6 +190,7 @@ impl Board {
     /// There is no stream; why, if it is a trouble.
     pub fn disconnected(&self, why: Option<&str>) {
         self.status.send_modify(|status| {
+            status.source_connected = false;
             if status.connected {
                 status.connected = false;
                 status.connected_changed = now();
@@ -196,5 +205,79 @@ impl Board {
     pub fn trouble(&self, why: &str) {
         self.status
             .send_modify(|status| status.last_error = Some(why.into()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::Epoch;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_position_that_the_file_lost_is_not_told_any_more() {
+        let at = Position {
+            epoch: Epoch(7),
+            lsn: Lsn(100),
+        };
+        let board = Board::new("r", Some(at), Vec::new(), 1_000);
+        let target = "0/64".parse().unwrap();
+        board.moved(None);
+        assert_eq!(board.status().position, None);
+        let mut waiting = std::pin::pin!(board.waiters.wait(target));
+        std::future::poll_fn(|context| {
+            assert!(waiting.as_mut().poll(context).is_pending());
+            std::task::Poll::Ready(())
+        })
+        .await;
+        board.moved(Some(at));
+        assert_eq!(waiting.await, crate::wait::Outcome::Reached(at));
+    }
+
+    #[test]
+    fn a_new_stream_is_not_up_to_date_by_what_the_last_one_said() {
+        let at = |lsn| Position {
+            epoch: Epoch(7),
+            lsn: Lsn(lsn),
+        };
+        let heard = Heard {
+            position: at(100),
+            source_lsn: Lsn(100),
+            source_connected: true,
+        };
+        let board = Board::new("r", Some(at(100)), Vec::new(), 1_000);
+        let hear = || {
+            board.applied(
+                &Applied::default(),
+                false,
+                Some(heard),
+                None,
+                Duration::ZERO,
+            )
+        };
+        let says = |expected: bool| {
+            let status = board.status();
+            // As if no time had passed.
+            assert_eq!(
+                status.caught_up_at(status.received_time),
+                expected,
+                "{status:?}"
+            );
+        };
+        says(false);
+        board.connected();
+        says(false);
+        hear();
+        says(true);
+        board.disconnected(Some("cut"));
+        says(false);
+        // What waited of it is applied after it ended.
+        hear();
+        says(false);
+        board.connected();
+        says(false);
+        assert_eq!(board.status().source_lsn, Lsn(0));
+        hear();
+        says(true);
     }
 }

@@ -187,8 +187,6 @@ pub struct Timing {
     pub report_every: Duration,
     /// Bounds of the pause before a message is tried again on a file that is locked or full.
     pub file_retry: (Duration, Duration),
-    /// How long a start waits for a file that a program holds locked.
-    pub open_patience: Duration,
     /// How long the parts may take to end once they were told to.
     pub grace: Duration,
 }
@@ -205,7 +203,6 @@ impl Default for Timing {
             token_poll: Duration::from_secs(1),
             report_every: Duration::from_secs(5),
             file_retry: (Duration::from_millis(20), Duration::from_secs(2)),
-            open_patience: Duration::from_secs(30),
             grace: Duration::from_secs(10),
         }
     }

@@ -110,14 +110,15 @@ impl Thread {
 }
 
 impl Keeper {
-    /// Opens the file on a thread of its own. Waits for a program that holds it locked, but not for ever.
+    /// Opens the file on a thread of its own. Waits for as long as a program holds it locked, or the disk is full:
+    /// whoever starts us would have to try again as well. `None`: told to end before it was open.
     pub async fn open(
         settings: Settings,
         timing: Timing,
         queue_bytes_max: usize,
         changes_bytes_max: usize,
         cancel: CancellationToken,
-    ) -> Result<(Keeper, Arc<Board>, Thread), Error> {
+    ) -> Result<Option<(Keeper, Arc<Board>, Thread)>, Error> {
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (opened, board) = oneshot::channel();
         let (end, ended) = oneshot::channel();
@@ -131,11 +132,11 @@ impl Keeper {
             .map_err(|error| Error::Definite(format!("starting the file's thread: {error}")))?;
         let thread = Thread { handle, ended };
         let Ok(board) = board.await else {
-            return Err(match thread.join().await {
-                Some(Err(error)) => error,
-                Some(Ok(())) => Error::Definite("stopped while it opened the file".into()),
-                None => Error::Definite("the file's thread panicked".into()),
-            });
+            return match thread.join().await {
+                Some(Err(error)) => Err(error),
+                Some(Ok(())) => Ok(None),
+                None => Err(Error::Definite("the file's thread panicked".into())),
+            };
         };
         let units = (queue_bytes_max / QUEUE_UNIT_BYTES)
             .clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize)) as u32;
@@ -145,7 +146,7 @@ impl Keeper {
             units,
             board: board.clone(),
         };
-        Ok((keeper, board, thread))
+        Ok(Some((keeper, board, thread)))
     }
 
     /// A stream begins. All that came of older ones is applied or dropped when this returns. The receiver hears if the
@@ -251,13 +252,17 @@ async fn open(
     timing: &Timing,
     cancel: &CancellationToken,
 ) -> Result<Option<File>, Error> {
-    let patience = Instant::now() + timing.open_patience;
     let mut pause = timing.file_retry.0;
+    let mut last_why = String::new();
     loop {
         match File::open(settings) {
             Ok(file) => return Ok(Some(file)),
-            Err(Error::Transient(why)) if Instant::now() < patience => {
-                tracing::warn!("opening the file, trying again: {why}");
+            // One line for each change of state, not for each attempt.
+            Err(Error::Transient(why) | Error::Full(why)) => {
+                if why != last_why {
+                    tracing::warn!("the file can't be opened now, trying again: {why}");
+                    last_why = why;
+                }
             }
             Err(error) => return Err(error),
         }
@@ -403,7 +408,7 @@ impl Keeping {
                     self.publish(message, &applied, began.elapsed());
                     return Ok(ControlFlow::Continue(()));
                 }
-                Err(Error::Transient(why)) => {
+                Err(Error::Transient(why) | Error::Full(why)) => {
                     tries += 1;
                     self.board.metrics.file_retries.inc();
                     if tries == 1 {
@@ -480,24 +485,16 @@ impl Keeping {
         };
         self.last_report = Some(Instant::now());
         match self.file.report(connected, last_error.as_deref()) {
-            Ok(()) => {
-                // It may have written the position of a heartbeat that waited.
-                let known = self.board.watch().borrow().position;
-                if let Some(position) = self
-                    .file
-                    .position()
-                    .filter(|_| self.file.position() != known)
-                {
-                    self.board.moved(position);
-                }
-                Ok(())
-            }
-            Err(Error::Definite(why)) => Err(Error::Definite(why)),
-            Err(error) => {
-                tracing::debug!("the state row could not be written: {error}");
-                Ok(())
-            }
+            Ok(()) => {}
+            Err(Error::Definite(why)) => return Err(Error::Definite(why)),
+            Err(error) => tracing::debug!("the state row could not be written: {error}"),
         }
+        // It may have written the position of a heartbeat that waited, or found another one.
+        let known = self.board.watch().borrow().position;
+        if self.file.position() != known {
+            self.board.moved(self.file.position());
+        }
+        Ok(())
     }
 }
 

@@ -4,9 +4,9 @@
 
 mod show;
 
-use std::{ffi::c_long, io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{ffi::c_long, io::IsTerminal, path::PathBuf, pin::pin, process::ExitCode};
 
-use anabranch_replica::{Config, Sidecar};
+use anabranch_replica::{Config, Error, Sidecar};
 use clap::{Parser, Subcommand, ValueEnum};
 use libmimalloc_sys::{mi_option_set, mi_option_t};
 use tokio::signal::unix::{SignalKind, signal};
@@ -140,7 +140,28 @@ async fn run(config: Config) -> ExitCode {
         memory_max_mib = config.memory.max >> 20,
         "starting"
     );
-    let mut sidecar = match Sidecar::start(config, None, CancellationToken::new()).await {
+    let mut told = pin!(async {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    });
+    let cancel = CancellationToken::new();
+    let mut start = pin!(Sidecar::start(config, None, cancel.clone()));
+    // It may wait for a file that is locked, for as long as that takes.
+    let started = tokio::select! {
+        started = &mut start => started,
+        signal = &mut told => {
+            tracing::info!("{signal}: stopping");
+            cancel.cancel();
+            return match start.await {
+                Ok(sidecar) => finish(sidecar.shutdown().await),
+                Err(Error::Stopped) => finish(Ok(())),
+                Err(error) => finish(Err(error)),
+            };
+        }
+    };
+    let mut sidecar = match started {
         Ok(sidecar) => sidecar,
         Err(error) => {
             tracing::error!("{error}");
@@ -157,16 +178,15 @@ async fn run(config: Config) -> ExitCode {
         }
         None => tracing::info!(replica = %status.replica_id, position, "no HTTP"),
     }
-    let told = tokio::select! {
+    let signal = tokio::select! {
         result = sidecar.ended() => return finish(result),
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
+        signal = told => signal,
     };
-    tracing::info!("{told}: stopping");
+    tracing::info!("{signal}: stopping");
     finish(sidecar.shutdown().await)
 }
 
-fn finish(result: Result<(), anabranch_replica::Error>) -> ExitCode {
+fn finish(result: Result<(), Error>) -> ExitCode {
     match result {
         Ok(()) => {
             tracing::info!("stopped");

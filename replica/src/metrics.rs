@@ -246,7 +246,7 @@ impl Metrics {
         // Held until the text is made, so that the gauges in it are of one moment.
         let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         asked.connected.set(status.connected.into());
-        asked.caught_up.set(status.caught_up().into());
+        asked.caught_up.set(status.caught_up_at(now).into());
         asked.ready.set(status.position.is_some().into());
         asked
             .position

@@ -28,7 +28,7 @@ use crate::{
     wait::{Outcome, Target},
 };
 
-/// Why the sidecar can't go on: all of these need a person.
+/// Why the sidecar can't go on: all of these need a person, but for [`Stopped`](Error::Stopped).
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The local HTTP interface can't listen.
@@ -37,6 +37,9 @@ pub enum Error {
     /// The file can't be opened, or can't go on.
     #[error("the database: {0}")]
     File(#[from] file::Error),
+    /// It was told to end while it waited for the file, which was locked, or its disk full.
+    #[error("told to end before the database could be opened")]
+    Stopped,
     /// A part ended that never ends: a bug.
     #[error("the {0} ended unexpectedly; please report this")]
     Ended(&'static str),
@@ -61,7 +64,7 @@ impl Sidecar {
     /// Opens the file and starts. Listens where the config says, unless a listener is given. `cancel` ends it, as
     /// [`shutdown`](Self::shutdown) does.
     ///
-    /// Returns when the file is open; use [`status`](Self::status) to wait for content.
+    /// Returns when the file is open, which may take for ever where a program keeps it locked; use [`status`](Self::status) to wait for content.
     pub async fn start(
         config: Config,
         listener: Option<Listener>,
@@ -88,7 +91,8 @@ impl Sidecar {
             config.memory.changes_bytes_max,
             cancel.clone(),
         )
-        .await?;
+        .await?
+        .ok_or(Error::Stopped)?;
         let parts = Parts::start(Arc::new(config), listener, keeper, &board, thread, &cancel);
         Ok(Sidecar {
             board,

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use anabranch_proto::{Lsn, Position};
 use serde_json::{Value, json};
 
-use crate::file::{TableState, reaches};
+use crate::file::{HEARD_AGE_MAX, TableState, reaches};
 
 /// One moment.
 #[derive(Clone, Debug, Default)]
@@ -54,12 +54,15 @@ pub struct Status {
 impl Status {
     /// Whether the file holds all that Postgres had committed as of the last heartbeat, and heartbeats still come.
     pub fn caught_up(&self) -> bool {
-        self.connected && self.reaches_source()
+        self.caught_up_at(now())
     }
 
-    /// The same but for our own connection.
-    pub fn reaches_source(&self) -> bool {
-        self.source_connected
+    /// The same at a time, in µs since 1970: what was heard of the source too long ago says nothing of it now.
+    pub fn caught_up_at(&self, now: i64) -> bool {
+        let age = Duration::from_micros(now.abs_diff(self.received_time));
+        self.connected
+            && self.source_connected
+            && age <= HEARD_AGE_MAX
             && self
                 .position
                 .is_some_and(|position| reaches(position.lsn, self.source_lsn))
@@ -67,7 +70,7 @@ impl Status {
 
     /// How old the content may be: zero when caught up, `None` when not known.
     pub fn lag(&self, now: i64) -> Option<Duration> {
-        if self.caught_up() {
+        if self.caught_up_at(now) {
             Some(Duration::ZERO)
         } else {
             (self.fresh_time != 0)
@@ -91,7 +94,7 @@ impl Status {
             "connected_changed": time_text(self.connected_changed),
             "source_connected": self.connected && self.source_connected,
             "source_lsn": (self.source_lsn != Lsn(0)).then(|| self.source_lsn.to_string()),
-            "caught_up": self.caught_up(),
+            "caught_up": self.caught_up_at(now),
             "lag_ms": self.lag(now).map(|lag| lag.as_millis() as u64),
             "pending": self.pending,
             "rejected": self.rejected,
@@ -144,13 +147,35 @@ mod tests {
             source_connected: true,
             connected: true,
             fresh_time: 1_000_000,
+            received_time: 1_000_000,
             ..Status::default()
         }
     }
 
     #[test]
+    fn up_to_date_is_not_said_of_a_source_that_is_not_heard_any_more() {
+        let heard = status().received_time;
+        let max = HEARD_AGE_MAX.as_micros() as i64;
+        for (now, expected) in [
+            (heard, true),
+            (heard + max, true),
+            (heard + max + 1, false),
+            // The clock was set back: nobody knows when that was.
+            (heard - max - 1, false),
+        ] {
+            assert_eq!(status().caught_up_at(now), expected, "{now}");
+            let json = status().to_json(now, "http://x", "y.db");
+            assert_eq!(json["caught_up"], expected, "{now}");
+        }
+        assert_eq!(
+            status().lag(heard + max + 1),
+            Some(HEARD_AGE_MAX + Duration::from_micros(1))
+        );
+    }
+
+    #[test]
     fn up_to_date_is_said_when_it_is_not() {
-        assert!(status().caught_up());
+        assert!(status().caught_up_at(1_000_000));
         for stale in [
             Status {
                 connected: false,
@@ -170,7 +195,7 @@ mod tests {
             },
             Status::default(),
         ] {
-            assert!(!stale.caught_up(), "{stale:?}");
+            assert!(!stale.caught_up_at(1_000_000), "{stale:?}");
             assert_ne!(stale.lag(3_000_000), Some(Duration::ZERO), "{stale:?}");
         }
         assert_eq!(status().lag(3_000_000), Some(Duration::ZERO));

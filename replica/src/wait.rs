@@ -86,6 +86,11 @@ impl Waiters {
         }
     }
 
+    /// The file has no position any more; whoever waits goes on to.
+    pub fn forget(&self) {
+        self.lock().position = None;
+    }
+
     /// Returns when the file has `target`, or never will. May be dropped at any time.
     pub async fn wait(&self, mut target: Target) -> Outcome {
         // An idle server's insert LSN lies behind a page's header, where no commit or flush position will ever lie.

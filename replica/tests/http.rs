@@ -25,7 +25,8 @@ async fn copied() -> (Fake, Replica, Call) {
 
 #[tokio::test]
 async fn status_hides_something() {
-    let (fake, replica, _call) = copied().await;
+    let (fake, replica, call) = copied().await;
+    call.keep_heard(100);
     replica
         .until("to be up to date", |status| status.caught_up())
         .await;

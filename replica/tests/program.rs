@@ -156,6 +156,7 @@ async fn a_life_leaves_something_unsaid() {
     let mut call = fake.call().await;
     call.send(copy(100, &[(1, "one")])).await;
     call.acked(at(100)).await;
+    call.keep_heard(100);
     running.says("streaming from").await;
     running.says("first complete commit").await;
     running.says("caught up").await;
@@ -194,5 +195,30 @@ async fn an_interrupt_or_a_definite_error_exits_wrongly() {
     let mut second = Running::start(&config, &[]);
     assert_eq!(second.end(None).await, 1, "{}", second.said);
     assert!(second.said.contains("ERROR"), "{}", second.said);
+    assert_eq!(running.end(Some("-INT")).await, 0, "{}", running.said);
+}
+
+#[tokio::test]
+async fn a_file_that_is_locked_at_the_start_is_waited_for() {
+    let fake = Fake::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let config = write_config(directory.path(), &fake.url(), "http = \"\"");
+    let program = rusqlite::Connection::open(directory.path().join("app.db")).unwrap();
+    program
+        .execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE own(id); BEGIN IMMEDIATE")
+        .unwrap();
+
+    // Told to end while it waits: that is a clean stop.
+    let mut running = Running::start(&config, &[]);
+    let line = running.says("can't be opened now").await;
+    assert!(line.contains("write lock"), "{line}");
+    assert_eq!(running.end(Some("-TERM")).await, 0, "{}", running.said);
+    assert!(running.said.contains("SIGTERM: stopping") && running.said.contains("stopped"));
+
+    // It goes on by itself when the lock is gone.
+    let mut running = Running::start(&config, &[]);
+    running.says("can't be opened now").await;
+    program.execute_batch("COMMIT").unwrap();
+    running.says("no HTTP").await;
     assert_eq!(running.end(Some("-INT")).await, 0, "{}", running.said);
 }

@@ -484,6 +484,37 @@ async fn freshness_is_told_that_is_not_so() {
 }
 
 #[tokio::test]
+async fn a_backup_that_is_restored_is_gone_on_with() {
+    let mut fake = Fake::start().await;
+    let replica = Replica::start(&fake.url()).await;
+    let mut call = fake.call().await;
+    call.send(copy(100, &[(1, "old"), (2, "old")])).await;
+    call.acked(at(100)).await;
+    let backup = replica.directory.path().join("backup.db");
+    let vacuum = format!("VACUUM INTO '{}'", backup.display());
+    replica.foreign().execute_batch(&vacuum).unwrap();
+    call.send(change(110, &[(1, "new"), (3, "new")])).await;
+    call.acked(at(110)).await;
+    let restored = std::process::Command::new("sqlite3")
+        .arg(&replica.database)
+        .arg(format!(".restore '{}'", backup.display()))
+        .status()
+        .expect(
+            "this test needs the `sqlite3` program: install it (Debian: apt-get install sqlite3)",
+        );
+    assert!(restored.success());
+    call.keep_heard(120);
+    // Nothing of what is there is believed, and no position that it does not have is told.
+    let mut call = fake.call().await;
+    assert_eq!(call.hello.resume_token, "");
+    assert_eq!(replica.sidecar.position(), Some(at(100)));
+    let content = [(1, "new"), (2, "old"), (3, "new")];
+    call.send(copy(120, &content)).await;
+    call.acked(at(120)).await;
+    assert_eq!(replica.items(), owned(&content));
+}
+
+#[tokio::test]
 async fn two_replicas_share_a_file() {
     let fake = Fake::start().await;
     let replica = Replica::start(&fake.url()).await;

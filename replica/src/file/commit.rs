@@ -2,7 +2,7 @@
 //!
 //! `replay` does it; here is what is done about the ways in which it can fail. A transient error leaves everything as
 //! it was. A row that a program's trigger or index refuses is tried without that. A file that is not what its token says
-//! forgets the token.
+//! forgets the token; one whose content was replaced under us is read anew as well.
 
 use std::{
     sync::Arc,
@@ -19,9 +19,14 @@ use super::{
     obstacle::Obstacle,
     replay::{Failure, Outcome, Replay},
     schema::{self, Catalog},
-    state::Heard,
+    stage,
+    state::{self, Heard, State},
     transaction::Write,
 };
+
+/// What is said of a file whose content somebody replaced.
+const REPLACED: &str = "the file's position is not the one that was last written: was a backup restored into it? \
+    everything is sent again";
 
 impl File {
     /// Commits what waited, and this message.
@@ -31,6 +36,10 @@ impl File {
         applied: &mut Applied,
     ) -> Result<(), Error> {
         self.guard.still_there()?;
+        // Looked at again under the write lock; here it is for the stages, which would not be there either.
+        if !self.stream.stages.is_empty() && !self.state.is_in_file(&self.connection)? {
+            return Err(self.start_over());
+        }
         let catalog = &self.catalog;
         let connection = &self.connection;
         let held = self
@@ -45,6 +54,7 @@ impl File {
             Ok(done) => done,
             Err(Failure::Error(error)) => return Err(error),
             Err(Failure::Forget(why)) => return Err(self.forget(why)),
+            Err(Failure::Replaced) => return Err(self.start_over()),
             Err(Failure::Blocked { table, why }) => {
                 return Err(Error::Definite(format!("can't write to {table}: {why}")));
             }
@@ -179,6 +189,52 @@ impl File {
                 self.version.moved(moved);
                 self.version.due = false;
                 Error::Stream(why)
+            }
+            Err(error) => error,
+        }
+    }
+
+    /// Takes the file as it is now, after somebody put other content into it, and forgets the resume token: what is there
+    /// came from nobody knows where, so everything is sent again and turned into a difference. The stream is over: what
+    /// it would add continues rows that are not there. The replica's id stays what it was told to be.
+    pub(super) fn start_over(&mut self) -> Error {
+        let connection = &self.connection;
+        let replica_id = self.state.replica_id.clone();
+        let read_anew = || {
+            let write = Write::begin(connection)?;
+            state::create(connection, &replica_id).doing("make our own tables")?;
+            let mut state = State {
+                replica_id,
+                resume_token: Bytes::new(),
+                connected: self.state.connected,
+                caught_up: false,
+                ..State::load(connection)?
+            };
+            state.set_last_error(Some(REPLACED));
+            let mut catalog = Catalog::load(connection)?;
+            catalog.inspect(connection, &state.replica_id)?;
+            let left_over = stage::left_over(connection)?;
+            state.store(connection).doing("forget the resume token")?;
+            let moved = schema::read_version(connection)?;
+            write.commit()?;
+            Ok((state, catalog, left_over, moved))
+        };
+        match read_anew() {
+            Ok((state, catalog, left_over, moved)) => {
+                tracing::warn!(
+                    was = self.state.position.map(|position| position.to_string()),
+                    is = state.position.map(|position| position.to_string()),
+                    "{REPLACED}"
+                );
+                self.state = state;
+                self.catalog = Arc::new(catalog);
+                self.discarded.extend(left_over);
+                self.stream.noted = None;
+                self.stream.heard = None;
+                self.stream.is_broken = true;
+                self.version.moved(moved);
+                self.version.due = false;
+                Error::Stream(REPLACED.to_owned())
             }
             Err(error) => error,
         }

@@ -48,7 +48,7 @@ impl File {
         }
         let mut state = self.state.clone();
         state.connected = true;
-        self.note(&mut state);
+        self.note(&mut state, Timestamp::now());
         let moves = state.position != self.state.position;
         let news = moves || state.caught_up != self.state.caught_up;
         let is_due = self.written.is_none_or(|written| {
@@ -63,21 +63,25 @@ impl File {
         Ok(self.state.position.filter(|_| moves))
     }
 
-    /// Takes over what heartbeats said.
-    pub(super) fn note(&self, state: &mut State) {
+    /// Takes over what heartbeats said, as it is to be judged at `now`.
+    pub(super) fn note(&self, state: &mut State, now: Timestamp) {
         if let Some((position, token)) = &self.stream.noted {
             state.position = Some(*position);
             state.resume_token = token.clone();
         }
         match &self.stream.heard {
-            Some(heard) => state.hear(heard),
+            Some(heard) => state.hear(heard, now),
             None => state.caught_up = false,
         }
     }
 
-    /// Writes a state in a transaction of its own.
+    /// Writes a state in a transaction of its own; not over content that somebody else put there.
     pub(super) fn store(&mut self, state: State) -> Result<(), Error> {
         let write = Write::begin(&self.connection)?;
+        if !self.state.is_in_file(&self.connection)? {
+            drop(write);
+            return Err(self.start_over());
+        }
         state
             .store(&self.connection)
             .doing("write the state of the file")?;

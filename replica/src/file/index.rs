@@ -3,7 +3,7 @@
 //! They are Postgres' own, made as plain ones: uniqueness is Postgres' business, and in the middle of a transaction there
 //! may be none. Which ones are ours, and what name each got, is in `_anabranch_indexes`.
 
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{
     Error,
@@ -31,7 +31,7 @@ pub(super) fn inspect(connection: &Connection, table: &str) -> rusqlite::Result<
             continue;
         }
         forget(connection, &name)?;
-        make(connection, table, table, &index)?;
+        make(connection, table, table, &index, None)?;
     }
     Ok(())
 }
@@ -78,7 +78,7 @@ pub(super) fn make_all(connection: &Connection, table: &Table, target: &str) -> 
         }
         for index in &table.indexes {
             if !recorded.iter().any(|(_, there)| there == index) {
-                make(connection, &table.name, target, index)?;
+                make(connection, &table.name, target, index, None)?;
             }
         }
         Ok(())
@@ -86,12 +86,63 @@ pub(super) fn make_all(connection: &Connection, table: &Table, target: &str) -> 
     all().doing("make the indexes of a table")
 }
 
-fn make(connection: &Connection, table: &str, target: &str, index: &Index) -> rusqlite::Result<()> {
+/// Whether an index of ours has this name.
+pub(super) fn is_ours(connection: &Connection, name: &str) -> rusqlite::Result<bool> {
+    connection
+        .prepare_cached("SELECT 1 FROM _anabranch_indexes WHERE index_name = ?1 COLLATE NOCASE")?
+        .exists([name])
+}
+
+/// Gives the index of ours that has a table's name another one, since nobody asks for an index by name. In Postgres
+/// they may be of two schemas. Only here is it known that there is such a table: it may be declared long after.
+pub(super) fn make_way(connection: &Connection, table: &str) -> Result<(), Error> {
+    let rename = || {
+        let taker: Option<(String, String, Index)> = connection
+            .prepare_cached(
+                "SELECT index_name, table_name, postgres_name, columns FROM _anabranch_indexes \
+                 WHERE index_name = ?1 COLLATE NOCASE",
+            )?
+            .query_row([table], |row| {
+                let columns: String = row.get(3)?;
+                let columns = serde_json::from_str(&columns).unwrap_or_default();
+                let name = row.get(2)?;
+                Ok((row.get(0)?, row.get(1)?, Index { name, columns }))
+            })
+            .optional()?;
+        let Some((name, of, index)) = taker else {
+            return Ok(());
+        };
+        // What it is on may still be a stage.
+        let target: Option<String> = connection
+            .prepare_cached(
+                "SELECT tbl_name FROM sqlite_schema WHERE type = 'index' AND name = ?1 COLLATE NOCASE",
+            )?
+            .query_row([&name], |row| row.get(0))
+            .optional()?;
+        forget(connection, &name)?;
+        let Some(target) = target else {
+            return Ok(());
+        };
+        connection.execute_batch(&format!("DROP INDEX {}", names::quote(&name)))?;
+        make(connection, &of, &target, &index, Some(table))
+    };
+    rename().doing("give an index another name")
+}
+
+/// `taken` is the name of a table that is about to be made.
+fn make(
+    connection: &Connection,
+    table: &str,
+    target: &str,
+    index: &Index,
+    taken: Option<&str>,
+) -> rusqlite::Result<()> {
     if index.columns.is_empty() {
         return Ok(());
     }
     let name = names::free_index(&index.name, table, |name| {
-        Ok::<_, rusqlite::Error>(object(connection, name)?.is_some())
+        let is_taken = taken.is_some_and(|taken| taken.eq_ignore_ascii_case(name));
+        Ok::<_, rusqlite::Error>(is_taken || object(connection, name)?.is_some())
     })?;
     connection.execute_batch(&create(&name, target, &index.columns))?;
     let columns = serde_json::Value::from(index.columns.clone()).to_string();

@@ -23,8 +23,9 @@
 //! cut undoes a transaction as a whole, and the streamer sends it again.
 //!
 //! **Again.** After a transient error the same message can be given again: a commit is rolled back as a whole, the queue
-//! takes a message's elements last of all, and what went to stages already can go there again without harm, since each
-//! operation says what its row is to be, not how it is to change.
+//! takes a message's elements last of all, a row in pieces goes back to what it was before the message, and what went to
+//! stages already can go there again without harm, since each operation says what its row is to be, not how it is to
+//! change.
 
 mod commit;
 mod error;
@@ -59,6 +60,7 @@ use anabranch_proto::{
     v1::{self, element::Kind},
 };
 use bytes::Bytes;
+use jiff::Timestamp;
 use rusqlite::Connection;
 
 use error::Doing;
@@ -69,7 +71,7 @@ use queue::Queue;
 use schema::{Catalog, Version};
 use stage::{Stager, Stages};
 use state::{Heard, State};
-pub use status::{reaches, without_header};
+pub use status::{HEARD_AGE_MAX, reaches, without_header};
 use transaction::Write;
 
 /// How the file is opened.
@@ -256,6 +258,11 @@ impl File {
 
     /// A new stream begins: what came of an unfinished transaction is dropped, table ids are forgotten.
     pub fn begin_stream(&mut self) -> Result<(), Error> {
+        let begun = self.drop_unfinished();
+        self.make_room_if_full(begun)
+    }
+
+    fn drop_unfinished(&mut self) -> Result<(), Error> {
         let stream = &mut self.stream;
         stream.queue.clear();
         stream.grammar = Grammar::default();
@@ -269,7 +276,8 @@ impl File {
         self.discard()
     }
 
-    /// Takes one message. Commits if it has a resume token, and only then. Given again after a `Transient` error, the same message goes on.
+    /// Takes one message. Commits if it has a resume token, and only then. Given again after a `Transient` or `Full`
+    /// error, the same message goes on.
     ///
     /// The exception is a heartbeat: one that moves the position is committed at once only if nothing was for half a
     /// second; otherwise it waits for the next message or [`report`](File::report).
@@ -280,19 +288,27 @@ impl File {
             ));
         }
         let applied = self.take(message);
+        if applied.is_err() {
+            self.stream.pieces.rewind();
+        }
         self.stream.is_broken = matches!(applied, Err(Error::Stream(_) | Error::Definite(_)));
-        applied
+        self.make_room_if_full(applied)
     }
 
     /// Writes the state row: connected or not, last error. Also to be called every 5 s as the heartbeat that keeps
     /// `_anabranch_status` from turning to `connected = 0`. Commits the position of a heartbeat that waits.
     pub fn report(&mut self, connected: bool, last_error: Option<&str>) -> Result<(), Error> {
+        let written = self.write_report(connected, last_error);
+        self.make_room_if_full(written)
+    }
+
+    fn write_report(&mut self, connected: bool, last_error: Option<&str>) -> Result<(), Error> {
         self.guard.still_there()?;
         open::check_journal(&self.connection)?;
         let mut state = self.state.clone();
         state.connected = connected;
         state.set_last_error(last_error);
-        self.note(&mut state);
+        self.note(&mut state, Timestamp::now());
         self.store(state)?;
         self.guard.tend_wal(&mut self.connection)
     }
@@ -300,13 +316,12 @@ impl File {
     fn take(&mut self, message: &v1::Down) -> Result<Applied, Error> {
         let stream = &mut self.stream;
         let mut grammar = stream.grammar.clone();
-        let mut pieces = stream.pieces.clone();
         let mut waiting = Vec::new();
         let mut stager = Stager::new(&self.connection, &mut stream.stages, &mut self.version);
         for element in &message.elements {
             match (grammar.check(element)?, &element.kind) {
                 (Place::Stage(ordinal, table), Some(Kind::Rows(rows))) => {
-                    stager.add((ordinal, table.id), &table, rows, &mut pieces)?;
+                    stager.add((ordinal, table.id), &table, rows, &mut stream.pieces)?;
                 }
                 _ => waiting.push(element),
             }
@@ -328,9 +343,17 @@ impl File {
             stream.queue.push(waiting.into_iter().cloned().collect())?;
         }
         self.stream.grammar = grammar;
-        self.stream.pieces = pieces;
+        self.stream.pieces.settle();
         self.guard.tend_wal(&mut self.connection)?;
         Ok(applied)
+    }
+
+    /// Passes a result on. Where the disk is full, that it can be tried again with what room we can make.
+    fn make_room_if_full<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
+        if matches!(result, Err(Error::Full(_))) {
+            self.guard.make_room(&mut self.connection)?;
+        }
+        result
     }
 
     fn discard(&mut self) -> Result<(), Error> {

@@ -18,11 +18,16 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
+    time::Duration,
 };
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, config::DbConfig, hooks::Wal};
 
-use super::{Error, Settings, error::Doing, transaction};
+use super::{
+    Error, Settings,
+    error::{Doing, is_full},
+    transaction::{self, LOCK_WAIT_MAX},
+};
 
 /// Pages in the WAL from which on it is written back: at 20,000 instead of SQLite's 1,000, random updates are twice as
 /// fast, and 80 MB of WAL are no burden. We do it ourselves, after the commit: within it, it would look as if the write
@@ -35,9 +40,16 @@ const CHECKPOINT_AGAIN_PAGES: u32 = 1_000;
 /// What the WAL is cut back to when SQLite starts it over.
 const WAL_KEEP_BYTES: i64 = 96 * 1024 * 1024;
 
-/// From here on the WAL is emptied, as soon as no reader needs it: without that, readers that follow each other without
-/// a gap could make it grow for ever.
+/// From here on the WAL is emptied if no reader needs it just then.
 const TRUNCATE_PAGES: u32 = 50_000;
+
+/// From here on that is waited for: where readers overlap there is never a moment without one. While we wait nobody
+/// writes, so readers that begin take the newest snapshot: they don't keep the WAL from being written back as soon as
+/// the old ones ran out, and whoever begins after that does not need it at all.
+const WAIT_PAGES: u32 = 4 * TRUNCATE_PAGES;
+
+/// How long, since programs can't write meanwhile.
+const WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Statements that are kept prepared: two for each of some dozens of tables, and our own.
 const STATEMENTS: usize = 256;
@@ -70,9 +82,8 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 fn io_error(doing: &str, path: &Path, error: &io::Error) -> Error {
     let text = format!("{doing} {}: {error}", path.display());
     match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::Interrupted => {
-            Error::Transient(text)
-        }
+        _ if is_full(error) => Error::Full(text),
+        io::ErrorKind::Interrupted => Error::Transient(text),
         _ => Error::Definite(text),
     }
 }
@@ -149,7 +160,7 @@ pub(super) fn open(settings: &Settings) -> Result<(Connection, Guard), Error> {
         _ => super::error::sqlite(&opening, error),
     };
     let mut connection = Connection::open_with_flags(&path, flags).map_err(refused)?;
-    transaction::wait_for_locks(&mut connection)?;
+    transaction::wait_for_locks(&mut connection, LOCK_WAIT_MAX)?;
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
     configure(&connection, settings).map_err(refused)?;
     check_journal(&connection)?;
@@ -242,7 +253,8 @@ impl Guard {
     }
 
     /// Writes the WAL back where it has become long, and empties it where it has become very long. What a reader still
-    /// needs stays until that is gone. Never waits, and fails never: a checkpoint that was not possible is tried again.
+    /// needs stays until that is gone, which is waited for only if nothing else helps. A checkpoint that was not possible
+    /// is no error: it is tried again.
     pub(super) fn tend_wal(&mut self, connection: &mut Connection) -> Result<(), Error> {
         let pages = self.wal_pages.load(Ordering::Relaxed);
         if pages < CHECKPOINT_PAGES {
@@ -261,11 +273,7 @@ impl Guard {
             let _ = checkpoint(connection, "PASSIVE");
             return Ok(());
         }
-        connection
-            .busy_handler(None::<fn(i32) -> bool>)
-            .doing("stop waiting for locks")?;
-        let is_blocked = !matches!(checkpoint(connection, "TRUNCATE"), Ok(false));
-        transaction::wait_for_locks(connection)?;
+        let is_blocked = !empty_wal(connection, patience(pages))?;
         if is_blocked && !self.wal_is_long {
             tracing::warn!(
                 pages,
@@ -278,6 +286,41 @@ impl Guard {
         self.wal_is_long = is_blocked;
         Ok(())
     }
+
+    /// The disk is full: gives back what the WAL takes of it, however short that is, if nobody needs it just now. It may
+    /// be what filled the disk, and would stay so: below [`CHECKPOINT_PAGES`] nobody else writes it back.
+    pub(super) fn make_room(&mut self, connection: &mut Connection) -> Result<(), Error> {
+        if empty_wal(connection, Duration::ZERO)? {
+            self.wal_pages.store(0, Ordering::Relaxed);
+            self.checkpointed_pages = 0;
+            self.wal_is_long = false;
+        }
+        Ok(())
+    }
+}
+
+/// How long readers of a WAL of that length are waited for.
+fn patience(pages: u32) -> Duration {
+    if pages < WAIT_PAGES {
+        Duration::ZERO
+    } else {
+        WAIT_MAX
+    }
+}
+
+/// Writes all of the WAL back and cuts it to nothing. False: somebody was in the way for longer than `patience`, or the
+/// disk was.
+fn empty_wal(connection: &mut Connection, patience: Duration) -> Result<bool, Error> {
+    if patience.is_zero() {
+        connection
+            .busy_handler(None::<fn(i32) -> bool>)
+            .doing("stop waiting for locks")?;
+    } else {
+        transaction::wait_for_locks(connection, patience)?;
+    }
+    let is_empty = matches!(checkpoint(connection, "TRUNCATE"), Ok(false));
+    transaction::wait_for_locks(connection, LOCK_WAIT_MAX)?;
+    Ok(is_empty)
 }
 
 /// True: something was in the way.
@@ -285,4 +328,62 @@ fn checkpoint(connection: &Connection, mode: &str) -> rusqlite::Result<bool> {
     connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |row| {
         row.get(0)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_wal_under_overlapping_readers_is_emptied_by_waiting() {
+        assert_eq!(patience(TRUNCATE_PAGES), Duration::ZERO);
+        assert_eq!(patience(WAIT_PAGES - 1), Duration::ZERO);
+        assert_eq!(patience(WAIT_PAGES), WAIT_MAX);
+        assert_eq!(patience(u32::MAX), WAIT_MAX);
+    }
+
+    #[test]
+    fn a_reader_that_ends_in_time_does_not_keep_the_wal_long() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let mut connection = Connection::open(&path).unwrap();
+        connection
+            .execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(v)")
+            .unwrap();
+        let old = Connection::open(&path).unwrap();
+        let read = |reader: &Connection| -> i64 {
+            reader.execute_batch("BEGIN").unwrap();
+            reader
+                .query_row("SELECT count(*) FROM t", [], |row| row.get(0))
+                .unwrap()
+        };
+        assert_eq!(read(&old), 0);
+        connection.execute_batch("INSERT INTO t VALUES(1)").unwrap();
+        assert!(!empty_wal(&mut connection, Duration::ZERO).unwrap());
+        // Another one comes while the old one is waited for: there is no moment without a reader.
+        let reading = thread::Builder::new()
+            .name("reader".into())
+            .spawn(move || {
+                let new = Connection::open(&path).unwrap();
+                new.busy_timeout(Duration::ZERO).unwrap();
+                let is_waited_for = || match new.execute_batch("BEGIN IMMEDIATE; ROLLBACK") {
+                    Ok(()) => false,
+                    Err(error) => error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy),
+                };
+                while !is_waited_for() {
+                    thread::yield_now();
+                }
+                assert_eq!(read(&new), 1);
+                old.execute_batch("COMMIT").unwrap();
+                new.execute_batch("COMMIT").unwrap();
+            })
+            .unwrap();
+        let patience = Duration::from_secs(60);
+        assert!(empty_wal(&mut connection, patience).unwrap());
+        let wal = beside(&directory.path().join("app.db"), "-wal");
+        assert_eq!(fs::metadata(wal).unwrap().len(), 0);
+        reading.join().unwrap();
+    }
 }

@@ -15,7 +15,7 @@ use anabranch_proto::v1;
 use bytes::Bytes;
 use prost::Message;
 
-use super::Error;
+use super::{Error, error::is_full};
 
 /// What an element costs in memory beside its bytes, about.
 const ELEMENT_BYTES: usize = 160;
@@ -123,10 +123,15 @@ impl Queue {
     }
 
     fn failed(&self, error: &io::Error) -> Error {
-        Error::Transient(format!(
+        let text = format!(
             "hold a large transaction in a temporary file beside {}: {error}",
             self.spool_path.display()
-        ))
+        );
+        if is_full(error) {
+            Error::Full(text)
+        } else {
+            Error::Transient(text)
+        }
     }
 }
 

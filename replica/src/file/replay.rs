@@ -20,6 +20,7 @@ use super::{
     Error, TableChanges,
     error::{self, Doing, is_of_statement},
     grammar::Tables,
+    index,
     obstacle::Obstacle,
     pieces::Pieces,
     reset::{self, ResetError},
@@ -41,6 +42,8 @@ pub(super) enum Failure {
     },
     /// The file is not what its resume token says: it must be sent again.
     Forget(String),
+    /// The file's state is not the one that was last written: nothing that is remembered speaks of this content.
+    Replaced,
 }
 
 impl From<Error> for Failure {
@@ -90,6 +93,9 @@ impl<'c> Replay<'c> {
         mut outcome: Outcome,
         dropped: &[(Obstacle, String)],
     ) -> Result<Replay<'c>, Failure> {
+        if !outcome.state.is_in_file(connection)? {
+            return Err(Failure::Replaced);
+        }
         if version.look(connection)? {
             Arc::make_mut(&mut outcome.catalog).inspect(connection, &outcome.state.replica_id)?;
         }
@@ -148,7 +154,7 @@ impl<'c> Replay<'c> {
         let outcome = &mut self.outcome;
         outcome.state.resume_token = bytes::Bytes::copy_from_slice(resume_token);
         outcome.state.connected = true;
-        outcome.state.hear(&outcome.heard);
+        outcome.state.hear(&outcome.heard, Timestamp::now());
         if outcome.transactions > 0 {
             outcome.state.committed_at(outcome.commit_time);
         }
@@ -184,6 +190,7 @@ impl<'c> Replay<'c> {
     fn table(&mut self, declared: &v1::Table) -> Result<(), Failure> {
         let table = Table::new(declared)?;
         self.writers.remove(&table.id);
+        index::make_way(self.connection, &table.name)?;
         if !self.reset.contains(&table.id) {
             let catalog = &mut self.outcome.catalog;
             match catalog.find(self.connection, &table)? {

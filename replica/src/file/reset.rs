@@ -19,6 +19,7 @@ use serde_json::Value;
 use super::{
     Error,
     error::Doing,
+    index,
     names::{self, quote},
     obstacle::Obstacle,
     schema::{self, Catalog, There},
@@ -26,6 +27,9 @@ use super::{
     table::Table,
     write::{Keys, json},
 };
+
+/// Columns that are compared in one row value.
+const COMPARED_COLUMNS_MAX: usize = 100;
 
 /// Why a reset could not be finished.
 pub(super) enum ResetError {
@@ -50,6 +54,8 @@ pub(super) fn finish(
     stage: Option<&Stage>,
     keys: Option<&mut Keys>,
 ) -> Result<(), ResetError> {
+    // Another table's index may have taken the name since the table was declared.
+    index::make_way(connection, &table.name)?;
     match catalog.find(connection, table)? {
         There::Nothing => {
             // A program may have dropped it.
@@ -168,16 +174,29 @@ fn same_row(table: &Table, stage: &Stage) -> String {
     }
 }
 
+/// Compares columns as row values, which SQLite takes as one expression: an AND for each would nest deeper than the
+/// 1,000 that it allows (`SQLITE_MAX_EXPR_DEPTH`).
 fn compare<'t>(
     table: &Table,
     stage: &Stage,
     columns: impl Iterator<Item = &'t str>,
     how: &str,
 ) -> String {
-    let (table, stage) = (quote(&table.name), quote(&stage.name));
+    let row = |of: &str, columns: &[&str]| {
+        let of = quote(of);
+        let values: Vec<String> = columns
+            .iter()
+            .map(|column| format!("{of}.{}", quote(column)))
+            .collect();
+        format!("({})", values.join(", "))
+    };
     columns
-        .map(quote)
-        .map(|column| format!("{table}.{column} {how} {stage}.{column}"))
+        .collect::<Vec<_>>()
+        .chunks(COMPARED_COLUMNS_MAX)
+        .map(|group| {
+            let (left, right) = (row(&table.name, group), row(&stage.name, group));
+            format!("{left} {how} {right}")
+        })
         .collect::<Vec<_>>()
         .join(" AND ")
 }

@@ -171,9 +171,16 @@ impl Catalog {
         Ok(())
     }
 
-    /// What is in the file where this table belongs. Something that is not ours is never touched.
+    /// What is in the file where this table belongs. Something that is not ours is never touched; an index of ours makes
+    /// way (see [`index::make_way`]).
     pub(super) fn find(&self, connection: &Connection, table: &Table) -> Result<There, Error> {
-        let there = object(connection, &table.name).doing("look for a table")?;
+        let find = || match object(connection, &table.name)? {
+            Some((kind, _)) if kind == "index" && index::is_ours(connection, &table.name)? => {
+                Ok(None)
+            }
+            there => Ok(there),
+        };
+        let there = find().doing("look for a table")?;
         match (there, self.get(&table.name)) {
             (None, _) => Ok(There::Nothing),
             (Some((kind, _)), None) => Err(Error::Definite(format!(

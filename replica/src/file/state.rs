@@ -12,7 +12,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{
     Error,
-    error::Doing,
+    error::{self, Doing},
     status::{self, micros_text, time_text},
 };
 
@@ -193,6 +193,35 @@ impl State {
             .doing("read the state of the file")
     }
 
+    /// Whether the file still says what was last written. Within a write transaction, before anything is written.
+    ///
+    /// Somebody may have put older content into the file (`.restore`, the backup API), which neither the file's name nor
+    /// its inode shows. A row that is gone says nothing of what the tables hold, so it is not what was written either.
+    pub(super) fn is_in_file(&self, connection: &Connection) -> Result<bool, Error> {
+        let position = self
+            .position
+            .map(|at| (at.epoch.to_string(), at.lsn.to_string()));
+        let (epoch, lsn) = position.unzip();
+        let look = || {
+            connection
+                .prepare_cached(
+                    "SELECT replica_id = ?1 AND epoch IS ?2 AND lsn IS ?3 AND resume_token = ?4 \
+                     FROM _anabranch_state WHERE id = 1",
+                )?
+                .query_row(
+                    params![self.replica_id, epoch, lsn, &self.resume_token[..]],
+                    |row| row.get(0),
+                )
+                .optional()
+        };
+        match look() {
+            Ok(same) => Ok(same.unwrap_or(false)),
+            // There is no such table, or another one.
+            Err(error) if error::is_of_statement(&error) => Ok(false),
+            Err(error) => Err(error::sqlite("read the state of the file", error)),
+        }
+    }
+
     /// Writes the row, with a heartbeat of now. Within a write transaction.
     pub(super) fn store(&self, connection: &Connection) -> rusqlite::Result<()> {
         // An upsert, since a program may have deleted the row.
@@ -244,10 +273,12 @@ pub(super) struct Heard {
 }
 
 impl State {
-    /// Takes over what was heard at `position`.
-    pub(super) fn hear(&mut self, heard: &Heard) {
+    /// Takes over what was heard, and judges at `now` whether the position is all there is.
+    pub(super) fn hear(&mut self, heard: &Heard, now: Timestamp) {
         self.received_time = Some(time_text(heard.time));
+        let age = now.duration_since(heard.time).unsigned_abs();
         self.caught_up = heard.source_connected
+            && age <= status::HEARD_AGE_MAX
             && self
                 .position
                 .is_some_and(|position| status::reaches(position.lsn, heard.source_lsn));

@@ -9,6 +9,11 @@ use jiff::Timestamp;
 /// killed sidecar cannot lie. Three of the reports that come every five seconds.
 pub(super) const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(15);
 
+/// What was heard of the source longer ago than this is not known any more: a streamer that has nothing else to say
+/// sends a heartbeat each second, and one that sends a long transaction says nothing of the source until its end.
+pub const HEARD_AGE_MAX: Duration =
+    Duration::from_secs(3 * anabranch_proto::HEARTBEAT_EVERY.as_secs());
+
 /// WAL pages of Postgres, unless it was built otherwise.
 const PAGE_BYTES: u64 = 8192;
 /// Header of such a page.

@@ -21,8 +21,8 @@ use super::{
 pub(super) const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Lets SQLite wait for locks. It has no way to be woken when another process lets go, so it must ask again: every
-/// millisecond at first, that a short transaction of a program costs us little, then less often.
-pub(super) fn wait_for_locks(connection: &mut Connection) -> Result<(), Error> {
+/// millisecond at first, that a short transaction of a program costs us little, then less often; up to `wait_max`.
+pub(super) fn wait_for_locks(connection: &mut Connection, wait_max: Duration) -> Result<(), Error> {
     let mut since = Instant::now();
     connection
         .busy_handler(Some(move |count: i32| {
@@ -30,7 +30,7 @@ pub(super) fn wait_for_locks(connection: &mut Connection) -> Result<(), Error> {
                 since = Instant::now();
             }
             thread::park_timeout(Duration::from_millis(if count < 100 { 1 } else { 5 }));
-            since.elapsed() < LOCK_WAIT_MAX
+            since.elapsed() < wait_max
         }))
         .doing("set up waiting for locks")
 }

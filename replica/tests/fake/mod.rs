@@ -74,6 +74,21 @@ impl Call {
             .expect("the replica is there");
     }
 
+    /// Says heartbeats until the call ends, as a streamer does that has caught up: without them nobody is up to date for
+    /// long.
+    pub fn keep_heard(&self, lsn: u64) -> JoinHandle<()> {
+        let down = self.down.clone();
+        tokio::spawn(async move {
+            let mut tick = tokio::time::interval(Duration::from_millis(200));
+            loop {
+                tick.tick().await;
+                if down.send(Ok(heartbeat(lsn, lsn))).await.is_err() {
+                    break;
+                }
+            }
+        })
+    }
+
     /// The next Ack's position.
     pub async fn ack(&mut self) -> Option<Position> {
         match soon("an Ack", self.up.message()).await {

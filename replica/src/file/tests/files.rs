@@ -151,9 +151,12 @@ fn a_full_disk_undoes_what_was_begun_and_the_same_message_goes_on_later() {
     let full = limit(&file, 1);
     for _ in 0..3 {
         match file.apply(&apply) {
-            Err(Error::Transient(text)) => assert!(text.contains("full"), "{text}"),
+            Err(Error::Full(text)) => assert!(text.contains("full"), "{text}"),
             other => panic!("{other:?}"),
         }
+        // It may be our own WAL that filled the disk.
+        let wal = beside(folder.path(), "-wal");
+        assert_eq!(fs::metadata(wal).unwrap().len(), 0);
         assert_eq!(folder.query("SELECT id FROM t"), ["1"]);
         assert_eq!(file.position(), Some(position(1)));
         // There may be room for the news.
@@ -178,7 +181,7 @@ fn a_full_disk_undoes_what_was_begun_and_the_same_message_goes_on_later() {
     limit(&file, 1);
     let rest = down(vec![rows(1, ops.slice(100_000..), false), commit(3)]);
     for _ in 0..3 {
-        assert!(matches!(file.apply(&rest), Err(Error::Transient(_))));
+        assert!(matches!(file.apply(&rest), Err(Error::Full(_))));
         assert_eq!(folder.query("SELECT id FROM t"), ["1", "2"]);
     }
     limit(&file, 1_000_000);
@@ -194,4 +197,85 @@ fn a_full_disk_undoes_what_was_begun_and_the_same_message_goes_on_later() {
 fn a_file_may_be_handed_to_the_thread_that_owns_it() {
     fn is_send<T: Send>() {}
     is_send::<File>();
+}
+
+#[test]
+fn a_backup_that_is_restored_under_us_is_not_taken_for_the_newest_rows() {
+    let rows: &[&[ValueRef<'_>]] = &[&[I(1), T("new")], &[I(2), T("new")]];
+    // What is noticed by: a commit, a heartbeat, a report, the end of a reset.
+    for step in ["commit", "heartbeat", "report", "reset"] {
+        // What is restored: an older state, one of before the first commit, another program's database, no row at all.
+        for backup in ["older", "empty", "foreign", "no row"] {
+            let what = format!("{backup}, {step}");
+            let folder = Folder::new();
+            let old = folder.directory.path().join("backup.db");
+            let mut file = folder.open();
+            if backup == "older" {
+                file.apply(&start(1, &[&[I(1), T("old")], &[I(3), T("old")]]))
+                    .unwrap();
+            }
+            match backup {
+                "foreign" => Connection::open(&old)
+                    .unwrap()
+                    .execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE own(id)")
+                    .unwrap(),
+                _ => folder.program(&format!("VACUUM INTO '{}'", old.display())),
+            }
+            file.begin_stream().unwrap();
+            file.apply(&start(10, rows)).unwrap();
+            let id = file.replica_id().to_owned();
+            if step == "reset" {
+                file.apply(&down(vec![begin(&[1]), upserts(1, rows)]))
+                    .unwrap();
+            }
+            match backup {
+                "no row" => folder.program("DELETE FROM _anabranch_state"),
+                _ => assert_eq!(
+                    sqlite3(folder.path(), &format!(".restore '{}'", old.display())),
+                    ""
+                ),
+            }
+            file.written = None;
+            let noticed = match step {
+                "commit" => file
+                    .apply(&down(vec![
+                        begin(&[]),
+                        upserts(1, &[&[I(5), N]]),
+                        commit(11),
+                    ]))
+                    .map(drop),
+                "heartbeat" => file.apply(&down(vec![heartbeat(11, 11)])).map(drop),
+                "report" => file.report(true, None),
+                _ => file.apply(&down(vec![commit(11)])).map(drop),
+            };
+            assert!(
+                matches!(noticed, Err(Error::Stream(_))),
+                "{what}: {noticed:?}"
+            );
+            // The position is not told over rows that are older.
+            let (lsn, at) = match backup {
+                "older" => ("'0/1'", Some(position(1))),
+                _ => ("NULL", None),
+            };
+            let state = "SELECT lsn, caught_up FROM _anabranch_status";
+            assert_eq!(folder.query(state), [format!("{lsn}|0")], "{what}");
+            assert_eq!((file.position(), file.replica_id()), (at, &*id), "{what}");
+            assert_eq!(file.resume_token(), "", "{what}");
+            // The stream at hand is over.
+            let more = file.apply(&down(vec![begin(&[]), commit(12)]));
+            assert!(matches!(more, Err(Error::Stream(_))), "{what}: {more:?}");
+            // It says so in the log once: then it is known.
+            file.report(false, None).unwrap();
+            file.begin_stream().unwrap();
+            file.apply(&start(13, rows))
+                .unwrap_or_else(|e| panic!("{what}: {e}"));
+            assert_eq!(
+                folder.query("SELECT * FROM t"),
+                ["1|'new'", "2|'new'"],
+                "{what}"
+            );
+            assert_eq!(file.position(), Some(position(13)), "{what}");
+            assert_tidy(&folder);
+        }
+    }
 }

@@ -402,7 +402,7 @@ fn run(seed: u64) {
             let sql = "PRAGMA max_page_count = 1000000";
             file.connection.query_row(sql, [], |_| Ok(())).unwrap();
             match applied {
-                Err(Error::Transient(_)) => {
+                Err(Error::Full(_)) => {
                     assert_equal(&reader(folder.path()), &known, &what);
                     let applied = file
                         .apply(&message)

@@ -275,7 +275,7 @@ fn our_own_indexes_and_views_that_a_program_dropped_are_made_again() {
     let before = folder.query(ours);
     folder.program(
         "DROP INDEX by_v; DROP VIEW _anabranch_status; DROP VIEW _anabranch_base_t; DROP VIEW _anabranch_tables;
-         DROP TABLE _anabranch_dropped; DELETE FROM _anabranch_state;",
+         DROP TABLE _anabranch_dropped;",
     );
     file.apply(&change(2, 1, "x")).unwrap();
     assert_eq!(folder.query(ours), before);
@@ -323,6 +323,13 @@ fn a_trigger_or_index_that_refuses_rows_is_dropped_and_no_other() {
         (
             "is an index that fails",
             "CREATE INDEX bad ON t(json_extract(v, '$.a'))",
+        ),
+        (
+            "deletes from a full-text index that was never built",
+            "CREATE VIRTUAL TABLE fts USING fts5(v, content='t', content_rowid='id');
+             CREATE TRIGGER bad AFTER DELETE ON t BEGIN
+               INSERT INTO fts(fts, rowid, v) VALUES('delete', old.id, old.v);
+             END",
         ),
     ] {
         for reset in [false, true] {

@@ -362,3 +362,117 @@ fn a_stage_larger_than_one_step_is_thrown_away_whole() {
     folder.open();
     assert_tidy(&folder);
 }
+
+#[test]
+fn a_table_as_wide_as_postgres_has_them_is_reset_again() {
+    let folder = Folder::new();
+    let mut file = folder.open();
+    let names: Vec<String> = (0..1600).map(|i| format!("column {i}")).collect();
+    let columns: Vec<(&str, v1::Storage, u32)> = names
+        .iter()
+        .zip(0..)
+        .map(|(name, i)| (&**name, Integer, if i < 2 { i + 1 } else { 0 }))
+        .collect();
+    let row = |id: i64, last: ValueRef<'static>| {
+        let mut row = vec![N; 1600];
+        (row[0], row[1], row[1599]) = (I(id), I(id), last);
+        row
+    };
+    let mut reset = |lsn, rows: &[Vec<ValueRef<'_>>]| {
+        let rows: Vec<&[ValueRef<'_>]> = rows.iter().map(|row| &row[..]).collect();
+        file.begin_stream().unwrap();
+        file.set_report_changes(true);
+        file.apply(&down(vec![
+            first(&[1]),
+            table(1, "wide", &columns),
+            upserts(1, &rows),
+            commit(lsn),
+        ]))
+        .unwrap()
+    };
+    let shown = r#"SELECT "column 0", "column 1599" FROM wide"#;
+    reset(1, &[row(1, I(7)), row(2, N), row(3, I(7)), row(4, N)]);
+    let applied = reset(2, &[row(1, I(7)), row(2, I(8)), row(4, N), row(5, N)]);
+    assert_eq!(folder.query(shown), ["1|7", "2|8", "4|NULL", "5|NULL"]);
+    // Only what differs: NULL is equal to NULL.
+    assert_eq!(
+        applied.changes[0].keys,
+        Some(vec![[3, 3].into(), [2, 2].into(), [5, 5].into()])
+    );
+    // With a trigger, what came of it is compared.
+    folder.program("CREATE TRIGGER own AFTER INSERT ON wide BEGIN SELECT 1; END");
+    reset(3, &[row(1, N), row(6, I(9))]);
+    assert_eq!(folder.query(shown), ["1|NULL", "6|9"]);
+    assert_eq!(
+        folder.query("SELECT * FROM _anabranch_dropped"),
+        Vec::<String>::new()
+    );
+}
+
+#[test]
+fn an_index_makes_way_for_a_table_of_its_name() {
+    // The table of that name comes: after the one with the index, before it, or in a later stream; in full, or not.
+    for (order, reset) in [
+        ("after", true),
+        ("after", false),
+        ("before", true),
+        ("before", false),
+        ("later", true),
+        ("later", false),
+    ] {
+        let what = format!("{order}, reset {reset}");
+        let folder = Folder::new();
+        let mut file = folder.open();
+        let indexed = || {
+            let table = with_index(simple(1, "s.t"), "U", &[1]);
+            // Nor may it get the name of a third.
+            with_index(table, "by_v", &[1])
+        };
+        let others = || [simple(2, "u"), simple(3, "public.s.t_U")];
+        let fill = |table| upserts(table, &[&[I(i64::from(table)), T("v")]]);
+        let both: &[u32] = if reset { &[1, 2, 3] } else { &[] };
+        let stream = |declared: Vec<v1::Element>, reset: &[u32], lsn| {
+            let tables: Vec<u32> = (1..=declared.len() as u32).collect();
+            let mut elements = vec![first(reset)];
+            elements.extend(declared);
+            elements.extend(tables.into_iter().map(fill));
+            elements.push(commit(lsn));
+            down(elements)
+        };
+        if order == "later" {
+            let alone: &[u32] = if reset { &[1] } else { &[] };
+            file.apply(&stream(vec![indexed()], alone, 1)).unwrap();
+            file.begin_stream().unwrap();
+        }
+        let mut declared = Vec::from(others());
+        declared.insert(if order == "before" { 2 } else { 0 }, indexed());
+        for lsn in [2, 3] {
+            file.apply(&stream(declared.clone(), both, lsn))
+                .unwrap_or_else(|e| panic!("{what}: {e}"));
+            assert_eq!(
+                folder.query(
+                    r#"SELECT (SELECT id FROM u), (SELECT id FROM "s.t_U"), (SELECT id FROM "s.t")"#
+                ),
+                ["2|3|1"],
+                "{what}"
+            );
+            assert_eq!(
+                folder.query(
+                    "SELECT name, tbl_name FROM sqlite_schema WHERE type = 'index' ORDER BY name"
+                ),
+                ["'by_v'|'s.t'", "'s.t_U_2'|'s.t'"],
+                "{what}"
+            );
+            assert_eq!(
+                folder.query("SELECT index_name, postgres_name FROM _anabranch_indexes ORDER BY 1"),
+                ["'by_v'|'by_v'", "'s.t_U_2'|'U'"],
+                "{what}"
+            );
+            file.begin_stream().unwrap();
+        }
+        // A start takes nothing of it for altered.
+        drop(file);
+        assert_eq!(folder.open().resume_token(), "token 3", "{what}");
+        assert_tidy(&folder);
+    }
+}

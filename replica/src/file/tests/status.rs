@@ -220,3 +220,34 @@ fn a_stopped_table_is_told_with_its_reason_and_its_rows_stay() {
         .unwrap();
     assert_eq!(tables(), ["'t'|'stopped'|'again'|'0/8'"]);
 }
+
+#[test]
+fn a_source_that_was_heard_long_ago_does_not_count_as_reached() {
+    let folder = Folder::new();
+    let mut file = folder.open();
+    file.apply(&start(10, &[])).unwrap();
+    let heard = file.stream.heard.unwrap();
+    let max = crate::file::HEARD_AGE_MAX;
+    let just_over = max + std::time::Duration::from_micros(1);
+    for (now, expected) in [
+        (heard.time, true),
+        (heard.time + max, true),
+        (heard.time + just_over, false),
+        (heard.time - just_over, false),
+    ] {
+        let mut state = file.state.clone();
+        file.note(&mut state, now);
+        assert_eq!(state.caught_up, expected, "{now}");
+    }
+    // What a report writes is judged by it: a long transaction comes in, and nothing is heard but that.
+    file.apply(&down(vec![begin(&[]), upserts(1, &[&[I(1), N]])]))
+        .unwrap();
+    if let Some(heard) = &mut file.stream.heard {
+        heard.time -= just_over;
+    }
+    file.report(true, None).unwrap();
+    assert_eq!(
+        folder.query("SELECT connected, caught_up FROM _anabranch_status"),
+        ["1|0"]
+    );
+}
