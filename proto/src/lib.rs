@@ -39,6 +39,9 @@ pub const MESSAGE_BYTES_TARGET: usize = 256 * 1024;
 /// The largest row that is ever streamed: SQLite's own limit on a string or blob (`SQLITE_MAX_LENGTH`).
 pub const ROW_BYTES_MAX: usize = 1_000_000_000;
 
+/// Shapes that one replica may subscribe to: more than any sensible one has. It bounds `Hello`.
+pub const SUBSCRIPTIONS_MAX: usize = 100;
+
 /// Silence on a stream, in either direction, after which it is taken to be dead.
 pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(10);
 

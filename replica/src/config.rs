@@ -19,6 +19,7 @@ use std::{
     time::Duration,
 };
 
+use anabranch_proto::SUBSCRIPTIONS_MAX;
 use hyper::Uri;
 use serde::Deserialize;
 use toml::Spanned;
@@ -34,9 +35,6 @@ pub const HTTP_DEFAULT: &str = "127.0.0.1:7430";
 
 /// Permission bits of the database that is created: the data is its owner's only, unless told otherwise.
 pub const FILE_MODE_DEFAULT: u32 = 0o600;
-
-/// More subscriptions than any sensible replica has; it bounds `Hello`.
-pub const SUBSCRIPTIONS_MAX: usize = 1_000;
 
 /// Longest token: what servers commonly take as one header field, 8 KiB, less its name.
 pub const TOKEN_BYTES_MAX: usize = 8_000;
@@ -535,7 +533,10 @@ fn check_subscriptions(
     if raw.len() > SUBSCRIPTIONS_MAX {
         return Err(place.whole(
             "subscribe",
-            &format!("has more than {SUBSCRIPTIONS_MAX} entries"),
+            &format!(
+                "has {} entries; at most {SUBSCRIPTIONS_MAX} are served",
+                raw.len()
+            ),
         ));
     }
     let mut subscriptions: Vec<Subscription> = Vec::with_capacity(raw.len());

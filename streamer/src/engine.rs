@@ -42,7 +42,7 @@ pub const GROUP_TIME: Duration = Duration::from_millis(5);
 /// A group is committed at this age even if more is waiting, so that joins and confirmations get their turn.
 pub const GROUP_TIME_MAX: Duration = Duration::from_millis(200);
 
-/// A group is committed at this many changes: beyond it larger groups hardly save anything (DESIGN.md, section 10).
+/// A group is committed at this many changes: beyond it larger groups hardly save anything.
 pub const GROUP_CHANGES_MAX: usize = 5_000;
 
 /// An idle position is made durable at most this often, unless Postgres waits for it.

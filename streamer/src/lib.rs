@@ -18,9 +18,10 @@
 //!  a start                      config → postgres/check, setup → start → postgres/copy → mirror → run
 //! ```
 //!
-//! What is *not* so: `shape`, `route`, `delta`, `pgoutput` and `assemble` do no network I/O, have no clock and no async.
-//! The Postgres crates occur only under `postgres`, generated protobuf types only in `encode`, `session` and `rpc`, and SQLite
-//! only under `mirror` and `catchup`. No consumer is ever waited for by what reports progress to Postgres.
+//! What is *not* so: `shape`, `route`, `delta`, `pgoutput` and `assemble` do no network I/O, have no clock and no
+//! async. The Postgres crates occur only under `postgres`, and SQLite only under `mirror` (tests apart). Messages of
+//! the protocol are made and read only in `encode`, `session` and `rpc`; `table` takes one enum from it, the storage
+//! of a column. No consumer is ever waited for by what reports progress to Postgres.
 
 pub mod auth;
 pub mod catchup;

@@ -15,12 +15,16 @@ pub struct Metrics {
     pub sessions: Gauge<i64, AtomicI64>,
     /// Connections to Postgres that were lost.
     pub disconnects: Counter<u64, AtomicU64>,
+    /// Catch-ups of sessions from the mirror.
+    pub catch_ups: Counter<u64, AtomicU64>,
     /// Bytes in all queues of sessions.
     pub queue_bytes: Gauge<i64, AtomicI64>,
     /// LSN confirmed to Postgres.
     pub confirmed_lsn: Gauge<i64, AtomicI64>,
     /// How far Postgres' WAL had come when last heard.
     pub source_lsn: Gauge<i64, AtomicI64>,
+    /// Bytes of WAL that the slot held back when last looked at.
+    pub wal_retained_bytes: Gauge<i64, AtomicI64>,
 }
 
 /// Counts a session as long as it lives.
@@ -43,6 +47,11 @@ impl Metrics {
         let r = &mut registry;
         let sessions = gauge(r, "sessions", "Connected replicas");
         let disconnects = counter(r, "disconnects", "Connections to Postgres that were lost");
+        let catch_ups = counter(
+            r,
+            "catch_ups",
+            "Times that a session was served from the mirror: it joined, or was too slow for its queue",
+        );
         let queue_bytes = gauge(r, "queue_bytes", "Bytes in the queues of all sessions");
         let confirmed_lsn = gauge(r, "confirmed_lsn", "LSN confirmed to Postgres");
         let source_lsn = gauge(
@@ -50,13 +59,20 @@ impl Metrics {
             "source_lsn",
             "LSN that Postgres' WAL had reached when last heard",
         );
+        let wal_retained_bytes = gauge(
+            r,
+            "wal_retained_bytes",
+            "Bytes of WAL that the slot held back when last looked at",
+        );
         Arc::new(Metrics {
             registry,
             sessions,
             disconnects,
+            catch_ups,
             queue_bytes,
             confirmed_lsn,
             source_lsn,
+            wal_retained_bytes,
         })
     }
 

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anabranch_proto::{MESSAGE_BYTES_MAX, PROTOCOL_VERSION, SILENCE_MAX, v1};
+use anabranch_proto::{MESSAGE_BYTES_MAX, PROTOCOL_VERSION, SILENCE_MAX, SUBSCRIPTIONS_MAX, v1};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::timeout,
@@ -32,9 +32,6 @@ use crate::{
 
 /// Connected replicas at once. Each costs a queue, a connection and two tasks; beyond this, more streamers are the way.
 pub const SESSIONS_MAX: i64 = 10_000;
-
-/// Shapes that one replica may subscribe to.
-pub const SUBSCRIPTIONS_MAX: usize = 100;
 
 /// Bytes of names and parameters in a Hello.
 pub const HELLO_BYTES_MAX: usize = 64 * 1024;
@@ -129,6 +126,7 @@ impl Service {
             copied: core.copied.clone(),
             zstd: hello.zstd,
             out,
+            metrics: core.metrics.clone(),
             stopping: core.stopping.clone(),
         })
     }

@@ -19,7 +19,7 @@ use tonic::service::Routes;
 
 use crate::{
     auth::Verifier,
-    config::Config,
+    config::{self, Config, JwtKey},
     engine::{self, Engine, GROUP_TIME, INPUTS_MAX, Input, Inputs, Progress},
     events::Waiting,
     http::{self, Pages},
@@ -28,7 +28,7 @@ use crate::{
     rpc,
     serve::{self, Stage},
     session::{self, Readers, Total},
-    source::Source,
+    source::{Retained, Source},
     start::{self, Opening},
     tls,
 };
@@ -68,26 +68,50 @@ impl From<sql::Error> for Error {
     }
 }
 
+/// What the files hold that the config names.
+pub struct Keys {
+    verifier: Verifier,
+    tls: Option<Arc<rustls::ServerConfig>>,
+}
+
+impl Keys {
+    /// Reads them. One that can't be used is a wrong config, to be said before anything is connected.
+    pub fn read(config: &Config) -> Result<Keys, config::Error> {
+        let verifier = Verifier::new(&config.auth).map_err(|error| {
+            let field = match config.auth.jwt.as_ref().map(|jwt| &jwt.key) {
+                Some(JwtKey::PublicKeyFile(_)) => "auth.jwt.public_key_file",
+                _ => "auth.jwt.hs256_file",
+            };
+            config.refused_file(field, &error)
+        })?;
+        let tls = config.tls.as_ref().map(tls::server).transpose();
+        let tls = tls.map_err(|error| config.refused_file(error.field, &error))?;
+        Ok(Keys { verifier, tls })
+    }
+}
+
 /// Runs until `stopping`, or until a definite error. `listener` is bound already: a port that is in use is noticed
 /// before anything is made.
 pub async fn run(
     config: Config,
+    keys: Keys,
     listener: TcpListener,
     stopping: CancellationToken,
 ) -> Result<(), Error> {
-    let verifier =
-        Verifier::new(&config.auth).map_err(|error| Error::Definite(error.to_string()))?;
     let shared = Shared {
-        verifier: Arc::new(verifier),
+        verifier: Arc::new(keys.verifier),
         metrics: Metrics::new(),
         copied: copy::Progress::default(),
         group_time: group_time(),
     };
-    let tls = config.tls.as_ref().map(tls::server).transpose();
-    let tls = tls.map_err(|error| Error::Definite(error.to_string()))?;
     let config = Arc::new(config);
     let stage = Stage::new(shared.verifier.clone());
-    let server = tokio::spawn(serve::serve(listener, tls, stage.clone(), stopping.clone()));
+    let server = tokio::spawn(serve::serve(
+        listener,
+        keys.tls,
+        stage.clone(),
+        stopping.clone(),
+    ));
     let ended = loop {
         match parts(&config, &shared, &stage, &stopping).await {
             Err(Error::Transient(reason)) if !stopping.is_cancelled() => {
@@ -197,10 +221,11 @@ impl Parts<'_> {
         let source = Source {
             target: self.config.postgres.target.clone(),
             slot: self.config.postgres.slot.clone(),
+            retained: Retained::new(self.config.wal_retained_max),
             publication: self.config.postgres.publication.clone(),
             streaming: self.config.postgres.streaming,
             tables: Arc::new(started.tables),
-            memberships: started.memberships,
+            witnesses: started.witnesses,
             spool_directory: self.config.data_dir.clone(),
             limits: self.limits(),
             inputs: self.inputs.clone(),

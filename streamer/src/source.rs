@@ -20,12 +20,13 @@ use crate::{
     metrics::Metrics,
     mirror::{self, Mirror},
     postgres::{
+        check,
         history::{self, Remembered, Verdict},
         replication::Replication,
-        setup::Membership,
         sql::{Client, Error},
         stream::{self, Closed, Limits, Observed},
         target::Target,
+        witness::Witness,
     },
     session,
     start::{WATCH_EVERY, watch},
@@ -46,6 +47,19 @@ const STEADY: Duration = Duration::from_secs(10);
 /// how far it is itself. This is what makes "caught up" true when it is said.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
+/// How long Postgres may take to answer that until nobody is told any more that it is caught up: the time for which
+/// replicas believe what they heard. That the connection is lost is known much later if nothing says so.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(3);
+
+/// Nobody knows how far Postgres' WAL has come.
+const NOT_CONNECTED: engine::Source = engine::Source {
+    lsn: Lsn(0),
+    connected: false,
+};
+
+/// How often it is looked whether something is to be tended.
+const TEND_EVERY: Duration = Duration::from_secs(1);
+
 /// What is streamed, from where, to whom.
 pub struct Source {
     /// Where Postgres is.
@@ -56,10 +70,12 @@ pub struct Source {
     pub publication: String,
     /// Large transactions are sent before they commit.
     pub streaming: bool,
+    /// What it holds back.
+    pub retained: Retained,
     /// The tables that are followed.
     pub tables: Arc<HashMap<Oid, Arc<Table>>>,
-    /// The membership of each in the publication.
-    pub memberships: BTreeMap<Oid, Membership>,
+    /// The witness of each, as of the last look; the mirror has the same.
+    pub witnesses: BTreeMap<Oid, Witness>,
     /// In-progress transactions are spooled here.
     pub spool_directory: PathBuf,
     /// Bounds of memory.
@@ -76,9 +92,32 @@ pub struct Source {
     pub observed: Arc<Observed>,
 }
 
+/// Whether the slot holds back more WAL than it should, as of the last look.
+#[derive(Clone, Copy, Debug)]
+pub struct Retained {
+    bytes_max: u64,
+    above: bool,
+}
+
+impl Retained {
+    /// Not above `bytes_max`, so far.
+    pub fn new(bytes_max: u64) -> Retained {
+        Retained {
+            bytes_max,
+            above: false,
+        }
+    }
+
+    /// Takes what a look found; whether it has just gone above the limit. What stays above it is not news.
+    fn crossed(&mut self, bytes: u64) -> bool {
+        let before = std::mem::replace(&mut self.above, bytes > self.bytes_max);
+        self.above && !before
+    }
+}
+
 impl Source {
     /// Streams until `stopping`, or until an error that trying again does not mend.
-    pub async fn run(self, stopping: CancellationToken) -> Result<(), Error> {
+    pub async fn run(mut self, stopping: CancellationToken) -> Result<(), Error> {
         let mut backoff = BACKOFF_MIN;
         loop {
             let began = Instant::now();
@@ -86,11 +125,7 @@ impl Source {
             if stopping.is_cancelled() {
                 return Ok(());
             }
-            let disconnected = engine::Source {
-                lsn: Lsn(0),
-                connected: false,
-            };
-            session::send(&self.inputs, Input::Source(disconnected));
+            session::send(&self.inputs, Input::Source(NOT_CONNECTED));
             let reason = match ended {
                 Ok(()) => "the stream ended".to_owned(),
                 Err(Error::Transient(reason)) => reason,
@@ -112,7 +147,7 @@ impl Source {
     }
 
     /// One connection, from the proof that history goes on to its end.
-    async fn connection(&self, stopping: &CancellationToken) -> Result<(), Error> {
+    async fn connection(&mut self, stopping: &CancellationToken) -> Result<(), Error> {
         let connecting = async {
             let client = Client::connect(&self.target, "anabranch").await?;
             let (replication, from) = self.prove(&client).await?;
@@ -148,19 +183,20 @@ impl Source {
             self.observed.clone(),
         );
         tokio::pin!(streaming);
-        tokio::select! {
-            ended = &mut streaming => ended,
-            ended = self.tend(&client) => {
-                // The stream has to end by itself: its last event must come before the next stream's first.
-                cut.cancel();
-                let _ = streaming.await;
-                ended
-            }
-        }
+        let inputs = self.inputs.clone();
+        let ended = tokio::select! {
+            ended = &mut streaming => return ended,
+            ended = ask(&client, &inputs) => ended,
+            ended = self.tend(&client) => ended,
+        };
+        // The stream has to end by itself: its last event must come before the next stream's first.
+        cut.cancel();
+        let _ = streaming.await;
+        ended
     }
 
     /// Proves that the mirror's history goes on at this server; a replication connection, and where to begin.
-    async fn prove(&self, client: &Client) -> Result<(Replication, Lsn), Error> {
+    async fn prove(&mut self, client: &Client) -> Result<(Replication, Lsn), Error> {
         let mut replication = Replication::connect(&self.target, "anabranch").await?;
         let remembered = self.mirror(|mirror| Remembered::read(mirror)).await?;
         let observed =
@@ -176,7 +212,7 @@ impl Source {
     }
 
     /// Renews the continuity nonce now and then, and looks for schema changes that came without a row.
-    async fn tend(&self, client: &Client) -> Result<(), Error> {
+    async fn tend(&mut self, client: &Client) -> Result<(), Error> {
         let (mut renewed, mut watched) = (None::<Instant>, Instant::now());
         let mut described = self.observed.descriptions();
         loop {
@@ -196,25 +232,29 @@ impl Source {
                 self.look(client).await?;
                 (watched, described) = (Instant::now(), described_now);
             }
-            let row = client
-                .client
-                .query_one("SELECT pg_current_wal_flush_lsn()::text", &[])
-                .await?;
-            let connected = engine::Source {
-                lsn: row.get::<_, String>(0).parse().unwrap_or_default(),
-                connected: true,
-            };
-            session::send(&self.inputs, Input::Source(connected));
-            tokio::time::sleep(ASK_EVERY).await;
+            tokio::time::sleep(TEND_EVERY).await;
         }
     }
 
-    /// Stops the tables that can't be followed any more.
-    async fn look(&self, client: &Client) -> Result<(), Error> {
+    /// Stops the tables that can't be followed any more, and remembers the witnesses of the others; measures what the
+    /// slot holds back.
+    async fn look(&mut self, client: &Client) -> Result<(), Error> {
+        if let Some(bytes) = check::retained(client, &self.slot).await? {
+            self.metrics.wal_retained_bytes.set(bytes as i64);
+            if self.retained.crossed(bytes) {
+                tracing::warn!("{}", check::retains(&self.slot, bytes));
+            }
+        }
         let tables: Vec<_> = self.tables.values().cloned().collect();
-        let found = watch(client, &self.publication, &tables, &self.memberships).await?;
-        for (table, reason) in found {
+        let found = watch(client, &self.publication, &tables, &self.witnesses).await?;
+        for (table, reason) in found.stop {
             session::send(&self.inputs, Input::Stop(table, reason));
+        }
+        if found.witnesses != self.witnesses {
+            let witnesses = found.witnesses.clone();
+            self.mirror(move |mirror| Remembered::witnesses(mirror, &witnesses))
+                .await?;
+            self.witnesses = found.witnesses;
         }
         Ok(())
     }
@@ -236,6 +276,33 @@ impl Source {
     }
 }
 
+/// Asks Postgres again and again how far its WAL has come, and tells the engine.
+async fn ask(client: &Client, inputs: &Inputs) -> Result<(), Error> {
+    loop {
+        let asked = client
+            .client
+            .query_one("SELECT pg_current_wal_flush_lsn()::text", &[]);
+        tokio::pin!(asked);
+        let row = match tokio::time::timeout(ANSWERED_WITHIN, &mut asked).await {
+            Ok(answered) => answered?,
+            Err(_) => {
+                session::send(inputs, Input::Source(NOT_CONNECTED));
+                asked.await?
+            }
+        };
+        let text: String = row.try_get(0)?;
+        let lsn = text
+            .parse()
+            .map_err(|_| Error::Definite(format!("Postgres says that its WAL is at {text}")))?;
+        let connected = engine::Source {
+            lsn,
+            connected: true,
+        };
+        session::send(inputs, Input::Source(connected));
+        tokio::time::sleep(ASK_EVERY).await;
+    }
+}
+
 /// Between a half and one, evenly: enough to spread, never near zero.
 fn random_part() -> f64 {
     let mut byte = [0];
@@ -243,5 +310,21 @@ fn random_part() -> f64 {
     match aws_lc_rs::rand::fill(&mut byte) {
         Ok(()) => 0.5 + f64::from(byte[0]) / 510.0,
         Err(_) => 1.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_crossing_of_the_limit_is_told_once_and_not_each_look() {
+        let mut retained = Retained::new(100);
+        let looks = [0, 100, 101, 500, 101, 100, 99, 101, 102];
+        let told = looks.map(|bytes| retained.crossed(bytes));
+        assert_eq!(
+            told,
+            [false, false, true, false, false, false, false, true, false]
+        );
     }
 }

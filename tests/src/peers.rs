@@ -338,6 +338,7 @@ pub struct StreamerConfig {
     config: Config,
     port: u16,
     tokens: Vec<toml::Value>,
+    everywhere: bool,
 }
 
 impl Streamer {
@@ -362,6 +363,7 @@ impl Streamer {
             config,
             port,
             tokens: Vec::new(),
+            everywhere: false,
         }
     }
 
@@ -393,6 +395,13 @@ impl StreamerConfig {
         self.set("postgres.url", database.url_at("127.0.0.1", proxy.port()))
     }
 
+    /// Listens on all addresses of this machine, where static tokens are refused: it has none then, nor [`TOKEN`].
+    pub fn listen_everywhere(mut self) -> Self {
+        self.everywhere = true;
+        let listen = format!("0.0.0.0:{}", self.port);
+        self.set("listen", listen)
+    }
+
     /// Accepts a token. Once one is named, [`TOKEN`] is no longer accepted by itself.
     pub fn token(mut self, token: &str, claims: serde_json::Value) -> Self {
         let mut entry = toml::Table::new();
@@ -405,10 +414,12 @@ impl StreamerConfig {
 
     /// Writes the config, and starts nothing yet.
     pub fn prepare(mut self) -> Streamer {
-        if self.tokens.is_empty() {
+        if self.tokens.is_empty() && !self.everywhere {
             self = self.token(TOKEN, serde_json::json!({ "sub": "test" }));
         }
-        self.config.set("auth.tokens", self.tokens.into());
+        if !self.tokens.is_empty() {
+            self.config.set("auth.tokens", self.tokens.into());
+        }
         let address = format!("127.0.0.1:{}", self.port);
         Streamer(Peer::new("anabranch-streamer", self.config, address))
     }

@@ -30,10 +30,23 @@ fn stat(pid: Pid) -> Option<(char, RawPid)> {
 
 /// The most memory that a process has ever had resident, in bytes.
 pub fn memory_peak_bytes(pid: Pid) -> Option<u64> {
+    status_bytes(pid, "VmHWM:")
+}
+
+/// The same for the largest of a process and all below it that run, each without the shared memory that it has resident.
+pub fn private_peak_bytes_of_tree(pid: Pid) -> u64 {
+    let shared = status_bytes(pid, "RssShmem:").unwrap_or_default();
+    let own = memory_peak_bytes(pid)
+        .unwrap_or_default()
+        .saturating_sub(shared);
+    let below = children(pid).into_iter().map(private_peak_bytes_of_tree);
+    below.fold(own, u64::max)
+}
+
+/// A line of `/proc/PID/status` that is in kB.
+fn status_bytes(pid: Pid, name: &str) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes * 1024)
 }

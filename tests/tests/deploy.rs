@@ -19,14 +19,86 @@ fn the_streamers_reference_is_read_and_equals_the_defaults() {
          [shape.s]\ntables = [ \"SELECT * FROM t\" ]",
     );
     assert_eq!(reference.defaulted(), least.defaulted());
-    // What has a default is in the reference, and not as a comment.
+    // What has a default is in the reference, and not as a comment; but for what follows from another key: written out,
+    // it would be in the way of whoever changes that one.
     for (key, value) in least.defaulted() {
         let name = key.rsplit('.').next().unwrap();
+        let mark = if name == "row_bytes_max" { "# " } else { "" };
         let said = STREAMER.lines().any(|line| {
-            let mut parts = line.splitn(2, '=').map(str::trim);
+            let mut parts = line
+                .strip_prefix(mark)
+                .unwrap_or_default()
+                .splitn(2, '=')
+                .map(str::trim);
             parts.next() == Some(name) && parts.next() == Some(&value)
         });
         assert!(said, "{key} = {value} is not in deploy/streamer.toml");
+    }
+}
+
+#[test]
+fn the_streamers_reference_is_read_with_any_memory_max() {
+    for memory_max in ["64MiB", "128MiB", "4GiB"] {
+        let text = STREAMER.replace("\"256MiB\"", &format!("\"{memory_max}\""));
+        assert_ne!(text, STREAMER);
+        let config =
+            anabranch_streamer::config::Config::read(Path::new("streamer.toml"), &text, [])
+                .unwrap_or_else(|error| panic!("{error}"));
+        assert!(
+            config.row_bytes_max <= config.memory_max / 3,
+            "{memory_max}"
+        );
+    }
+}
+
+/// The same words in both configs, and the same meaning.
+#[test]
+fn a_size_means_the_same_to_both_programs() {
+    let streamer = |size: &str| {
+        let text = STREAMER.replace("\"256MiB\"", size);
+        anabranch_streamer::config::Config::read(Path::new("streamer.toml"), &text, [])
+            .map(|config| config.memory_max)
+            .map_err(|error| error.to_string())
+    };
+    let replica = |size: &str| {
+        let text = REPLICA.replace("\"128MiB\"", size);
+        anabranch_replica::Config::parse(&text, "replica.toml", [])
+            .map(|config| config.memory.max)
+            .map_err(|error| error.to_string())
+    };
+    for (size, bytes) in [
+        ("1073741824", 1 << 30),
+        ("\"1073741824\"", 1 << 30),
+        ("\"1048576KiB\"", 1 << 30),
+        ("\"300MiB\"", 300 << 20),
+        ("\"2 GiB\"", 2 << 30),
+        ("\"1TiB\"", 1 << 40),
+    ] {
+        assert_eq!(
+            (streamer(size), replica(size)),
+            (Ok(bytes), Ok(bytes)),
+            "{size}"
+        );
+    }
+    for size in [
+        "500MB",
+        "2GB",
+        "1TB",
+        "700000kB",
+        "700000000B",
+        "1gib",
+        "1.5GiB",
+        "1G",
+        "",
+    ] {
+        let size = format!("\"{size}\"");
+        for said in [streamer(&size), replica(&size)] {
+            let said = said.expect_err("a size that is not ours");
+            assert!(
+                said.contains("KiB, MiB, GiB, TiB; not kB, MB, GB"),
+                "{said}"
+            );
+        }
     }
 }
 
@@ -48,6 +120,72 @@ fn the_replicas_reference_is_read_and_equals_the_defaults() {
                 .any(|line| line.starts_with(&format!("{key} = "))),
             "{key}"
         );
+    }
+}
+
+/// The words in backquotes or after `known here: ` of a complaint of an unknown key.
+fn known(said: &str) -> Vec<String> {
+    let list = said
+        .split("known here: ")
+        .nth(1)
+        .or(said.split("expected one of ").nth(1));
+    let list = list
+        .unwrap_or_else(|| panic!("{said}"))
+        .lines()
+        .next()
+        .unwrap();
+    list.split(", ")
+        .map(|key| key.trim_matches('`').to_owned())
+        .collect()
+}
+
+/// The README sends people there for all keys.
+#[test]
+fn the_references_have_all_keys() {
+    let names = |reference: &str, key: &str| {
+        reference.lines().any(|line| {
+            let line = line.trim_start_matches("# ").trim_start_matches(['[', ' ']);
+            let rest = line.strip_prefix(key).unwrap_or("x");
+            // Written, or within the braces of what holds it.
+            rest.starts_with([' ', '=', ']', '.']) || reference.contains(&format!(" {key} = "))
+        })
+    };
+    let path = Path::new("streamer.toml");
+    for section in [
+        "",
+        "[tls]",
+        "[postgres]",
+        "[auth]",
+        "[auth.jwt]",
+        "[shape.s]",
+    ] {
+        let text = format!("{section}\nunknown_key = 1\n");
+        let said = anabranch_streamer::config::Config::read(path, &text, [])
+            .unwrap_err()
+            .to_string();
+        let said = said
+            .lines()
+            .find(|line| line.contains("unknown_key: "))
+            .unwrap();
+        for key in known(said) {
+            // Those of a later version, which are refused by name; and a word that only one kind of key has.
+            let later = [
+                "table",
+                "client_ca",
+                "write_url",
+                "role",
+                "jwks",
+                "writable",
+            ];
+            let mentioned = STREAMER.contains(&format!("{key} for ")) || names(STREAMER, &key);
+            assert!(later.contains(&&*key) || mentioned, "{section} {key}");
+        }
+    }
+    let said = anabranch_replica::Config::parse("unknown_key = 1", "replica.toml", [])
+        .unwrap_err()
+        .to_string();
+    for key in known(&said) {
+        assert!(names(REPLICA, &key), "{key}");
     }
 }
 

@@ -74,20 +74,22 @@ impl Memory {
     }
 }
 
-/// `128MiB`, `1GiB`, `500MB`, `65536`.
+/// `128MiB`, `1GiB`, `65536`: the units that the streamer's config has. Units of 1000 are refused: some mean those of
+/// 1024 by them, and a limit is not to be guessed.
 pub(super) fn parse_size(text: &str) -> Result<u64, String> {
-    let wrong =
-        || format!("`{text}` is not a size; write a number with a unit, such as \"128MiB\"");
+    let wrong = || {
+        format!(
+            "`{text}` is not a size; write it such as \"128MiB\" (KiB, MiB, GiB, TiB; not kB, MB, GB), or a number of bytes"
+        )
+    };
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
     let unit: u64 = match text[digits..].trim() {
-        "" | "B" => 1,
-        "kB" | "KB" => 1_000,
-        "MB" => 1_000_000,
-        "GB" => 1_000_000_000,
+        "" => 1,
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
         "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
         _ => return Err(wrong()),
     };
     number.checked_mul(unit).ok_or_else(wrong)
@@ -117,7 +119,7 @@ mod tests {
             ("128MiB", 128 << 20),
             ("1 GiB", 1 << 30),
             ("65536", 65_536),
-            ("2GB", 2_000_000_000),
+            ("2TiB", 2 << 40),
         ] {
             assert_eq!(parse_size(text), Ok(bytes));
         }
@@ -126,6 +128,10 @@ mod tests {
             "MiB",
             "-1MiB",
             "1.5GiB",
+            "2GB",
+            "500MB",
+            "64kB",
+            "7B",
             "1TB ",
             "128mib",
             "99999999999999999999",

@@ -310,7 +310,8 @@ impl File {
         state.set_last_error(last_error);
         self.note(&mut state, Timestamp::now());
         self.store(state)?;
-        self.guard.tend_wal(&mut self.connection)
+        let is_behind = !self.state.caught_up;
+        self.guard.tend_wal(&mut self.connection, is_behind)
     }
 
     fn take(&mut self, message: &v1::Down) -> Result<Applied, Error> {
@@ -344,7 +345,8 @@ impl File {
         }
         self.stream.grammar = grammar;
         self.stream.pieces.settle();
-        self.guard.tend_wal(&mut self.connection)?;
+        let is_behind = !self.state.caught_up;
+        self.guard.tend_wal(&mut self.connection, is_behind)?;
         Ok(applied)
     }
 

@@ -1,7 +1,8 @@
 //! A scripted streamer, and what a test needs around it.
 //!
-//! Each call of a replica is handed to the test, which reads what the replica says and sends what it likes. The messages
-//! are made here by hand, from the comments of the `.proto` file alone.
+//! Each call of a replica is handed to the test, which reads what the replica says and sends what it likes. The
+//! messages are made here by hand, from the comments of the `.proto` file; rows are packed by the writer of
+//! `anabranch_proto`, which the streamer uses too.
 
 // Each test program uses its own part of this.
 #![allow(dead_code)]

@@ -10,6 +10,7 @@ mod read;
 mod tree;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -71,7 +72,17 @@ pub struct Config {
     pub warnings: Vec<String>,
     /// Where each SELECT of `shapes` is written.
     places: Vec<Vec<SqlPlace>>,
+    /// Where each of [`FILES`] is written, or what should hold it.
+    files: BTreeMap<&'static str, Place>,
 }
+
+/// The keys that name a file which the streamer reads at its start.
+pub const FILES: [&str; 4] = [
+    "tls.cert",
+    "tls.key",
+    "auth.jwt.hs256_file",
+    "auth.jwt.public_key_file",
+];
 
 /// `[tls]`: PEM files.
 #[derive(Clone, Debug)]
@@ -233,13 +244,40 @@ enum SqlPlace {
 }
 
 impl Config {
-    /// Reads a file, with the environment of this process laid over it.
+    /// Reads a file, with the environment of this process laid over it. SQL that is no SELECT of ours is refused here,
+    /// before anything is connected; what only the catalog can tell, by a start.
     pub fn load(path: &Path) -> Result<Config, Error> {
         let text = std::fs::read_to_string(path).map_err(|reason| Error::Unreadable {
             path: path.display().to_string(),
             reason,
         })?;
-        Config::read(path, &text, std::env::vars())
+        let config = Config::read(path, &text, std::env::vars())?;
+        match shape::tables_named(&config.shapes) {
+            Ok(_) => Ok(config),
+            Err(refused) => Err(config.refused_sql(refused)),
+        }
+    }
+
+    fn refused_sql(&self, refused: Vec<shape::Refused>) -> Error {
+        let problem = |refused: shape::Refused| {
+            let at =
+                self.place_in_sql(&refused.shape, refused.index, refused.line, refused.column)?;
+            Some(Problem {
+                place: at,
+                field: format!("shape.{}.tables[{}]", refused.shape, refused.index),
+                message: refused.reason,
+            })
+        };
+        Error::Refused(refused.into_iter().filter_map(problem).collect())
+    }
+
+    /// The file that the key `field`, one of [`FILES`], names can't be used.
+    pub fn refused_file(&self, field: &str, reason: &dyn fmt::Display) -> Error {
+        Error::Refused(vec![Problem {
+            place: self.files[field].clone(),
+            field: field.to_owned(),
+            message: reason.to_string(),
+        }])
     }
 
     /// Reads a text; `path` is only named in errors.

@@ -52,6 +52,10 @@ pub(super) fn config(
         })
         .collect();
 
+    let files = super::FILES.map(|field| {
+        let origin = tree::origin_of(&root, field);
+        (field, super::place(path, text, &origin))
+    });
     let mut root = Section::new("", root, complaints)?;
     let listen = listen(&mut root);
     let data_dir = path_of(&mut root, "data_dir").unwrap_or_else(|| super::DATA_DIR_DEFAULT.into());
@@ -135,6 +139,7 @@ pub(super) fn config(
         shapes,
         warnings,
         places,
+        files: files.into(),
     })
 }
 

@@ -312,3 +312,42 @@ fn a_place_in_a_select_is_a_place_in_the_file() {
     assert_eq!(place(1, 2, 8), "streamer.toml:8:8");
     assert_eq!(place(2, 1, 1), "");
 }
+
+#[test]
+fn sql_that_is_no_select_of_ours_is_refused_with_its_place_before_anything_is_connected() {
+    let text = format!(
+        "{MINIMAL}[shape.a]\ntables = [\n  \"SELECT * FROM t\",\n  \"SELECT * FROM t WHERE id IN (SELECT 1)\",\n  \"DELETE FROM u\",\n]\n"
+    );
+    let directory = tempfile::tempdir().expect("directory");
+    let path = directory.path().join("streamer.toml");
+    std::fs::write(&path, &text).expect("write");
+    let Err(Error::Refused(problems)) = Config::load(&path) else {
+        panic!("accepted");
+    };
+    let said: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(
+        said[0].contains(":6:") && said[0].contains("shape.a.tables[1]: "),
+        "{said:?}"
+    );
+    assert!(said[1].contains(":7:4: shape.a.tables[2]: "), "{said:?}");
+}
+
+#[test]
+fn a_file_that_cannot_be_used_is_named_with_its_place() {
+    let text = format!("{MINIMAL}[tls]\ncert = \"a.crt\"\nkey = \"a.key\"\n[auth]\n");
+    let config = read_with(
+        &text,
+        &[("ANABRANCH_AUTH__JWT", "{ hs256_file = 'a.secret' }")],
+    )
+    .expect("config");
+    let said = |field| config.refused_file(field, &"a.x: no such file").to_string();
+    assert_eq!(
+        said("tls.key"),
+        "streamer.toml:5:7: tls.key: a.x: no such file"
+    );
+    assert_eq!(
+        said("auth.jwt.hs256_file"),
+        "environment variable ANABRANCH_AUTH__JWT: auth.jwt.hs256_file: a.x: no such file"
+    );
+}

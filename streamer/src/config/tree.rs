@@ -212,6 +212,18 @@ pub fn overlay(
     unknown
 }
 
+/// Where a dotted path is written, or else the innermost of what should hold it.
+pub fn origin_of(root: &Node, field: &str) -> Origin {
+    let mut at = root;
+    for part in field.split('.') {
+        match &at.value {
+            Value::Table(entries) if entries.contains_key(part) => at = &entries[part].node,
+            _ => break,
+        }
+    }
+    at.origin.clone()
+}
+
 /// Reads a variable's text as TOML.
 fn resolve(from: Node, complaints: &Complaints) -> Node {
     let Value::Variable(text) = &from.value else {
@@ -326,8 +338,7 @@ impl<'c> Section<'c> {
             _ => None,
         };
         if bytes.is_none() {
-            let message =
-                "must be a size such as \"256MiB\" (KiB, MiB, GiB, TiB), or a number of bytes";
+            let message = "must be a size such as \"256MiB\" (KiB, MiB, GiB, TiB; not kB, MB, GB), or a number of bytes";
             self.complain(&node.origin, key, message);
         }
         Some((bytes?, node.origin))

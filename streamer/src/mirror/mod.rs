@@ -117,10 +117,14 @@ pub enum State {
     Stopped {
         /// Where.
         lsn: Lsn,
-        /// Why, and what mends it.
+        /// Why.
         reason: String,
     },
 }
+
+/// What mends a table that is stopped, as far as this version can, once the reason is gone.
+pub const REMEDY: &str =
+    "to follow it again: take it out of the shapes, restart the streamer, put it back, and restart";
 
 /// What a transaction did to one row, in the end.
 #[derive(Clone, Debug, PartialEq)]

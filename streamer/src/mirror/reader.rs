@@ -194,6 +194,14 @@ impl Reader {
             .optional()?)
     }
 
+    /// The tables that are not followed any more, and why.
+    pub(crate) fn stopped(&self) -> Result<Vec<(Oid, String)>, Error> {
+        let mut statement = (self.sqlite)
+            .prepare_cached("SELECT oid, reason FROM tables WHERE stopped IS NOT NULL")?;
+        let stopped = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok(stopped.collect::<Result<_, _>>()?)
+    }
+
     /// The ordinal of the last transaction at or below a position of this epoch that the change index reaches.
     pub(crate) fn ordinal_at(&self, lsn: Lsn) -> Result<i64, Error> {
         let snapshot = self.snapshot()?;

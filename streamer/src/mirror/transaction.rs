@@ -6,7 +6,7 @@ use anabranch_proto::Lsn;
 use foldhash::fast::FixedState;
 
 use super::{
-    Applied, Error, Mirror, State,
+    Applied, Error, Mirror, REMEDY, State,
     change::{self, Failure},
     direct::Direct,
     fold::Fold,
@@ -253,6 +253,8 @@ impl Mirror {
         if let Some(rows) = self.tables.get_mut(&oid)
             && !matches!(rows.entry.state, State::Stopped { .. })
         {
+            let name = rows.entry.table.full_name();
+            tracing::warn!("table {name} is stopped: {reason}; {REMEDY}");
             rows.entry.state = State::Stopped {
                 lsn,
                 reason: reason.into(),

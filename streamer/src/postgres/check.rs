@@ -106,7 +106,8 @@ async fn with_server(
 ) -> Result<(), Error> {
     let postgres = &config.postgres;
     let client = Client::connect(&postgres.target, "anabranch check").await?;
-    findings.extend(server(&client, &postgres.slot, config.wal_retained_max).await?);
+    let wal_retained_max = Some(config.wal_retained_max);
+    findings.extend(server(&client, &postgres.slot, wal_retained_max).await?);
     if findings.iter().any(is_version) {
         return Ok(());
     }
@@ -203,10 +204,11 @@ async fn role(client: &Client) -> Result<String, Error> {
 }
 
 /// Looks at version, settings and role. `slot` is ours; WAL that it holds back above `wal_retained_max` is warned about.
+/// `None`: by somebody else.
 pub async fn server(
     client: &Client,
     slot: &str,
-    wal_retained_max: u64,
+    wal_retained_max: Option<u64>,
 ) -> Result<Vec<Finding>, Error> {
     let mut findings = Vec::new();
     let sql = &client.client;
@@ -312,7 +314,7 @@ fn version_findings(version: i32, text: &str) -> Option<Finding> {
 async fn slot_findings(
     client: &Client,
     slot: &str,
-    wal_retained_max: u64,
+    wal_retained_max: Option<u64>,
 ) -> Result<Option<Finding>, Error> {
     let row = client
         .client
@@ -335,17 +337,37 @@ async fn slot_findings(
             format!("slot {slot} is about to lose its WAL"),
             "Start the streamer at once, or raise max_slot_wal_keep_size",
         )),
-        _ if retained > wal_retained_max => Some(Finding::warning(
-            format!(
-                "slot {slot} holds back {} MiB of WAL, more than wal_retained_max",
-                retained >> 20
-            ),
-            "Start the streamer; if it runs, look for transactions that are open for long:\n\
-             SELECT pid, xact_start, state FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start;\n\
-             SELECT gid, prepared FROM pg_prepared_xacts ORDER BY prepared;",
-        )),
+        _ if wal_retained_max.is_some_and(|max| retained > max) => Some(retains(slot, retained)),
         _ => None,
     })
+}
+
+/// The slot holds back more than `wal_retained_max`.
+pub fn retains(slot: &str, bytes: u64) -> Finding {
+    Finding::warning(
+        format!(
+            "slot {slot} holds back {} MiB of WAL, more than wal_retained_max",
+            bytes >> 20
+        ),
+        "Start the streamer; if it runs, look for transactions that are open for long:\n\
+         SELECT pid, xact_start, state FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start;\n\
+         SELECT gid, prepared FROM pg_prepared_xacts ORDER BY prepared;",
+    )
+}
+
+/// Bytes of WAL that the server keeps for the slot; `None`: there is no such slot, or it was invalidated.
+pub async fn retained(client: &Client, slot: &str) -> Result<Option<u64>, Error> {
+    let row = client
+        .client
+        .query_opt(
+            "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8
+               FROM pg_replication_slots WHERE slot_name = $1",
+            &[&slot],
+        )
+        .await?;
+    Ok(row
+        .and_then(|row| row.get::<_, Option<f64>>(0))
+        .map(|bytes| bytes as u64))
 }
 
 /// Looks at the publication, if it is there: everything that would make rows or kinds of change stay away in silence.

@@ -13,6 +13,8 @@ mod reader;
 mod relation;
 pub mod replication;
 mod rows;
+#[cfg(test)]
+mod seed;
 pub mod setup;
 pub mod spool;
 pub mod sql;
@@ -20,3 +22,4 @@ pub mod stream;
 pub mod target;
 pub mod tls;
 mod wire;
+pub mod witness;

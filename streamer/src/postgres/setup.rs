@@ -11,6 +11,7 @@ use std::{collections::HashMap, fmt};
 use super::{
     catalog::Name,
     sql::{self, Client, identifier},
+    witness::Witness,
 };
 use crate::table::Oid;
 
@@ -254,14 +255,9 @@ async fn publication(client: &Client, wanted: Wanted<'_>) -> Result<Option<Strin
 pub struct Published {
     /// Its OID.
     pub oid: Oid,
-    /// OID of each table: its membership and its name.
-    pub tables: HashMap<Oid, (Membership, Name)>,
+    /// OID of each table: its witness, and its name.
+    pub tables: HashMap<Oid, (Witness, Name)>,
 }
-
-/// What tells whether a table was published all the time: OID of its membership, which is another one if the table was
-/// taken out and put back; and above it the transaction that last altered the publication itself, since what it publishes
-/// (no deletes, say) may have been changed and changed back.
-pub type Membership = u64;
 
 /// Reads a publication; `None` if it is not there. Only the tables that it names itself.
 pub async fn published(
@@ -271,7 +267,10 @@ pub async fn published(
     let rows = client
         .client
         .query(
-            "SELECT p.oid, c.oid, (p.xmin::text::bigint << 32) | m.oid::bigint, n.nspname::text, c.relname::text
+            "SELECT p.oid, c.oid, n.nspname::text, c.relname::text,
+                    (p.xmin::text::bigint << 32) | m.oid::bigint, c.relfilenode,
+                    (SELECT hashtextextended(coalesce(string_agg(a.xmin::text, ' ' ORDER BY a.attnum), ''), 0)
+                       FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0)
                FROM pg_publication p
                LEFT JOIN (pg_publication_rel m JOIN pg_class c ON c.oid = m.prrelid
                           JOIN pg_namespace n ON n.oid = c.relnamespace) ON m.prpubid = p.oid
@@ -289,10 +288,15 @@ pub async fn published(
             .filter_map(|row| {
                 let table: Option<Oid> = row.get(1);
                 let name = |row: &tokio_postgres::Row| Name {
-                    schema: row.get(3),
-                    name: row.get(4),
+                    schema: row.get(2),
+                    name: row.get(3),
                 };
-                table.map(|table| (table, (row.get::<_, i64>(2).cast_unsigned(), name(row))))
+                let witness = |row: &tokio_postgres::Row| Witness {
+                    membership: row.get::<_, i64>(4).cast_unsigned(),
+                    file: row.get(5),
+                    columns: row.get(6),
+                };
+                table.map(|table| (table, (witness(row), name(row))))
             })
             .collect(),
     }))

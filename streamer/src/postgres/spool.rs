@@ -305,9 +305,10 @@ fn end_of(start: usize, length: usize, available: usize) -> io::Result<usize> {
 
 #[cfg(test)]
 mod tests {
-    use rand::{Rng, SeedableRng, rngs::StdRng};
+    use rand::Rng;
 
     use super::*;
+    use crate::postgres::seed::seeded;
 
     fn read_all(mut replay: Replay) -> Vec<Vec<u8>> {
         let mut messages = Vec::new();
@@ -356,9 +357,7 @@ mod tests {
 
     #[test]
     fn many_transactions_share_one_bound() {
-        let seed = rand::random();
-        println!("seed {seed}");
-        let mut random = StdRng::seed_from_u64(seed);
+        let mut random = seeded();
         let directory = tempfile::tempdir().unwrap();
         let bound = 100_000;
         let mut spool = Spool::new(directory.path(), bound);

@@ -31,6 +31,7 @@ use crate::{
     catchup::{Catchup, Item, Round, View},
     encode::Encoder,
     engine::{Input, Inputs, Join, Joined, Progress},
+    metrics::Metrics,
     mirror,
     shape::Bound,
     table::Oid,
@@ -102,6 +103,8 @@ pub struct Session {
     pub zstd: bool,
     /// Where its messages go.
     pub out: mpsc::Sender<v1::Down>,
+    /// Counts its catch-ups.
+    pub metrics: Arc<Metrics>,
     /// The streamer stops.
     pub stopping: CancellationToken,
 }
@@ -133,6 +136,7 @@ impl Session {
         let mut standing = self.standing();
         self.wait_for_mirror(&standing, &mut encoder).await?;
         loop {
+            self.metrics.catch_ups.inc();
             self.catch_up(&mut standing, &mut encoder).await?;
             self.live(&mut standing, &mut encoder).await?;
         }
@@ -183,7 +187,8 @@ impl Session {
         }
     }
 
-    /// Sends the difference between where the replica stands and now as one transaction, and joins the queue there.
+    /// Sends the difference between where the replica stands and now as one transaction. If that is so little that it
+    /// fits in one round it joins the queue there; else the queue stays closed, and the next catch-up has less to bring.
     async fn catch_up(
         &mut self,
         standing: &mut Standing,
@@ -207,7 +212,7 @@ impl Session {
             from: *from,
         });
         let mut catchup = Catchup::new(items.collect());
-        // A replica that is not far away joins at once; one that is goes round by round first, without a queue.
+        // A replica that is not far away joins at once; one that is goes round by round, without a queue.
         let mut join = reset.is_empty();
         let mut said = Instant::now();
         let (position, stopped) = loop {
@@ -229,22 +234,24 @@ impl Session {
                 let round = catchup.round(&mut snapshot, ROUND_BYTES, &mut |item, op| {
                     filling.op(item as u32 + 1, &op);
                 });
+                let round = round.and_then(|round| Ok((round, snapshot.stopped()?)));
                 snapshot.end();
                 Ok((round, catchup, snapshot, filling))
             });
             let (round, filled);
             (round, catchup, reader, filled) = self.alive(encoder, work).await??;
             *encoder = filled;
-            let round = round?;
-            if let Round::Complete(position) = round
-                && join
-            {
+            let (round, stopped_by_now) = round?;
+            // Joined or not: what changes within one group may be more than a round holds, again and again. A replica that
+            // had to join first would then be told everything and never commit any of it.
+            if let Round::Complete(position) = round {
+                stopped.extend(stopped_by_now);
                 break (position, stopped);
             }
             if join {
                 self.handle.fall_behind();
+                join = false;
             }
-            join = matches!(round, Round::Complete(_));
             drop(reader);
             if round == Round::Filling {
                 // What there is goes out now: the replica takes it in while Postgres is read on.
@@ -384,7 +391,7 @@ impl Session {
             return;
         }
         if let Some(id) = self.id_of(table) {
-            encoder.stopped(id, reason);
+            encoder.stopped(id, &format!("{reason}; {}", mirror::REMEDY));
             standing.stopped.push(table);
         }
     }

@@ -39,8 +39,9 @@ use crate::{
         copy::{self, Progress, Snapshot},
         history::{self, Incarnation, Remembered, Verdict},
         replication::Replication,
-        setup::{self, Membership, Wanted},
+        setup::{self, Wanted},
         sql::{self, Client},
+        witness::Witness,
     },
     shape::{self, Shape},
     table::{Oid, Table},
@@ -112,8 +113,8 @@ pub struct Started {
     /// No session may see the mirror before its position is at least this: tables that were copied now are as of up
     /// to here.
     pub serve_from: Lsn,
-    /// Each table's membership in the publication, for [`watch`].
-    pub memberships: BTreeMap<Oid, Membership>,
+    /// The witness of each table, for [`watch`].
+    pub witnesses: BTreeMap<Oid, Witness>,
 }
 
 /// Starts. What is copied can be watched in `progress`; each batch of it counts in `copied`. A fresh start lets replicas
@@ -128,7 +129,8 @@ pub async fn start(
 ) -> Result<Started, Error> {
     let postgres = &config.postgres;
     let client = Client::connect(&postgres.target, "anabranch start").await?;
-    let findings = check::server(&client, &postgres.slot, config.wal_retained_max).await?;
+    // What the slot holds back is warned about by whoever streams from it.
+    let findings = check::server(&client, &postgres.slot, None).await?;
     if check::errors(findings).is_some() {
         // Whoever mends this wants to know everything else too.
         refuse(check::errors(check::check(config).await))?;
@@ -163,14 +165,14 @@ pub async fn start(
         None => mirror.tables(),
         Some(_) => Vec::new(),
     };
-    let memberships = match setup::published(&client, &postgres.publication).await? {
+    let witnesses = match setup::published(&client, &postgres.publication).await? {
         Some(published) => (published.tables.iter())
-            .map(|(table, (membership, _))| (*table, *membership))
+            .map(|(table, (witness, _))| (*table, *witness))
             .collect(),
         None => HashMap::new(),
     };
     let read = catalog::read(&client, &names).await?;
-    let resolved = resolve::resolve(&names, read, &entries, &remembered.published, &memberships);
+    let resolved = resolve::resolve(&names, read, &entries, &remembered.published, &witnesses);
     let findings = resolved.refused.iter().map(check::of_table).collect();
     refuse(check::errors(findings))?;
     compile(config, &resolved.all())?;
@@ -190,7 +192,7 @@ pub async fn start(
     let opened = fresh.is_some();
     match fresh {
         Some(drop_slot) => start.fresh(drop_slot, &resolved, early).await?,
-        None => start.resume(&resolved).await?,
+        None => start.resume(&resolved, &witnesses).await?,
     }
     start.finish(opened).await
 }
@@ -228,7 +230,7 @@ impl Start<'_> {
             tracing::info!("an initial copy was cut off; it starts again from nothing");
             self.replication.drop_slot(&slot).await?;
         }
-        let (publication, memberships) = self.set_up(resolved).await?;
+        let (publication, witnesses) = self.set_up(resolved).await?;
         let observed = history::observe(
             &self.client,
             &mut self.replication,
@@ -247,7 +249,7 @@ impl Start<'_> {
         let claim = self
             .on_mirror(move |mirror| {
                 let claim = Remembered::intend(mirror, &intended, &claim)?;
-                Remembered::published(mirror, publication, &memberships)?;
+                Remembered::published(mirror, publication, &witnesses)?;
                 Ok(claim)
             })
             .await?;
@@ -286,7 +288,12 @@ impl Start<'_> {
         Ok(())
     }
 
-    async fn resume(&mut self, resolved: &Resolved) -> Result<(), Error> {
+    /// `judged`: the witnesses when `resolved` was made.
+    async fn resume(
+        &mut self,
+        resolved: &Resolved,
+        judged: &HashMap<Oid, Witness>,
+    ) -> Result<(), Error> {
         let postgres = &self.config.postgres;
         for note in &resolved.notes {
             tracing::warn!("{note}");
@@ -313,8 +320,11 @@ impl Start<'_> {
         })
         .await?;
 
-        let (publication, memberships) = self.set_up(resolved).await?;
-        self.on_mirror(move |mirror| Remembered::published(mirror, publication, &memberships))
+        let (publication, mut witnesses) = self.set_up(resolved).await?;
+        // What happened since then to a table that is kept has yet to be noticed.
+        let kept = resolved.keep.iter().map(|table| table.oid);
+        witnesses.extend(kept.filter_map(|oid| Some((oid, *judged.get(&oid)?))));
+        self.on_mirror(move |mirror| Remembered::published(mirror, publication, &witnesses))
             .await?;
         if !resolved.copy.is_empty() {
             // Unique, since the server may take a while to notice that an earlier connection ended.
@@ -336,8 +346,8 @@ impl Start<'_> {
         Ok(())
     }
 
-    /// Makes what is missing in the database; the publication, and each table's membership in it.
-    async fn set_up(&self, resolved: &Resolved) -> Result<(Oid, BTreeMap<Oid, Membership>), Error> {
+    /// Makes what is missing in the database; the publication, and each table's witness.
+    async fn set_up(&self, resolved: &Resolved) -> Result<(Oid, BTreeMap<Oid, Witness>), Error> {
         let publication = &self.config.postgres.publication;
         let followed = resolved.followed();
         let published: Vec<_> = followed.iter().map(|table| name(table)).collect();
@@ -351,15 +361,15 @@ impl Start<'_> {
         let published = setup::published(&self.client, publication)
             .await?
             .ok_or_else(|| Error::Transient("the publication was dropped just now".into()))?;
-        let memberships = (followed.iter())
+        let witnesses = (followed.iter())
             .filter_map(|table| Some((table.oid, published.tables.get(&table.oid)?.0)))
             .collect::<BTreeMap<_, _>>();
-        if memberships.len() < followed.len() {
+        if witnesses.len() < followed.len() {
             return Err(Error::Transient(
                 "a table was dropped, or taken out of the publication, just now".into(),
             ));
         }
-        Ok((published.oid, memberships))
+        Ok((published.oid, witnesses))
     }
 
     /// Copies tables from a snapshot that `self.replication` holds.
@@ -427,7 +437,7 @@ impl Start<'_> {
             tables: live.collect(),
             position,
             serve_from: serve_from.unwrap_or_default().max(position.lsn),
-            memberships: remembered.published,
+            witnesses: remembered.published,
             mirror,
         })
     }

@@ -6,10 +6,10 @@ use std::{
 };
 
 use crate::{
-    mirror::{Entry, State},
+    mirror::{Entry, REMEDY, State},
     postgres::{
         catalog::{Name, Refusal, difference},
-        setup::Membership,
+        witness::{Witness, untold},
     },
     table::{Oid, Table},
 };
@@ -33,18 +33,14 @@ pub struct Resolved {
     pub notes: Vec<String>,
 }
 
-/// What mends a table whose schema changed, as far as this version can.
-const REMEDY: &str =
-    "to follow it again: take it out of the shapes, restart the streamer, put it back, and restart";
-
-/// Decides. `read` answers `names` in order. `published` is what the mirror remembers of each table's membership in the
-/// publication, and `memberships` what it is now: a table that was taken out meanwhile lacks changes.
+/// Decides. `read` answers `names` in order. `published` is each table's witness as the mirror remembers it, and
+/// `witnesses` as it is now: a table of which Postgres did not tell everything lacks changes.
 pub fn resolve(
     names: &[Name],
     read: Vec<Result<Table, Refusal>>,
     entries: &[Entry],
-    published: &BTreeMap<Oid, Membership>,
-    memberships: &HashMap<Oid, Membership>,
+    published: &BTreeMap<Oid, Witness>,
+    witnesses: &HashMap<Oid, Witness>,
 ) -> Resolved {
     let mut resolved = Resolved::default();
     for (name, read) in names.iter().zip(read) {
@@ -71,32 +67,24 @@ pub fn resolve(
                     Ok(_) => String::new(),
                     Err(refusal) => format!(" (and now: {})", refusal.reason),
                 };
-                let note = format!("table {name} stays stopped: {reason}{now}");
+                let note = format!("table {name} stays stopped: {reason}{now}; {REMEDY}");
                 resolved.notes.push(note);
                 resolved.stopped.push(entry.table.clone());
             }
             (Some(entry), Err(refusal)) => {
-                let reason = format!("{}; {REMEDY}", refusal.reason);
-                resolved.stop(entry, reason);
+                resolved.stop.push((entry.table.clone(), refusal.reason));
             }
             (Some(entry), Ok(table)) => {
                 let oid = table.oid;
-                match difference(&entry.table, &table) {
-                    Some(changed) => {
-                        let reason = format!("while the streamer was away {changed}; {REMEDY}");
-                        resolved.stop(entry, reason);
-                    }
-                    None if !published.contains_key(&oid)
-                        || published.get(&oid) != memberships.get(&oid) =>
-                    {
-                        let name = table.full_name();
-                        let note = format!(
-                            "table {name} was out of the publication for a while, or that was altered: it is copied anew"
-                        );
-                        resolved.notes.push(note);
-                        resolved.copy.push(Arc::new(table));
-                    }
-                    None => resolved.keep.push(entry.table.clone()),
+                if let Some(changed) = difference(&entry.table, &table) {
+                    let reason = format!("while the streamer was away {changed}");
+                    resolved.stop.push((entry.table.clone(), reason));
+                } else if let Some(untold) = untold(published.get(&oid), witnesses.get(&oid)) {
+                    let note = format!("table {}: {untold}: it is copied anew", table.full_name());
+                    resolved.notes.push(note);
+                    resolved.copy.push(Arc::new(table));
+                } else {
+                    resolved.keep.push(entry.table.clone());
                 }
             }
         }
@@ -126,12 +114,6 @@ pub fn resolve(
 }
 
 impl Resolved {
-    fn stop(&mut self, entry: &Entry, reason: String) {
-        let note = format!("table {} is stopped: {reason}", entry.table.full_name());
-        self.notes.push(note);
-        self.stop.push((entry.table.clone(), reason));
-    }
-
     /// The tables that must be published.
     pub fn followed(&self) -> Vec<Arc<Table>> {
         self.keep.iter().chain(&self.copy).cloned().collect()
@@ -197,6 +179,12 @@ mod tests {
         }
     }
 
+    const WITNESS: Witness = Witness {
+        membership: 9,
+        file: 1,
+        columns: 1,
+    };
+
     fn stopped() -> State {
         State::Stopped {
             lsn: Lsn(5),
@@ -204,20 +192,20 @@ mod tests {
         }
     }
 
-    /// One table `t`, what the catalog says of it, and the mirror's entries; its memberships then and now.
+    /// One table `t`, what the catalog says of it, and the mirror's entries; its witness then and now.
     fn resolve_one(
         read: Result<Table, Refusal>,
         entries: &[Entry],
-        then: Option<Membership>,
-        now: Option<Membership>,
+        then: Option<Witness>,
+        now: Option<Witness>,
     ) -> [Vec<Oid>; 5] {
         let names = [Name {
             schema: "public".into(),
             name: "t".into(),
         }];
         let published = then.map(|then| (1, then)).into_iter().collect();
-        let memberships = now.map(|now| (1, now)).into_iter().collect();
-        let resolved = resolve(&names, vec![read], entries, &published, &memberships);
+        let witnesses = now.map(|now| (1, now)).into_iter().collect();
+        let resolved = resolve(&names, vec![read], entries, &published, &witnesses);
         let oids = |tables: &[Arc<Table>]| tables.iter().map(|table| table.oid).collect();
         assert_eq!(resolved.all().len() + resolved.refused.len(), 1);
         [
@@ -234,7 +222,7 @@ mod tests {
         let live = entry(1, "t", State::Live);
         let same = || Ok(table(1, "t", 2));
         let none = Vec::new;
-        let member = Some(9);
+        let member = Some(WITNESS);
         for (case, read, entries, then, now, expected) in [
             (
                 "as it was",
@@ -261,7 +249,7 @@ mod tests {
                 [none(), vec![1], none(), none(), none()],
             ),
             (
-                "DD-09 column added",
+                "column added",
                 Ok(table(1, "t", 3)),
                 vec![live.clone()],
                 member,
@@ -269,7 +257,7 @@ mod tests {
                 [none(), none(), vec![1], none(), none()],
             ),
             (
-                "DD-06 dropped",
+                "dropped",
                 Err(refusal("t")),
                 vec![live.clone()],
                 member,
@@ -277,7 +265,7 @@ mod tests {
                 [none(), none(), vec![1], none(), none()],
             ),
             (
-                "DD-07 dropped and made again",
+                "dropped and made again",
                 Ok(table(2, "t", 2)),
                 vec![live.clone()],
                 member,
@@ -301,7 +289,7 @@ mod tests {
                 [none(), none(), none(), vec![1], none()],
             ),
             (
-                "DD-02 taken out of the publication",
+                "taken out of the publication",
                 same(),
                 vec![live.clone()],
                 member,
@@ -309,15 +297,30 @@ mod tests {
                 [none(), vec![1], none(), none(), none()],
             ),
             (
-                "DD-02 taken out and put back",
+                "taken out and put back",
                 same(),
                 vec![live.clone()],
                 member,
-                Some(10),
+                Some(Witness {
+                    membership: 10,
+                    ..WITNESS
+                }),
                 [none(), vec![1], none(), none(), none()],
             ),
             (
-                "membership never written down",
+                "rewritten",
+                same(),
+                vec![live.clone()],
+                member,
+                Some(Witness {
+                    file: 2,
+                    columns: 2,
+                    ..WITNESS
+                }),
+                [none(), vec![1], none(), none(), none()],
+            ),
+            (
+                "the witness never written down",
                 same(),
                 vec![live.clone()],
                 None,
@@ -333,7 +336,7 @@ mod tests {
                 [vec![1], none(), none(), none(), vec![3]],
             ),
             (
-                "DD-08 renamed, and the shapes follow",
+                "renamed, and the shapes follow",
                 same(),
                 vec![entry(1, "old", State::Live)],
                 member,

@@ -1,15 +1,16 @@
 //! Looks, every few seconds, whether the tables that are followed are still what they were.
 //!
-//! The stream tells a changed schema only with the next row of its table, and never that a table was dropped or taken
-//! out of the publication: its rows would freeze without a word. To be asked before each stream begins, too.
+//! The stream tells a changed schema only with the next row of its table, and never that a table was dropped, rewritten, or
+//! taken out of the publication: its rows would freeze, or be wrong, without a word. To be asked before each stream
+//! begins, too.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use crate::{
     postgres::{
-        catalog,
-        setup::{self, Membership},
+        catalog, setup,
         sql::{Client, Error},
+        witness::{Witness, untold},
     },
     table::{Oid, Table},
 };
@@ -17,17 +18,25 @@ use crate::{
 /// How often to look: cheap, and soon enough for something that a person did.
 pub const WATCH_EVERY: Duration = Duration::from_secs(5);
 
-/// Looks once. Each table that can't be followed any more, and why. `memberships` are those of the start: a table that
-/// was taken out of the publication and put back has another one, and lacks what was committed in between.
+/// What was found.
+pub struct Found {
+    /// Each table that can't be followed any more, and why.
+    pub stop: Vec<(Oid, String)>,
+    /// The witness of each of the tables: as it was, where it can't be followed any more.
+    pub witnesses: BTreeMap<Oid, Witness>,
+}
+
+/// Looks once. `witnesses`: as of the last look.
 pub async fn watch(
     client: &Client,
     publication: &str,
     tables: &[Arc<Table>],
-    memberships: &BTreeMap<Oid, Membership>,
-) -> Result<Vec<(Oid, String)>, Error> {
+    witnesses: &BTreeMap<Oid, Witness>,
+) -> Result<Found, Error> {
     let oids: Vec<Oid> = tables.iter().map(|table| table.oid).collect();
     let now = catalog::read_again(client, &oids).await?;
     let published = setup::published(client, publication).await?;
+    let witness = |oid| Some(published.as_ref()?.tables.get(&oid)?.0);
     let reason = |table: &Table, now| {
         match now {
             None => return Some(format!("{} was dropped", table.full_name())),
@@ -38,20 +47,23 @@ pub async fn watch(
                 }
             }
         }
-        match &published {
-            None => Some("the publication was dropped".into()),
-            Some(published) => match published.tables.get(&table.oid) {
-                None => Some("it was taken out of the publication".into()),
-                Some((membership, _)) if memberships.get(&table.oid) != Some(membership) => Some(
-                    "it was taken out of the publication for a while, or that was altered".into(),
-                ),
-                Some(_) => None,
-            },
+        if published.is_none() {
+            return Some("the publication was dropped".to_owned());
         }
+        let oid = table.oid;
+        untold(witnesses.get(&oid), witness(oid).as_ref()).map(str::to_owned)
     };
-    Ok(tables
-        .iter()
-        .zip(now)
-        .filter_map(|(table, now)| Some((table.oid, reason(table, now)?)))
-        .collect())
+    let mut found = Found {
+        stop: Vec::new(),
+        witnesses: witnesses.clone(),
+    };
+    for (table, now) in tables.iter().zip(now) {
+        match reason(table, now) {
+            Some(reason) => found.stop.push((table.oid, reason)),
+            None => found
+                .witnesses
+                .extend(witness(table.oid).map(|now| (table.oid, now))),
+        }
+    }
+    Ok(found)
 }

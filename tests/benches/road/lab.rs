@@ -21,6 +21,10 @@ const WORK_MAX: Duration = Duration::from_secs(300);
 pub const EVENTS: &str = "CREATE TABLE events (id bigint PRIMARY KEY, org_id int, kind text, payload jsonb, \
      amount numeric(12,2), ok bool, created_at timestamptz, tag uuid)";
 
+/// CPU seconds of the source and the peer.
+#[derive(Clone, Copy)]
+pub struct Busy([f64; 2]);
+
 pub struct Lab {
     sizes: Sizes,
     pub source: Server,
@@ -41,7 +45,9 @@ impl Lab {
             .set("max_wal_size", "8GB")
             .set("checkpoint_timeout", "30min")
             .set("fsync", "on")
-            .set("autovacuum", "off");
+            .set("autovacuum", "off")
+            // A subscription that is enabled again goes on at once, not up to five seconds later.
+            .set("wal_retrieve_retry_interval", "100ms");
         // Their processes are measured, and one connects to the other: not in containers.
         let local = "cargo bench needs a Postgres server's programs on this machine";
         let source = Server::start_local(options.clone()).await.expect(local);
@@ -91,7 +97,7 @@ impl Lab {
         report.add("W1", "limit: SQLite insert loop", loop_time, None);
 
         self.settle().await;
-        let (began, walsender) = (Instant::now(), self.busy().await);
+        let (began, before) = (Instant::now(), self.busy());
         self.subscriber
             .execute(&format!(
                 "CREATE SUBSCRIPTION bench CONNECTION '{}' PUBLICATION bench",
@@ -99,23 +105,27 @@ impl Lab {
             ))
             .await;
         let subscriber = &self.subscriber;
-        until("the subscription has copied", WORK_MAX, || async {
-            let ready = subscriber
-                .query("SELECT srsubstate = 'r' FROM pg_subscription_rel", &[])
-                .await;
-            ready.first().is_some_and(|row| row.get(0)).then_some(())
-        })
-        .await;
+        let copied = async |states: &str| {
+            let sql = format!("SELECT srsubstate IN ({states}) FROM pg_subscription_rel");
+            until("the subscription has copied", WORK_MAX, || async {
+                let ready = subscriber.query(&sql, &[]).await;
+                ready.first().is_some_and(|row| row.get(0)).then_some(())
+            })
+            .await;
+        };
+        // The first of these is committed together with the rows.
+        copied("'f', 's', 'r'").await;
         let took = began.elapsed();
-        let cost = Cost::new(&[("Postgres", self.busy().await - walsender, 0)]);
+        let cost = self.cost(before);
         report.add("W1", "native logical replication", took, Some(cost));
         assert_eq!(Self::count_in(&self.subscriber).await, rows);
+        copied("'r'").await;
         self.subscriber
             .execute("ALTER SUBSCRIPTION bench DISABLE")
             .await;
 
         self.settle().await;
-        let postgres = self.busy().await;
+        let before = self.busy();
         let streamer = Streamer::config(&self.database)
             .set("memory_max", self.sizes.memory.clone())
             .shape("all", &["SELECT * FROM events"])
@@ -130,18 +140,16 @@ impl Lab {
         replica_has(&replica, rows).await;
         let took = began.elapsed();
         self.running = Some((streamer, replica));
-        let cost = self.cost(postgres).await;
+        let cost = self.cost(before);
         report.add("W1", "anabranch", took, Some(cost));
     }
 
-    /// W2a or W2b, and its limit.
+    /// W2a or W2b, and its limits.
     pub async fn backlog(&mut self, report: &mut Report, work: &str) {
-        let (streamer, replica) = self.running.as_ref().expect("W1 was run");
-        streamer.terminate().await;
-        replica.terminate().await;
-        self.database
-            .execute("SELECT pg_create_logical_replication_slot('drain', 'pgoutput')")
-            .await;
+        self.stop_ours().await;
+        for limit in &limits::DRAINS {
+            limit.create(self).await;
+        }
         if work == "W2a" {
             self.many_transactions().await;
         } else {
@@ -156,10 +164,12 @@ impl Lab {
             .await;
         self.settle().await;
 
-        let plain = limits::drain(self, false).await;
-        report.add(work, "limit: pg_recvlogical to nowhere", plain, None);
+        for limit in &limits::DRAINS {
+            let took = limit.drain(self).await;
+            report.add(work, limit.name, took, None);
+        }
 
-        let (began, postgres) = (Instant::now(), self.busy().await);
+        let (began, before) = (Instant::now(), self.busy());
         self.subscriber
             .execute("ALTER SUBSCRIPTION bench ENABLE")
             .await;
@@ -171,44 +181,76 @@ impl Lab {
         })
         .await;
         let took = began.elapsed();
-        let cost = Cost::new(&[("Postgres", self.busy().await - postgres, 0)]);
+        let cost = self.cost(before);
         report.add(work, "native logical replication", took, Some(cost));
         self.subscriber
             .execute("ALTER SUBSCRIPTION bench DISABLE")
             .await;
 
         self.settle().await;
-        let (streamer, replica) = self.running.as_ref().expect("W1 was run");
-        let postgres = self.busy().await;
+        let before = self.busy();
         let began = Instant::now();
-        streamer.spawn();
-        replica.spawn();
-        replica_row(replica, marker).await;
+        replica_row(self.start_ours(), marker).await;
         let took = began.elapsed();
-        let cost = self.cost(postgres).await;
+        let cost = self.cost(before);
         report.add(work, "anabranch", took, Some(cost));
+        report.note(format!(
+            "{work:4} catch-ups of the replica: {}",
+            self.catch_ups().await
+        ));
     }
 
-    /// W3: each consumer for itself.
+    /// W3: each consumer for itself, and without a backlog.
     pub async fn latency(&mut self, report: &mut Report) {
         let seconds = self.sizes.latency;
+        self.stop_ours().await;
         let source = latency::Eye::Postgres(self.source.url(self.database.name()));
-        latency::measure(self, source, "limit: seen at the source", seconds, report).await;
+        latency::measure(
+            self,
+            source,
+            ("W3", "limit: seen at the source"),
+            seconds,
+            report,
+        )
+        .await;
 
         self.subscriber
             .execute("ALTER SUBSCRIPTION bench ENABLE")
             .await;
+        let newest = "SELECT max(id) FROM events";
+        let expected: i64 = self.database.query(newest, &[]).await[0].get(0);
+        until("the subscription has caught up", WORK_MAX, || async {
+            let found: i64 = self.subscriber.query(newest, &[]).await[0].get(0);
+            (found == expected).then_some(())
+        })
+        .await;
         let peer = latency::Eye::Postgres(self.peer.url(self.subscriber.name()));
-        latency::measure(self, peer, "native logical replication", seconds, report).await;
+        latency::measure(
+            self,
+            peer,
+            ("W3", "native logical replication"),
+            seconds,
+            report,
+        )
+        .await;
         self.subscriber
             .execute("ALTER SUBSCRIPTION bench DISABLE")
             .await;
 
-        let (streamer, replica) = self.running.as_ref().expect("W1 was run");
-        streamer.until_ready().await;
+        let replica = self.start_ours();
         replica.until_caught_up(&self.database).await;
         let eye = latency::Eye::Sqlite(replica.file());
-        latency::measure(self, eye, "anabranch", seconds, report).await;
+        latency::measure(self, eye, ("W3", "anabranch"), seconds, report).await;
+    }
+
+    /// How often the replica was served from the mirror: once as it joined, and whenever it was too slow for its queue.
+    async fn catch_ups(&self) -> String {
+        let (streamer, _) = self.running.as_ref().expect("W1 was run");
+        let page = streamer.get("/metrics").await.expect("metrics");
+        let mut lines = page.body.lines();
+        let name = "anabranch_streamer_catch_ups_total ";
+        let count = lines.find_map(|line| line.strip_prefix(name));
+        count.expect("a counter of catch-ups").to_owned()
     }
 
     /// Back to the state before W1, but for the rows.
@@ -222,13 +264,28 @@ impl Lab {
         self.drop_slots().await;
     }
 
-    /// Those that nobody uses.
+    async fn stop_ours(&self) {
+        let (streamer, replica) = self.running.as_ref().expect("W1 was run");
+        streamer.terminate().await;
+        replica.terminate().await;
+    }
+
+    fn start_ours(&self) -> &Replica {
+        let (streamer, replica) = self.running.as_ref().expect("W1 was run");
+        streamer.spawn();
+        replica.spawn();
+        replica
+    }
+
+    /// All of them, as soon as nobody uses them: whoever did has ended.
     pub async fn drop_slots(&self) {
-        self.database
-            .execute(
-                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active",
-            )
-            .await;
+        until("the slots are dropped", WORK_MAX, || async {
+            let sql = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active";
+            self.database.execute(sql).await;
+            let left = self.database.query("SELECT FROM pg_replication_slots", &[]);
+            left.await.is_empty().then_some(())
+        })
+        .await;
     }
 
     /// Writes what is dirty, so that nobody pays for what was done before.
@@ -285,31 +342,32 @@ impl Lab {
         self.database.url().to_owned()
     }
 
-    /// CPU seconds of both clusters, ended processes included.
-    async fn busy(&self) -> f64 {
-        let mut seconds = 0.0;
-        for pid in [self.source.pid(), self.peer.pid()].into_iter().flatten() {
-            seconds += process::cpu_seconds_of_tree(pid);
+    /// CPU seconds of each cluster, ended processes included.
+    pub fn busy(&self) -> Busy {
+        Busy(self.clusters().map(process::cpu_seconds_of_tree))
+    }
+
+    /// What was used since `before`, by whoever runs: of ours everything since it was started.
+    pub fn cost(&self, before: Busy) -> Cost {
+        let Busy(now) = self.busy();
+        let peaks = self.clusters().map(process::private_peak_bytes_of_tree);
+        let mut cost = Cost::default();
+        for (at, name) in ["source", "peer"].into_iter().enumerate() {
+            cost.add(name, now[at] - before.0[at], peaks[at]);
         }
-        seconds
+        if let Some((streamer, replica)) = &self.running {
+            for (name, peer) in [("streamer", &**streamer), ("replica", &**replica)] {
+                if let Some(pid) = peer.pid() {
+                    cost.add(name, process::cpu_seconds(pid), peer.memory_peak_bytes());
+                }
+            }
+        }
+        cost
     }
 
-    async fn cost(&self, postgres: f64) -> Cost {
-        let (streamer, replica) = self.running.as_ref().expect("they run");
-        Cost::new(&[
-            ("Postgres", self.busy().await - postgres, 0),
-            (
-                "streamer",
-                cpu(streamer.pid()),
-                streamer.memory_peak_bytes(),
-            ),
-            ("replica", cpu(replica.pid()), replica.memory_peak_bytes()),
-        ])
+    fn clusters(&self) -> [rustix::process::Pid; 2] {
+        [&self.source, &self.peer].map(|server| server.pid().expect("it runs on this machine"))
     }
-}
-
-fn cpu(pid: Option<rustix::process::Pid>) -> f64 {
-    pid.map_or(0.0, process::cpu_seconds)
 }
 
 /// Until the replica's file has so many rows, looking only once it says that it is complete.

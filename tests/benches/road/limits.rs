@@ -14,39 +14,83 @@ pub async fn copy_out(lab: &Lab) -> Duration {
     began.elapsed()
 }
 
-/// The backlog of the slot `drain`, decoded and sent to nowhere; the slot is dropped.
-pub async fn drain(lab: &Lab, streaming: bool) -> Duration {
-    let end = lab.database.lsn().await.to_string();
-    let streaming = if streaming {
-        "streaming=on"
-    } else {
-        "streaming=off"
-    };
-    let name = format!("--dbname={}", lab.database.name());
-    let began = Instant::now();
-    let arguments = [
-        &name,
-        "--slot=drain",
-        "--start",
-        "--no-loop",
-        "--file=/dev/null",
-        "--endpos",
-        &end,
-        "-o",
-        "proto_version=2",
-        "-o",
-        "publication_names=bench",
-        "-o",
-        streaming,
-    ];
-    lab.source
-        .tool("pg_recvlogical", lab.database.name(), &arguments)
-        .await;
-    let took = began.elapsed();
-    lab.database
-        .execute("SELECT pg_drop_replication_slot('drain')")
-        .await;
-    took
+/// `pg_recvlogical`: a backlog decoded and sent to nowhere.
+pub struct Drain {
+    pub name: &'static str,
+    slot: &'static str,
+    /// Large transactions are sent while they are decoded.
+    streaming: &'static str,
+    /// `logical_decoding_work_mem`.
+    memory: &'static str,
+}
+
+/// As native replication has it by default, as we ask for it, and as a client may at most.
+pub const DRAINS: [Drain; 3] = [
+    Drain {
+        name: "limit: pg_recvlogical to nowhere",
+        slot: "drain_default",
+        streaming: "streaming=off",
+        memory: "64MB",
+    },
+    Drain {
+        name: "limit: the same with 256 MB",
+        slot: "drain_large",
+        streaming: "streaming=off",
+        memory: "256MB",
+    },
+    Drain {
+        name: "limit: the same, streaming=on",
+        slot: "drain_streaming",
+        streaming: "streaming=on",
+        memory: "256MB",
+    },
+];
+
+impl Drain {
+    /// Before the backlog comes to be.
+    pub async fn create(&self, lab: &Lab) {
+        lab.database
+            .execute(&format!(
+                "SELECT pg_create_logical_replication_slot('{}', 'pgoutput')",
+                self.slot
+            ))
+            .await;
+    }
+
+    /// Takes the backlog, and drops the slot.
+    pub async fn drain(&self, lab: &Lab) -> Duration {
+        let end = lab.database.lsn().await.to_string();
+        let connection = format!(
+            "--dbname=dbname={} options='-c logical_decoding_work_mem={}'",
+            lab.database.name(),
+            self.memory
+        );
+        let slot = format!("--slot={}", self.slot);
+        let began = Instant::now();
+        let arguments = [
+            &connection,
+            &slot,
+            "--start",
+            "--no-loop",
+            "--file=/dev/null",
+            "--endpos",
+            &end,
+            "-o",
+            "proto_version=2",
+            "-o",
+            "publication_names=bench",
+            "-o",
+            self.streaming,
+        ];
+        lab.source
+            .tool("pg_recvlogical", lab.database.name(), &arguments)
+            .await;
+        let took = began.elapsed();
+        lab.database
+            .execute(&format!("SELECT pg_drop_replication_slot('{}')", self.slot))
+            .await;
+        took
+    }
 }
 
 /// A bare loop of a prepared INSERT of rows like those of the table, in one transaction.

@@ -3,14 +3,15 @@
 //! | | work | limit | peer |
 //! |---|---|---|---|
 //! | W1 | initial copy of 1,000,000 rows until the replica has them all | COPY to nowhere; a bare SQLite insert loop | `CREATE SUBSCRIPTION` into a second cluster |
-//! | W2a | a backlog of 100,000 one-row transactions | `pg_recvlogical` to nowhere | the subscription |
+//! | W2a | a backlog of 100,000 one-row transactions | `pg_recvlogical` to nowhere, in three ways | the subscription |
 //! | W2b | a backlog of one transaction that updates 1,000,000 rows | the same | the subscription |
 //! | W3 | commit-to-visible latency at 500 transactions a second for 30 s | a poller at the source itself | the subscription |
 //! | M1 | memory peaks of the initial copy and of W2b's transaction, with `memory_max` of 256 and 128 MiB | the caps | |
-//! | M2 | latency and the streamer's memory beside a replica that gets 2 kB/s | | without that one |
+//! | M2 | latency and the streamer's memory beside a replica that gets 2 kB/s | the same without that one | |
 //!
 //! Each consumer works alone: the others are stopped meanwhile. Wall times are noisy, so medians of several rounds are
-//! what counts. Environment: `ANABRANCH_BENCH_ROUNDS` (3), `ANABRANCH_BENCH_ROWS` (1000000), `ANABRANCH_BENCH_ONLY` (a
+//! what counts. Environment: `ANABRANCH_BENCH_ROUNDS` (3), `ANABRANCH_BENCH_ROWS` (1000000),
+//! `ANABRANCH_BENCH_TRANSACTIONS` (100000, of W2a), `ANABRANCH_BENCH_SECONDS` (30, of W3 and M2), `ANABRANCH_BENCH_ONLY` (a
 //! list such as `W1,W3`), `ANABRANCH_BENCH_MEMORY` (the streamer's `memory_max`; the replica gets half).
 
 mod lab;

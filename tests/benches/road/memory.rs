@@ -56,26 +56,23 @@ pub async fn stalled_beside_live(lab: &Lab, seconds: Duration, report: &mut Repo
         .start()
         .await;
     let live = Replica::config(&streamer).subscribe("all").start().await;
+    live.until_caught_up(&lab.database).await;
+    let measure = async |name, report: &mut Report| {
+        let eye = latency::Eye::Sqlite(live.file());
+        latency::measure(lab, eye, ("M2", name), seconds, report).await;
+        let peak = streamer.memory_peak_bytes() >> 20;
+        report.note(format!("M2   {name}: peak of the streamer {peak} MiB"));
+    };
+    measure("a live replica alone", report).await;
     let proxy = Proxy::to(streamer.address()).await;
     let thin = Replica::config(&streamer)
         .through(&proxy)
         .subscribe("all")
         .start()
         .await;
-    live.until_caught_up(&lab.database).await;
     thin.until_caught_up(&lab.database).await;
-    for (name, thinned) in [
-        ("a live replica alone", false),
-        ("beside a stalled one", true),
-    ] {
-        if thinned {
-            proxy.set(|faults| faults.throttle(Way::Down, THIN_BYTES_PER_SECOND));
-        }
-        let eye = latency::Eye::Sqlite(live.file());
-        latency::measure(lab, eye, name, seconds, report).await;
-        let peak = streamer.memory_peak_bytes() >> 20;
-        report.note(format!("M2   {name}: peak of the streamer {peak} MiB"));
-    }
+    proxy.set(|faults| faults.throttle(Way::Down, THIN_BYTES_PER_SECOND));
+    measure("beside a stalled one", report).await;
     proxy.set(|faults| faults.heal());
     thin.until_caught_up(&lab.database).await;
     for replica in [&live, &thin] {

@@ -4,18 +4,30 @@ use std::{collections::BTreeMap, time::Duration};
 
 use crate::Sizes;
 
-/// CPU seconds and memory peaks of processes.
+/// CPU seconds and memory peaks in bytes, by process.
 #[derive(Clone, Debug, Default)]
 pub struct Cost(Vec<(String, f64, u64)>);
 
 impl Cost {
-    pub fn new(processes: &[(&str, f64, u64)]) -> Cost {
-        Cost(
-            processes
-                .iter()
-                .map(|(name, cpu, peak)| (name.to_string(), *cpu, *peak))
-                .collect(),
-        )
+    pub fn add(&mut self, name: &str, cpu: f64, peak: u64) {
+        self.0.push((name.into(), cpu, peak));
+    }
+
+    /// The medians of several rounds, in which the same processes ran.
+    fn median(costs: &[Cost]) -> Cost {
+        let Some(first) = costs.first() else {
+            return Cost::default();
+        };
+        let of = |name: &str, figure: fn(&(String, f64, u64)) -> f64| {
+            let all = costs.iter().flat_map(|cost| &cost.0);
+            let same = all.filter(|(other, ..)| other == name);
+            median(&same.map(figure).collect::<Vec<_>>())
+        };
+        let one = |(name, ..): &(String, f64, u64)| {
+            let peak = of(name, |(.., peak)| *peak as f64);
+            (name.clone(), of(name, |(_, cpu, _)| *cpu), peak as u64)
+        };
+        Cost(first.0.iter().map(one).collect())
     }
 }
 
@@ -25,10 +37,18 @@ struct Entry {
     costs: Vec<Cost>,
 }
 
+/// p50, p99 and max in milliseconds, and the cost, of each round.
+struct Latency {
+    work: &'static str,
+    who: String,
+    rounds: Vec<[f64; 3]>,
+    costs: Vec<Cost>,
+}
+
 pub struct Report {
     sizes: Sizes,
     works: BTreeMap<String, Vec<(String, Entry)>>,
-    latencies: Vec<(String, Vec<[f64; 3]>)>,
+    latencies: Vec<Latency>,
     notes: Vec<String>,
 }
 
@@ -61,23 +81,32 @@ impl Report {
     }
 
     /// Latencies in seconds, sorted.
-    pub fn latency(&mut self, who: &str, sorted: &[f64]) {
+    pub fn latency(&mut self, work: &'static str, who: &str, sorted: &[f64], cost: Cost) {
         let Some(max) = sorted.last() else {
             panic!("{who} saw nothing");
         };
         let at = |part: f64| sorted[((sorted.len() - 1) as f64 * part) as usize] * 1e3;
         let figures = [at(0.5), at(0.99), max * 1e3];
         eprintln!(
-            "  W3 {who}: p50 {:.2}, p99 {:.2}, max {:.2} ms of {}",
+            "  {work} {who}: p50 {:.2}, p99 {:.2}, max {:.2} ms of {} {}",
             figures[0],
             figures[1],
             figures[2],
-            sorted.len()
+            sorted.len(),
+            show(&cost)
         );
-        match self.latencies.iter_mut().find(|(name, _)| name == who) {
-            Some((_, rounds)) => rounds.push(figures),
-            None => self.latencies.push((who.into(), vec![figures])),
-        }
+        let known = (self.latencies.iter()).position(|one| one.work == work && one.who == who);
+        let at = known.unwrap_or_else(|| {
+            self.latencies.push(Latency {
+                work,
+                who: who.into(),
+                rounds: Vec::new(),
+                costs: Vec::new(),
+            });
+            self.latencies.len() - 1
+        });
+        self.latencies[at].rounds.push(figures);
+        self.latencies[at].costs.push(cost);
     }
 
     /// A figure that is not compared.
@@ -88,7 +117,8 @@ impl Report {
 
     pub fn print(&self) {
         println!(
-            "\nMedians of {} rounds; {} rows; memory_max of the streamer {}, of the replica half of it.\n",
+            "\nMedians of {} rounds; {} rows; memory_max of the streamer {}, of the replica half of it. A cluster's peak is that of \
+             its largest process, without shared buffers.\n",
             self.sizes.rounds, self.sizes.rows, self.sizes.memory
         );
         for (work, entries) in &self.works {
@@ -99,18 +129,24 @@ impl Report {
                 let ratio = native.map_or(String::new(), |native| {
                     format!("{:5.2} × native", seconds / native)
                 });
-                let cost = entry.costs.last().map(show).unwrap_or_default();
+                let cost = show(&Cost::median(&entry.costs));
                 println!("{work:4} {who:34} {seconds:7.2} s  {ratio}  {cost}");
             }
             println!();
         }
-        for (who, rounds) in &self.latencies {
-            let of = |at: usize| median(&rounds.iter().map(|round| round[at]).collect::<Vec<_>>());
+        for latency in &self.latencies {
+            let of = |at: usize| {
+                median(&(latency.rounds.iter().map(|round| round[at])).collect::<Vec<_>>())
+            };
             println!(
-                "W3   {who:34} p50 {:6.2}  p99 {:6.2}  max {:6.2} ms",
+                "{:4} {:34} p50 {:6.2}  p99 {:6.2}  max {:6.2} ms, median of {}  {}",
+                latency.work,
+                latency.who,
                 of(0),
                 of(1),
-                of(2)
+                of(2),
+                latency.rounds.len(),
+                show(&Cost::median(&latency.costs))
             );
         }
         println!();
@@ -121,9 +157,8 @@ impl Report {
 }
 
 fn show(cost: &Cost) -> String {
-    let one = |(name, cpu, peak): &(String, f64, u64)| match peak {
-        0 => format!("{name} {cpu:.2} CPU s"),
-        peak => format!("{name} {cpu:.2} CPU s, peak {} MiB", peak >> 20),
+    let one = |(name, cpu, peak): &(String, f64, u64)| {
+        format!("{name} {cpu:.2} CPU s, peak {} MiB", peak >> 20)
     };
     cost.0.iter().map(one).collect::<Vec<_>>().join("; ")
 }
@@ -131,5 +166,9 @@ fn show(cost: &Cost) -> String {
 fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
+    let middle = sorted.len() / 2;
+    match sorted.len() % 2 {
+        0 => (sorted[middle - 1] + sorted[middle]) / 2.0,
+        _ => sorted[middle],
+    }
 }

@@ -1,6 +1,6 @@
 //! How values of Postgres look in a replica's file, said in SQL.
 //!
-//! DESIGN.md section 6, "Types", written down a second time: each type as an expression by which Postgres itself
+//! The README's "Types", written down a second time: each type as an expression by which Postgres itself
 //! prints the value in the documented form, as text that [`Form::cell`] takes without looking into it.
 
 use std::collections::HashMap;

@@ -4,7 +4,7 @@
 //! - [`history`]: at any moment, under any load; the file equals the shape at the file's own position. What Postgres
 //!   held at a position comes from `test_decoding`, Postgres' own textual plugin, through a slot of its own.
 //!
-//! Both compare in the values of the file. How a value of Postgres looks there (DESIGN.md, section 6) is written down
+//! Both compare in the values of the file. How a value of Postgres looks there (the README's "Types") is written down
 //! a second time in [`form`], as SQL that Postgres runs: our converter is not asked. [`file`] reads the file, with
 //! SQLite alone.
 

@@ -19,6 +19,9 @@ pub const VARIABLE: &str = "ANABRANCH_TEST_POSTGRES";
 /// The image that is used where no other is named: the official one.
 pub const IMAGE: &str = "postgres:17";
 
+/// The oldest major version that the streamer takes.
+const MAJOR_MIN: u32 = 15;
+
 /// Where servers come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Backend {
@@ -65,11 +68,11 @@ pub async fn resolve(wanted: &str) -> Result<(Backend, String), String> {
                 Err(error) => error,
             };
             match newest_local() {
-                Some(bin) => Ok((Backend::Local { bin }, docker)),
-                None => Err(format!(
-                    "{docker}, and there are no local server programs. Install Docker, or a Postgres server of \
-                     version 15 or later (Debian: apt install postgresql postgresql-contrib), or name its \
-                     directory: {VARIABLE}=local:/path/to/bin"
+                Ok(bin) => Ok((Backend::Local { bin }, docker)),
+                Err(local) => Err(format!(
+                    "{docker}, and {local}. Install Docker, or a Postgres server of version {MAJOR_MIN} or later \
+                     (Debian: apt install postgresql postgresql-contrib), or name its directory: \
+                     {VARIABLE}=local:/path/to/bin"
                 )),
             }
         }
@@ -78,7 +81,7 @@ pub async fn resolve(wanted: &str) -> Result<(Backend, String), String> {
             Ok((docker(image).await?, asked_for))
         }
         ("local", "") => {
-            let bin = newest_local().ok_or("no local server programs (initdb, postgres) found")?;
+            let bin = newest_local()?;
             Ok((Backend::Local { bin }, asked_for))
         }
         ("local", bin) => {
@@ -86,6 +89,7 @@ pub async fn resolve(wanted: &str) -> Result<(Backend, String), String> {
             if !is_complete(&bin) {
                 return Err(format!("{} holds no initdb and postgres", bin.display()));
             }
+            is_new_enough(&bin, &version(&bin))?;
             Ok((Backend::Local { bin }, asked_for))
         }
         _ => Err(format!(
@@ -101,8 +105,8 @@ async fn docker(image: &str) -> Result<Backend, String> {
     })
 }
 
-/// The directory of the newest complete set of programs, where packagers put them.
-fn newest_local() -> Option<PathBuf> {
+/// The directory of the newest complete set of programs, where packagers put them; or why there is none.
+fn newest_local() -> Result<PathBuf, String> {
     let listed = |dir: &str, bin: &str| -> Vec<PathBuf> {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
         entries.map(|entry| entry.path().join(bin)).collect()
@@ -115,17 +119,33 @@ fn newest_local() -> Option<PathBuf> {
     if let Ok(output) = Command::new("pg_config").arg("--bindir").output() {
         found.push(String::from_utf8_lossy(&output.stdout).trim().into());
     }
-    found
+    let newest = found
         .into_iter()
         .filter(|bin| is_complete(bin))
-        .max_by_key(|bin| {
-            let version = version(bin);
-            let number = version.rsplit(' ').find_map(|word| {
-                let digits: String = word.chars().take_while(char::is_ascii_digit).collect();
-                digits.parse::<u32>().ok()
-            });
-            number.unwrap_or(0)
-        })
+        .max_by_key(|bin| major(&version(bin)))
+        .ok_or("there are no local server programs (initdb, postgres)")?;
+    is_new_enough(&newest, &version(&newest))?;
+    Ok(newest)
+}
+
+/// What is said of programs that are too old for any test to mean something.
+fn is_new_enough(bin: &Path, version: &str) -> Result<(), String> {
+    if major(version) < MAJOR_MIN {
+        return Err(format!(
+            "{} holds {version}, and {MAJOR_MIN} or later is needed",
+            bin.display()
+        ));
+    }
+    Ok(())
+}
+
+/// The major version in what `postgres --version` says; 0 if there is none in it.
+fn major(version: &str) -> u32 {
+    let number = version.rsplit(' ').find_map(|word| {
+        let digits: String = word.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().ok()
+    });
+    number.unwrap_or(0)
 }
 
 fn is_complete(bin: &Path) -> bool {
@@ -142,5 +162,30 @@ fn version(bin: &Path) -> String {
     match said.split_once(" (Debian") {
         Some((short, _)) => short.into(),
         None => said,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_is_too_old_is_refused_with_its_version() {
+        for (version, major_version) in [
+            ("postgres (PostgreSQL) 9.6.24", 9),
+            ("postgres (PostgreSQL) 14.13", 14),
+            ("postgres (PostgreSQL) 15.18", 15),
+            ("postgres (PostgreSQL) 18beta1", 18),
+        ] {
+            assert_eq!(major(version), major_version);
+            let refused = is_new_enough(Path::new("/a/bin"), version);
+            assert_eq!(refused.is_err(), major_version < 15, "{version}");
+            if let Err(words) = refused {
+                assert_eq!(
+                    words,
+                    format!("/a/bin holds {version}, and 15 or later is needed")
+                );
+            }
+        }
     }
 }

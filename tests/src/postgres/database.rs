@@ -53,6 +53,19 @@ impl Database {
         format!("{user}@{host}:{port}/{}", self.name)
     }
 
+    /// The same as another role, both percent-encoded as in any URL.
+    pub fn url_as(&self, role: &str, password: &str) -> String {
+        let (_, place) = self.url.split_once('@').expect("a URL with a user");
+        let encode = |text: &str| -> String {
+            let escape = |byte: u8| match byte {
+                b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => char::from(byte).to_string(),
+                _ => format!("%{byte:02X}"),
+            };
+            text.bytes().map(escape).collect()
+        };
+        format!("postgres://{}:{}@{place}", encode(role), encode(password))
+    }
+
     /// A new connection.
     pub async fn connect(&self) -> Client {
         self.try_connect()

@@ -8,10 +8,14 @@ use anabranch_tests::{
     proxy::{Cut, Proxy, Way},
     wait::{DEADLINE, until},
 };
+use tokio_postgres::error::SqlState;
 
 const ITEMS: &str = "CREATE TABLE items (id bigint PRIMARY KEY, owner int, v int, note text);
      INSERT INTO items SELECT g, g % 4, 0, 'item ' || g FROM generate_series(1, 2000) g";
 const ONE: &str = "SELECT * FROM items WHERE owner = 1";
+
+/// What a fast shutdown may take with a streamer connected.
+const FAST: Duration = Duration::from_secs(5);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_restarted_killed_or_crashed_loses_and_doubles_nothing() {
@@ -49,7 +53,7 @@ async fn a_fast_shutdown_of_postgres_is_not_held_up() {
         .stop_within(Stop::Fast, Duration::from_secs(30))
         .await;
     println!("stopped in {took:?}");
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(took < FAST, "{took:?}");
     server.start_again().await;
     replica.until_equal(&database, &[("items", ONE)]).await;
 }
@@ -60,13 +64,60 @@ async fn a_paused_streamer_does_not_hold_up_a_fast_shutdown_once_it_goes_on() {
     let database = server.database().await;
     database.execute(ITEMS).await;
     let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
     streamer.pause();
     database.execute("UPDATE items SET v = v + 1").await;
-    streamer.resume();
-    let took = server
-        .stop_within(Stop::Fast, Duration::from_secs(30))
+    let resume = async {
+        until("Postgres is shutting down", DEADLINE, || async {
+            match database.try_connect().await {
+                Err(error) if error.code() == Some(&SqlState::CANNOT_CONNECT_NOW) => Ok(()),
+                other => Err(format!("{:?}", other.err())),
+            }
+        })
         .await;
-    assert!(took < Duration::from_secs(5), "{took:?}");
+        streamer.resume();
+        Instant::now()
+    };
+    let stop = async {
+        server
+            .stop_within(Stop::Fast, Duration::from_secs(60))
+            .await;
+        Instant::now()
+    };
+    let (resumed, stopped) = tokio::join!(resume, stop);
+    // Else it did not wait for the streamer, and nothing was tried.
+    assert!(stopped > resumed, "the streamer did not matter");
+    let took = stopped - resumed;
+    println!("stopped {took:?} after the streamer went on");
+    assert!(took < FAST, "{took:?}");
+    server.start_again().await;
+    replica.until_equal(&database, &[("items", ONE)]).await;
+}
+
+/// What Postgres asks for before it ends lies in a group that is not durable yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fast_shutdown_does_not_wait_for_a_group_that_stays_open() {
+    let server = Server::start(Options::new()).await;
+    let database = server.database().await;
+    database.execute(ITEMS).await;
+    let streamer = Streamer::config(&database)
+        .shape("s", &[ONE])
+        .env("ANABRANCH_FAILPOINT_GROUP_MS", "8000")
+        .start()
+        .await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    for turn in 0..3 {
+        database
+            .execute(&format!("UPDATE items SET v = {turn}"))
+            .await;
+        let took = server
+            .stop_within(Stop::Fast, Duration::from_secs(60))
+            .await;
+        println!("stopped in {took:?}");
+        assert!(took < FAST, "{took:?}");
+        server.start_again().await;
+    }
+    replica.until_equal(&database, &[("items", ONE)]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -207,8 +258,11 @@ async fn an_idle_publication_beside_a_busy_database_lets_go_of_wal() {
     drop(streamer);
 }
 
+/// `ANABRANCH_READER_SECONDS=60` makes it hold on for that long.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_holds_a_snapshot_sees_it_and_stops_nobody() {
+    let seconds: u64 =
+        std::env::var("ANABRANCH_READER_SECONDS").map_or(0, |text| text.parse().expect("a number"));
     let database = Server::shared().await.database().await;
     database.execute(ITEMS).await;
     let streamer = Streamer::config(&database).shape("s", &[ONE]).start().await;
@@ -220,13 +274,18 @@ async fn a_reader_that_holds_a_snapshot_sees_it_and_stops_nobody() {
     };
     reader.execute_batch("BEGIN").unwrap();
     assert_eq!(sum(&reader), 0);
-    for _ in 0..20 {
+    let (began, mut updates) = (Instant::now(), 0);
+    while updates < 20 || began.elapsed().as_secs() < seconds {
         database.execute("UPDATE items SET v = v + 1").await;
+        replica.until_caught_up(&database).await;
+        updates += 1;
+        assert_eq!(sum(&reader), 0);
     }
-    replica.until_caught_up(&database).await;
-    assert_eq!(sum(&reader), 0);
+    println!("{updates} updates arrived in {:?}", began.elapsed());
+    // Others have seen each of them.
+    assert_eq!(sum(&replica.open()), updates * 500);
     reader.execute_batch("COMMIT").unwrap();
-    assert_eq!(sum(&reader), 20 * 500);
+    assert_eq!(sum(&reader), updates * 500);
 }
 
 #[tokio::test(flavor = "multi_thread")]

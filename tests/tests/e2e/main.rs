@@ -1,16 +1,22 @@
 //! Everything that needs a real Postgres, in one program, so that one process owns the one server.
 
 mod catalog;
+mod columns;
 mod conditions;
 mod copies;
 mod faults;
 mod harness;
 mod history;
 mod kills;
+mod pages;
+mod parameters;
 mod pgbench;
+mod queues;
 mod refused;
 mod road;
+mod roles;
 mod shapes;
+mod source;
 mod tls;
 mod tokens;
 mod types;

@@ -1,7 +1,9 @@
 //! pgbench's own TPC-B as the load: the sums of balances in the file agree at every moment. `ANABRANCH_PGBENCH_SECONDS` and
-//! `ANABRANCH_PGBENCH_SCALE` make the run longer and larger.
+//! `ANABRANCH_PGBENCH_SCALE` make the run longer and larger. Whoever says how long also has the machine for it: then it is
+//! a verdict on speed too.
 
 use std::{
+    collections::HashSet,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,10 +16,21 @@ use anabranch_tests::{
     postgres::Server,
 };
 
+/// How soon after the end of the load the file has all of it, where the run is a verdict on speed.
+const BEHIND_MAX: Duration = Duration::from_secs(5);
+
+/// Looks that a minute must have; in proportion, where the run is shorter.
+const LOOKS_A_MINUTE: u64 = 1000;
+
+/// Looks and different sums that even a short run beside other tests must have: fewer prove nothing.
+const LOOKS_MIN: u64 = 20;
+const SUMS_MIN: usize = 5;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_look_during_pgbench_sees_half_a_transaction() {
-    let seconds: u64 = std::env::var("ANABRANCH_PGBENCH_SECONDS")
-        .map_or(8, |text| text.parse().expect("a number"));
+    let wanted = std::env::var("ANABRANCH_PGBENCH_SECONDS").ok();
+    let wanted: Option<u64> = wanted.map(|text| text.parse().expect("a number"));
+    let seconds = wanted.unwrap_or(8);
     let scale = std::env::var("ANABRANCH_PGBENCH_SCALE").unwrap_or_else(|_| "1".into());
     let server = Server::shared().await;
     let database = server.database().await;
@@ -65,19 +78,29 @@ async fn no_look_during_pgbench_sees_half_a_transaction() {
     replica.until_caught_up(&database).await;
     let behind = began.elapsed();
     over.store(true, Ordering::Relaxed);
-    let looks = looking.await.unwrap();
+    let (looks, sums) = looking.await.unwrap();
     let pairs: Vec<_> = tables.into_iter().zip(selects).collect();
     replica.until_equal(&database, &pairs).await;
     let tps = said
         .lines()
         .find(|line| line.starts_with("tps"))
         .unwrap_or_default();
-    println!("{tps}; {looks} looks, all sums agreed; caught up {behind:?} after the end");
-    assert!(behind < Duration::from_secs(5), "{behind:?}");
+    println!(
+        "{tps}; {looks} looks at {sums} different sums, all agreed; caught up {behind:?} after the end"
+    );
+    assert!(
+        looks >= LOOKS_MIN && sums >= SUMS_MIN,
+        "{looks} looks at {sums} different sums prove nothing"
+    );
+    if wanted.is_some() {
+        assert!(looks >= LOOKS_A_MINUTE * seconds / 60, "only {looks} looks");
+        assert!(behind < BEHIND_MAX, "{behind:?}");
+    }
 }
 
-fn look_at_sums(file: &rusqlite::Connection, over: &AtomicBool) -> u64 {
-    let mut looks = 0;
+/// How often it looked, and how many different sums it saw.
+fn look_at_sums(file: &rusqlite::Connection, over: &AtomicBool) -> (u64, usize) {
+    let (mut looks, mut seen) = (0, HashSet::new());
     while !over.load(Ordering::Relaxed) {
         let sums: [i64; 4] = file
             .query_row(
@@ -92,6 +115,7 @@ fn look_at_sums(file: &rusqlite::Connection, over: &AtomicBool) -> u64 {
             "half a transaction: {sums:?}"
         );
         looks += 1;
+        seen.insert(sums[0]);
     }
-    looks
+    (looks, seen.len())
 }

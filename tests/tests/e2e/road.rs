@@ -185,8 +185,11 @@ async fn identities_other_than_the_primary_key_find_the_old_row() {
     replica.until_equal(&database, &tables).await;
 }
 
+/// `ANABRANCH_ROWS=1000000` makes it larger.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_transaction_with_a_subtransaction_rolled_back_arrives_whole() {
+    let rows: u64 =
+        std::env::var("ANABRANCH_ROWS").map_or(150_000, |text| text.parse().expect("a number"));
     for streaming in [false, true] {
         let database = Server::shared().await.database().await;
         database
@@ -201,13 +204,13 @@ async fn a_large_transaction_with_a_subtransaction_rolled_back_arrives_whole() {
                 .set("postgres.url", format!("{}{eager}", database.url()));
         }
         let pair = Pair::of(database, streamer, "t", "SELECT * FROM t WHERE v <> 3").await;
-        pair.after(
+        pair.after(&format!(
             "BEGIN;
-             INSERT INTO t SELECT g, g % 5, repeat('x', 100) FROM generate_series(1, 150000) g;
+             INSERT INTO t SELECT g, g % 5, repeat('x', 100) FROM generate_series(1, {rows}) g;
              SAVEPOINT a; DELETE FROM t WHERE id % 2 = 0; ROLLBACK TO a;
              SAVEPOINT b; UPDATE t SET v = v + 1 WHERE id % 7 = 0; RELEASE b;
-             COMMIT",
-        )
+             COMMIT"
+        ))
         .await;
         pair.after("UPDATE t SET v = v + 1").await;
         pair.after("BEGIN; DELETE FROM t; ROLLBACK").await;

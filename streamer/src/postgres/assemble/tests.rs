@@ -1,13 +1,14 @@
 use std::collections::BTreeMap;
 
 use anabranch_proto::record::{self, ValueRef};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::Rng;
 
 use super::{
     super::pgoutput::encode::{self, Column as Described, Value, text},
     *,
 };
 use crate::{
+    postgres::seed::seeded,
     table::{Collation, Column, Identity, Kind},
     transaction::Old,
 };
@@ -686,9 +687,7 @@ fn it_stops_when_the_engine_is_gone() {
 /// A random order of blocks, rollbacks and commits against a model that keeps lists.
 #[test]
 fn streamed_transactions_in_any_order_equal_a_model_that_keeps_lists() {
-    let seed: u64 = rand::random();
-    println!("seed {seed}");
-    let mut random = StdRng::seed_from_u64(seed);
+    let mut random = seeded();
     for _ in 0..150 {
         let memory_bytes_max = random.random_range(0..3_000);
         let mut fixture = fixture(random.random_range(300..3_000), memory_bytes_max);
@@ -778,9 +777,7 @@ fn streamed_transactions_in_any_order_equal_a_model_that_keeps_lists() {
 fn mutated_streams_never_panic() {
     let rounds: u32 = std::env::var("ANABRANCH_FUZZ_ROUNDS")
         .map_or(200_000, |rounds| rounds.parse().expect("a number"));
-    let seed: u64 = rand::random();
-    println!("seed {seed}");
-    let mut random = StdRng::seed_from_u64(seed);
+    let mut random = seeded();
     let changes = |xid| {
         vec![
             relation_of(xid, 1),

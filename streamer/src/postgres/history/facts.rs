@@ -11,7 +11,7 @@ use aws_lc_rs::rand;
 use super::{Incarnation, Source};
 use crate::{
     mirror::{Error, Mirror},
-    postgres::setup::Membership,
+    postgres::witness::Witness,
     table::Oid,
 };
 
@@ -27,7 +27,7 @@ const NONCE: &str = "history.nonce";
 const PENDING: &str = "history.nonce_pending";
 /// OID of the publication.
 const PUBLICATION: &str = "history.publication";
-/// JSON of a map from the OID of each table to that of its membership in the publication.
+/// JSON of a map from the OID of each table to its [`Witness`].
 const PUBLISHED: &str = "history.published";
 /// Set once the initial copy is complete.
 const COMPLETE: &str = "history.complete";
@@ -45,9 +45,8 @@ pub struct Remembered {
     pub nonces: Vec<String>,
     /// OID of the publication.
     pub publication: Option<u32>,
-    /// OID of each published table, and its membership in the publication: with another one it lacks what was committed
-    /// in between.
-    pub published: BTreeMap<Oid, Membership>,
+    /// OID of each published table, and what tells whether it lacks anything.
+    pub published: BTreeMap<Oid, Witness>,
     /// The initial copy is complete.
     pub complete: bool,
     /// What is durable.
@@ -112,13 +111,18 @@ impl Remembered {
     pub fn published(
         mirror: &mut Mirror,
         publication: Oid,
-        tables: &BTreeMap<Oid, Membership>,
+        tables: &BTreeMap<Oid, Witness>,
     ) -> Result<(), Error> {
         let publication = publication.to_string();
         mirror.set_facts(&[
             (PUBLICATION, Some(&publication)),
             (PUBLISHED, Some(&text(tables)?)),
         ])
+    }
+
+    /// The witnesses of the published tables, as they are now.
+    pub fn witnesses(mirror: &mut Mirror, tables: &BTreeMap<Oid, Witness>) -> Result<(), Error> {
+        mirror.set_facts(&[(PUBLISHED, Some(&text(tables)?))])
     }
 
     /// The initial copy is complete.

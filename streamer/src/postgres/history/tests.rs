@@ -1,7 +1,10 @@
 use anabranch_proto::Position;
 
 use super::*;
-use crate::mirror::{Mirror, Settings};
+use crate::{
+    mirror::{Mirror, Settings},
+    postgres::witness::Witness,
+};
 
 const SLOT: &str = "anabranch";
 
@@ -44,7 +47,7 @@ fn healthy() -> (Observed, Remembered) {
         intent: None,
         nonces: vec!["n1".into()],
         publication: Some(77),
-        published: [(1, 2)].into(),
+        published: [(1, WITNESS)].into(),
         complete: true,
         position: Lsn(0x200),
     };
@@ -55,13 +58,19 @@ fn slot(observed: &mut Observed) -> &mut Slot {
     observed.slot.as_mut().expect("slot")
 }
 
+const WITNESS: Witness = Witness {
+    membership: 2,
+    file: 3,
+    columns: 4,
+};
+
 type Change = fn(&mut Observed, &mut Remembered);
 
 #[test]
 fn what_is_proved_goes_on() {
     let cases: &[(&str, Change)] = &[
-        ("PG-01 clean restart", |_, _| {}),
-        ("PG-02 crash of Postgres, the slot went back", |o, _| {
+        ("clean restart", |_, _| {}),
+        ("crash of Postgres, the slot went back", |o, _| {
             slot(o).confirmed = Some(Lsn(0x100));
         }),
         ("all is confirmed", |o, _| {
@@ -77,7 +86,7 @@ fn what_is_proved_goes_on() {
             r.nonces = vec!["n1".into(), "n2".into()];
             o.continuity = Some("n2".into());
         }),
-        ("PG-37 LSN with its high bits set", |o, r| {
+        ("LSN with its high bits set", |o, r| {
             o.flushed = Lsn(u64::MAX);
             r.position = Lsn(u64::MAX);
             slot(o).confirmed = Some(Lsn(1 << 63));
@@ -98,105 +107,97 @@ fn what_is_proved_goes_on() {
 fn broken_history_is_noticed_and_said() {
     let cases: &[(&str, &str, Change)] = &[
         (
-            "PG-03 somebody else consumed the slot",
+            "somebody else consumed the slot",
             "beyond the mirror's position",
             |o, _| {
                 slot(o).confirmed = Some(Lsn(0x201));
             },
         ),
         (
-            "PG-03 data_dir restored",
+            "data_dir restored",
             "beyond the mirror's position",
             |_, r| {
                 r.position = Lsn(0x17F);
             },
         ),
+        ("slot made again", "beyond the mirror's position", |o, _| {
+            slot(o).confirmed = Some(Lsn(0x2F0));
+        }),
         (
-            "PG-04 slot made again",
-            "beyond the mirror's position",
-            |o, _| {
-                slot(o).confirmed = Some(Lsn(0x2F0));
-            },
-        ),
-        (
-            "PG-04 another slot from before ours",
+            "another slot from before ours",
             "before 0/100, where ours began",
             |o, _| {
                 slot(o).confirmed = Some(Lsn(0xFF));
             },
         ),
-        ("PG-05 slot missing", "slot anabranch is gone", |o, _| {
+        ("slot missing", "slot anabranch is gone", |o, _| {
             o.slot = None
         }),
         (
-            "PG-06 slot lost",
+            "slot lost",
             "invalidated by the server: wal_removed",
             |o, _| {
                 slot(o).lost = Some("wal_removed".into());
             },
         ),
-        ("PG-08 failover without the slot", "timeline 3", |o, _| {
+        ("failover without the slot", "timeline 3", |o, _| {
             o.timeline = 3;
             o.slot = None;
         }),
         (
-            "PG-09 failover that lost commits of ours",
+            "failover that lost commits of ours",
             "timeline 3",
             |o, _| {
                 o.timeline = 3;
                 o.flushed = Lsn(0x1F0);
             },
         ),
-        (
-            "PG-10 failover with the slot behind us",
-            "timeline 3",
-            |o, _| o.timeline = 3,
-        ),
-        ("PG-11 old primary", "left behind by a failover", |o, _| {
+        ("failover with the slot behind us", "timeline 3", |o, _| {
+            o.timeline = 3
+        }),
+        ("old primary", "left behind by a failover", |o, _| {
             o.timeline = 1
         }),
-        ("PG-12 restore to a point in time", "timeline 3", |o, _| {
+        ("restore to a point in time", "timeline 3", |o, _| {
             o.timeline = 3;
             o.flushed = Lsn(0x150);
         }),
         (
-            "PG-12 WAL ends before our position",
+            "WAL ends before our position",
             "put back to an earlier state",
             |o, _| {
                 o.flushed = Lsn(0x1FF);
             },
         ),
         (
-            "PG-13 disk put back, same timeline, LSNs written anew",
+            "disk put back, same timeline, LSNs written anew",
             "nonce in anabranch.streamers",
             |o, _| {
                 o.continuity = Some("n0".into());
             },
         ),
         (
-            "PG-13 disk put back to before our row",
+            "disk put back to before our row",
             "row of anabranch.streamers is gone",
             |o, _| {
                 o.continuity = None;
             },
         ),
         (
-            "ST-12 a second streamer claimed our slot",
+            "a second streamer claimed our slot",
             "nonce in anabranch.streamers",
             |o, r| {
                 o.continuity = Some("other".into());
                 r.nonces = vec!["n1".into(), "n2".into()];
             },
         ),
-        ("PG-14 restored from a dump", "another cluster", |o, _| {
+        ("restored from a dump", "another cluster", |o, _| {
             o.system = 8;
             o.slot = None;
         }),
-        (
-            "PG-15, PG-16 upgraded with slots kept",
-            "another cluster",
-            |o, _| o.system = 8,
-        ),
+        ("upgraded with slots kept", "another cluster", |o, _| {
+            o.system = 8
+        }),
         (
             "database created again from a dump",
             "another database",
@@ -235,16 +236,12 @@ fn broken_history_is_noticed_and_said() {
         ("facts lost", "does not say which slot", |_, r| {
             r.slot = None
         }),
-        (
-            "DD-01 publication dropped",
-            "publication was dropped",
-            |o, _| o.publication = None,
-        ),
-        (
-            "DD-01 publication created again",
-            "created again",
-            |o, _| o.publication = Some(78),
-        ),
+        ("publication dropped", "publication was dropped", |o, _| {
+            o.publication = None
+        }),
+        ("publication created again", "created again", |o, _| {
+            o.publication = Some(78)
+        }),
     ];
     for (name, expected, change) in cases {
         let (mut observed, mut remembered) = healthy();
@@ -262,12 +259,12 @@ fn broken_history_is_noticed_and_said() {
 #[test]
 fn what_may_pass_is_waited_for() {
     let cases: &[(&str, Change)] = &[
-        ("PG-11 standby", |o, _| o.in_recovery = true),
-        ("PG-17 standby that will be promoted", |o, _| {
+        ("standby", |o, _| o.in_recovery = true),
+        ("standby that will be promoted", |o, _| {
             o.in_recovery = true;
             o.timeline = 1;
         }),
-        ("PG-26 slot active", |o, _| slot(o).active_pid = Some(4711)),
+        ("slot active", |o, _| slot(o).active_pid = Some(4711)),
         (
             "killed in the initial copy, its walsender still there",
             |o, r| {
@@ -471,13 +468,13 @@ fn no_kill_forgets_what_may_be_in_the_database() {
     mirror
         .begin_epoch(source.epoch(), None, Lsn(0x100))
         .expect("epoch");
-    Remembered::published(&mut mirror, 77, &[(1, 2)].into()).expect("published");
+    Remembered::published(&mut mirror, 77, &[(1, WITNESS)].into()).expect("published");
     Remembered::completed(&mut mirror).expect("completed");
     let second = Remembered::begin_renewal(&mut mirror).expect("renewal");
     let (mut mirror, remembered) = again(mirror);
     assert!(remembered.complete);
     assert_eq!(remembered.publication, Some(77));
-    assert_eq!(remembered.published, [(1, 2)].into());
+    assert_eq!(remembered.published, [(1, WITNESS)].into());
     assert_eq!(remembered.position, Lsn(0x100));
     assert!(remembered.knows(Some(&first.to)) && remembered.knows(Some(&second.to)));
 

@@ -1,21 +1,14 @@
 use pg_walstream::protocol::{LogicalReplicationMessage as Theirs, LogicalReplicationParser};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::{Rng, rngs::StdRng};
 
 use super::{encode::Writer, *};
+use crate::postgres::seed::seeded;
 
 /// Rounds of the tests that throw bytes at the decoder.
 fn rounds() -> u64 {
     std::env::var("ANABRANCH_FUZZ_ROUNDS")
         .map(|rounds| rounds.parse().expect("ANABRANCH_FUZZ_ROUNDS is a number"))
         .unwrap_or(200_000)
-}
-
-fn seeded() -> StdRng {
-    let seed = std::env::var("ANABRANCH_SEED")
-        .map(|seed| seed.parse().expect("ANABRANCH_SEED is a number"))
-        .unwrap_or_else(|_| rand::random());
-    println!("ANABRANCH_SEED={seed}");
-    StdRng::seed_from_u64(seed)
 }
 
 fn any_text(random: &mut StdRng) -> String {

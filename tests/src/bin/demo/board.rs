@@ -14,7 +14,7 @@ pub fn print(edges: &[Edge], again: bool) {
     );
     for edge in edges {
         let mut seen = edge.seen();
-        seen.lags.sort_by(f64::total_cmp);
+        seen.lags.make_contiguous().sort_by(f64::total_cmp);
         let at = |part: f64| match seen.lags.len() {
             0 => "–".to_owned(),
             count => format!("{:.1} ms", seen.lags[((count - 1) as f64 * part) as usize]),

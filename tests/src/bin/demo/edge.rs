@@ -1,6 +1,7 @@
 //! A replica of the demo: its process, the proxy that counts its bytes, and the eye on its file.
 
 use std::{
+    collections::VecDeque,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -20,7 +21,7 @@ use crate::data::Place;
 /// How often the file is looked at: half of it is part of every lag.
 const LOOK_EVERY: Duration = Duration::from_millis(4);
 
-/// Lags that are kept for the percentiles.
+/// Lags that are kept for the percentiles: the last ones, so that the board shows what is now.
 const LAGS_MAX: usize = 5_000;
 
 pub struct Edge {
@@ -38,7 +39,7 @@ pub struct Seen {
     /// `_anabranch_status.lsn`.
     pub position: String,
     /// From Postgres' commit to the first look that saw it, in milliseconds.
-    pub lags: Vec<f64>,
+    pub lags: VecDeque<f64>,
 }
 
 impl Edge {
@@ -92,8 +93,11 @@ impl Edge {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
                 if made > last {
                     let mut seen = lock(&seen);
-                    if last > 0.0 && seen.lags.len() < LAGS_MAX {
-                        seen.lags.push((now - made) * 1e3);
+                    if last > 0.0 {
+                        if seen.lags.len() == LAGS_MAX {
+                            seen.lags.pop_front();
+                        }
+                        seen.lags.push_back((now - made) * 1e3);
                     }
                     last = made;
                 }

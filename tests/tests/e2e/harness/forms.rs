@@ -1,4 +1,4 @@
-//! Oracles print values as DESIGN.md says that they look, checked against examples written by hand.
+//! Oracles print values as the README says that they look, checked against examples written by hand.
 
 use anabranch_tests::{
     oracle::{
