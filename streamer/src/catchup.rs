@@ -29,7 +29,7 @@ use bytes::Bytes;
 
 use crate::{
     delta::{self, Op},
-    mirror::{Error, Key, Keys, Place, Reader, Standing},
+    mirror::{Error, Key, Keys, Place, Reader},
     table::{Oid, Table},
 };
 
@@ -87,8 +87,10 @@ pub enum Round {
 struct Walk {
     /// What the first round found; a later one that finds otherwise has lost its footing.
     histories: i64,
-    /// The same, of each table; `None` while the mirror is being filled.
-    standings: Option<Vec<Standing>>,
+    /// The mirror was filled in the last round.
+    filled: bool,
+    /// Of each item: the copy that its rows come from. `None`: it was not begun yet.
+    copies: Vec<Option<i64>>,
     /// Of each item.
     ranges: Vec<Ranges>,
     /// The next round goes on behind this key (`None`: at the first) of this item.
@@ -173,7 +175,7 @@ impl Catchup {
             reader.forget_collected()?;
             walk.collected = None;
         }
-        let filling = walk.standings.is_none();
+        let filling = !walk.filled;
         self.walk = Some(walk);
         Ok(match complete {
             false => Round::More,
@@ -184,11 +186,9 @@ impl Catchup {
 
     fn start(&self, reader: &Reader) -> Result<Walk, Error> {
         let filled = is_filled(reader)?;
-        let standings = if filled {
-            Some(self.standings(reader)?)
-        } else {
-            None
-        };
+        if filled {
+            self.check_ready(reader)?;
+        }
         let at = reader.snapshot()?.position;
         let mut ranges = Vec::new();
         for Item { view, from } in &self.items {
@@ -205,7 +205,8 @@ impl Catchup {
         }
         Ok(Walk {
             histories: reader.snapshot()?.histories,
-            standings,
+            filled,
+            copies: vec![None; self.items.len()],
             ranges,
             item: 0,
             after: None,
@@ -213,46 +214,45 @@ impl Catchup {
         })
     }
 
-    /// Of tables that can be served.
-    fn standings(&self, reader: &Reader) -> Result<Vec<Standing>, Error> {
+    /// In a mirror that is filled, all tables can be served.
+    fn check_ready(&self, reader: &Reader) -> Result<(), Error> {
         let at = reader.snapshot()?.position;
-        let standing = |item: &Item| {
+        for item in &self.items {
             let table = item.view.table();
             match reader.standing(table.oid)? {
-                Some(standing) if standing.copied && standing.floor <= at.lsn => Ok(standing),
-                _ => Err(Error::NotReady(table.full_name())),
+                Some(standing) if standing.copied && standing.floor <= at.lsn => {}
+                _ => return Err(Error::NotReady(table.full_name())),
             }
-        };
-        self.items.iter().map(standing).collect()
+        }
+        Ok(())
     }
 
     /// What earlier rounds gave out still means what it meant, and the change index still has what is missing.
     fn check(&self, walk: &mut Walk, reader: &Reader) -> Result<(), Error> {
         let snapshot = reader.snapshot()?;
-        let begins = walk.standings.is_none() && is_filled(reader)?;
-        if begins {
+        let was_filled = walk.filled;
+        if !walk.filled && is_filled(reader)? {
             // The first history counts as one; another one was not that of these rows.
             walk.histories += 1;
-            walk.standings = Some(self.standings(reader)?);
+            walk.filled = true;
+            self.check_ready(reader)?;
         }
         for (place, item) in self.items.iter().enumerate() {
             let table = item.view.table();
             let standing = reader.standing(table.oid)?;
-            let (held, oldest) = (&walk.standings, walk.ranges[place].oldest());
-            let is_same = match (held, standing) {
-                (Some(held), Some(standing)) => standing.is_same_copy(&held[place]),
-                (Some(_), None) => false,
-                // While it is filled, rows only come.
-                (None, _) => true,
-            };
+            let oldest = walk.ranges[place].oldest();
+            let copy = standing.map(|standing| standing.copy);
+            // The change index has nothing of what happened between two copies.
+            let copied_anew = walk.copies[place].is_some() && walk.copies[place] != copy;
+            walk.copies[place] = copy;
             // A copy that was stopped is emptied: rows that were given out before are not told to go.
-            let emptied = (begins || held.is_none())
+            let emptied = !was_filled
                 && standing.is_some_and(|standing| standing.stopped)
                 && oldest.is_some();
             if snapshot.histories != walk.histories
                 || oldest.is_some_and(|oldest| oldest + 1 < snapshot.first)
                 || standing.is_some_and(|standing| standing.version != table.version)
-                || !is_same
+                || copied_anew
                 || emptied
             {
                 return Err(Error::OutOfReach(table.full_name()));
@@ -290,7 +290,7 @@ impl Catchup {
         after: Option<Key>,
         turn: &mut Turn<'_>,
     ) -> Result<bool, Error> {
-        if walk.standings.is_some() {
+        if walk.filled {
             return self.bring(walk, item, after, None, turn);
         }
         let table = self.items[item].view.table().oid;

@@ -57,9 +57,10 @@ impl Mirror {
         self.alone(|mirror| {
             let integer_key = table.integer_key().is_some();
             schema::create_rows(&mirror.sqlite, table.oid, integer_key, rows.has_identity())?;
+            (mirror.sqlite).execute("UPDATE state SET copies = copies + 1", [])?;
             mirror.sqlite.execute(
-                "INSERT OR REPLACE INTO tables(oid, version, schema, state, open, floor, replaced, reach)
-                 VALUES(?1, ?2, ?3, ?4, 0, 0, ?5, 0)",
+                "INSERT OR REPLACE INTO tables(oid, version, schema, state, open, floor, copy, replaced, reach)
+                 VALUES(?1, ?2, ?3, ?4, 0, 0, (SELECT copies FROM state), ?5, 0)",
                 (
                     table.oid,
                     table.version,

@@ -46,7 +46,7 @@ use bytes::Bytes;
 use foldhash::fast::FixedState;
 use rusqlite::Connection;
 
-pub(crate) use self::reader::{Keys, Place, Standing};
+pub(crate) use self::reader::{Keys, Place};
 use self::{checkpoint::Checkpoint, index::Index, rows::Rows, transaction::Large};
 pub use self::{
     error::Error,

@@ -45,18 +45,12 @@ pub(crate) struct Standing {
     pub open: bool,
     /// It is not followed any more.
     pub stopped: bool,
+    /// The number of the copy that its rows come from.
+    pub copy: i64,
     pub floor: Lsn,
     /// The lowest position from which the change index has it.
     pub reach: Lsn,
     pub version: u32,
-}
-
-impl Standing {
-    /// The rows are those of the same copy, and the change index has all that happened to them since.
-    pub fn is_same_copy(&self, other: &Standing) -> bool {
-        (self.copied, self.floor, self.reach, self.version)
-            == (other.copied, other.floor, other.reach, other.version)
-    }
 }
 
 /// A range of keys: above `after`, up to and with `upto`.
@@ -179,7 +173,7 @@ impl Reader {
         Ok(self
             .sqlite
             .prepare_cached(
-                "SELECT state, open, floor, version, reach, stopped FROM tables WHERE oid = ?1",
+                "SELECT state, open, floor, version, reach, stopped, copy FROM tables WHERE oid = ?1",
             )?
             .query_row([table], |row| {
                 Ok(Standing {
@@ -189,6 +183,7 @@ impl Reader {
                     version: row.get(3)?,
                     reach: Lsn(row.get::<_, i64>(4)? as u64),
                     stopped: row.get::<_, Option<i64>>(5)?.is_some(),
+                    copy: row.get(6)?,
                 })
             })
             .optional()?)

@@ -2,7 +2,7 @@
 //!
 //! | table            | what                                                                                    |
 //! |------------------|-----------------------------------------------------------------------------------------|
-//! | `state`          | one row: the position, where the change index begins, how many histories there were     |
+//! | `state`          | one row: the position, where the change index begins, how many histories and copies were |
 //! | `fact`           | small durable facts by name                                                             |
 //! | `tables`         | the published tables: schema as JSON, state, floor                                      |
 //! | `rows_<oid>`     | the rows of one: `k` the key, `r` the row's record as it came                           |
@@ -13,9 +13,9 @@
 //! | `segment`        | segments of the change index: `first` ordinal, bytes, time of the first commit          |
 //! | `changes_<n>`    | one: what rows were before a transaction; `old` is NULL where there was none            |
 //!
-//! `tables.open`: readers may look at it although its copy is not complete (see `copy`). `tables.replaced`: the copy began
-//! when there were replicas, which may have the table from before. `tables.reach`: the lowest position from which the
-//! change index has all that happened to it.
+//! `tables.open`: readers may look at it although its copy is not complete (see `copy`). `tables.copy`: the number of the
+//! copy, which no other one has. `tables.replaced`: it began when there were replicas, which may have the table from before.
+//! `tables.reach`: the lowest position from which the change index has all that happened to it.
 //!
 //! LSNs and epochs are unsigned 64-bit numbers kept in SQLite's signed ones, bit by bit; so they are compared here,
 //! in Rust, and never by SQLite.
@@ -54,14 +54,15 @@ const WAL_KEPT_BYTES: i64 = 256 * 1024 * 1024;
 const TABLES: &str = "
     CREATE TABLE state(
         one INTEGER PRIMARY KEY CHECK (one = 1),
-        epoch INTEGER NOT NULL, lsn INTEGER NOT NULL, index_floor INTEGER NOT NULL, histories INTEGER NOT NULL
+        epoch INTEGER NOT NULL, lsn INTEGER NOT NULL, index_floor INTEGER NOT NULL, histories INTEGER NOT NULL,
+        copies INTEGER NOT NULL
     );
-    INSERT INTO state VALUES(1, 0, 0, 0, 0);
+    INSERT INTO state VALUES(1, 0, 0, 0, 0, 0);
     CREATE TABLE fact(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE tables(
         oid INTEGER PRIMARY KEY, version INTEGER NOT NULL, schema TEXT NOT NULL,
         state INTEGER NOT NULL, open INTEGER NOT NULL, floor INTEGER NOT NULL, stopped INTEGER, reason TEXT,
-        replaced INTEGER NOT NULL, reach INTEGER NOT NULL
+        copy INTEGER NOT NULL, replaced INTEGER NOT NULL, reach INTEGER NOT NULL
     );
     CREATE TABLE epoch(
         id INTEGER PRIMARY KEY, began INTEGER NOT NULL, first INTEGER NOT NULL, parent INTEGER, parent_left INTEGER
@@ -242,13 +243,19 @@ pub(super) fn clear(sqlite: &Connection) -> Result<(), rusqlite::Error> {
         .prepare("SELECT name FROM sqlite_schema WHERE type = 'table'")?
         .query_map([], |row| row.get(0))?
         .collect::<Result<_, _>>()?;
-    let histories: i64 = sqlite.query_row("SELECT histories FROM state", [], |row| row.get(0))?;
+    let (histories, copies): (i64, i64) =
+        sqlite.query_row("SELECT histories, copies FROM state", [], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })?;
     for table in tables {
         sqlite.execute_batch(&format!("DROP TABLE {table}"))?;
     }
     sqlite.execute_batch(TABLES)?;
     // Goes on counting, so that a catch-up that is under way notices.
-    sqlite.execute("UPDATE state SET histories = ?1", [histories + 1])?;
+    sqlite.execute(
+        "UPDATE state SET histories = ?1, copies = ?2",
+        [histories + 1, copies],
+    )?;
     Ok(())
 }
 

@@ -585,6 +585,35 @@ fn a_catch_up_whose_history_goes_away_must_start_again() {
     }
 }
 
+/// A replica that took rows while the mirror was filled, and came back when the table had been copied anew.
+#[test]
+fn a_catch_up_does_not_go_on_from_the_first_copy_in_a_later_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut mirror = Mirror::open(&settings(&directory)).unwrap();
+    mirror.sample_rows = 1;
+    mirror.begin_copy(&simple(1)).unwrap();
+    mirror.copy_rows(1, &[row(1, "a"), row(2, "b")]).unwrap();
+    let mut reader = mirror.reader().unwrap();
+    let mut catchup = Catchup::new(vec![item(1, None)]);
+    reader.begin().unwrap();
+    let mut given = 0;
+    let round = catchup.round(&mut reader, 1000, &mut |_, _| given += 1);
+    assert_eq!((round.unwrap(), given), (Round::Filling, 2));
+    reader.end();
+
+    mirror.end_copy(1, Lsn(100)).unwrap();
+    mirror.begin_epoch(EPOCH, None, Lsn(100)).unwrap();
+    // No entry of the change index tells that row 1 is gone and row 2 another.
+    mirror.begin_copy(&simple(1)).unwrap();
+    mirror.copy_rows(1, &[row(2, "c")]).unwrap();
+    mirror.end_copy(1, Lsn(200)).unwrap();
+    mirror.advance(Lsn(200)).unwrap();
+    mirror.commit().unwrap();
+    reader.begin().unwrap();
+    let round = catchup.round(&mut reader, 1000, &mut |_, _| panic!());
+    assert!(matches!(round, Err(Error::OutOfReach(_))), "{round:?}");
+}
+
 #[test]
 fn a_row_that_changes_all_the_time_does_not_keep_a_catch_up_from_its_end() {
     let directory = tempfile::tempdir().unwrap();

@@ -733,14 +733,16 @@ fn check_nets(tables: &[Arc<Table>], applied: &Applied, before: &Tables, after: 
     assert_eq!(found, expected);
 }
 
-/// Random histories, with kills, lost connections, repeated copies, trimming and replicas that catch up meanwhile.
+/// Random histories, with kills, lost connections, repeated copies, trimming and replicas that catch up meanwhile:
+/// `ANABRANCH_HISTORIES` of them, 60 if it is not set.
 #[test]
 fn whatever_happens_the_mirror_and_its_replicas_equal_the_source() {
     let seeds = match std::env::var("ANABRANCH_SEED") {
         Ok(seed) => vec![seed.parse().unwrap()],
         Err(_) => {
+            let histories = std::env::var("ANABRANCH_HISTORIES").map_or(60, |n| n.parse().unwrap());
             let first: u64 = rand::rng().random();
-            (0..60).map(|n| first.wrapping_add(n)).collect()
+            (0..histories).map(|n| first.wrapping_add(n)).collect()
         }
     };
     let (mut completed, mut reset) = (0, 0);
