@@ -60,6 +60,7 @@ impl Encoder {
                     })
                 })
                 .collect(),
+            ..v1::Table::default()
         };
         let bytes = table.columns.len() * 64;
         self.push(v1::element::Kind::Table(declared), bytes);
@@ -193,6 +194,7 @@ fn declare(column: &Column, key_position: u32) -> v1::Column {
         // A NaN is NULL in SQLite.
         not_null: column.not_null && storage != v1::Storage::Real,
         key_position,
+        ..v1::Column::default()
     }
 }
 

@@ -211,6 +211,15 @@ impl v1::anabranch_server::Anabranch for Service {
         });
         Ok(Response::new(Downward { messages, ended }))
     }
+
+    type WriteStream = tokio_stream::Empty<Result<v1::WriteDown, Status>>;
+
+    async fn write(
+        &self,
+        _request: Request<Streaming<v1::WriteUp>>,
+    ) -> Result<Response<Self::WriteStream>, Status> {
+        Err(Status::unimplemented("no shape is writable here"))
+    }
 }
 
 /// The messages of a session, then the status that ends its call.

@@ -295,6 +295,7 @@ mod tests {
             storage: storage.into(),
             not_null: false,
             key_position,
+            ..v1::Column::default()
         }
     }
 
@@ -305,6 +306,7 @@ mod tests {
             name: "t".into(),
             columns,
             indexes: vec![],
+            ..v1::Table::default()
         }
     }
 

@@ -128,6 +128,17 @@ struct Service {
 
 #[tonic::async_trait]
 impl Anabranch for Service {
+    type WriteStream = tokio_stream::Empty<Result<v1::WriteDown, tonic::Status>>;
+
+    async fn write(
+        &self,
+        _request: Request<Streaming<v1::WriteUp>>,
+    ) -> Result<Response<Self::WriteStream>, tonic::Status> {
+        Err(tonic::Status::unimplemented(
+            "this streamer takes no writes",
+        ))
+    }
+
     type ReplicateStream = Pin<Box<dyn Stream<Item = Result<v1::Down, tonic::Status>> + Send>>;
 
     async fn replicate(
@@ -251,6 +262,7 @@ pub fn table() -> v1::Element {
         storage: storage as i32,
         not_null: key_position > 0,
         key_position,
+        ..v1::Column::default()
     };
     element(Kind::Table(v1::Table {
         id: 1,
@@ -261,6 +273,7 @@ pub fn table() -> v1::Element {
             column("body", "text", v1::Storage::Text, 0),
         ],
         indexes: vec![],
+        ..v1::Table::default()
     }))
 }
 

@@ -146,9 +146,11 @@ pub fn declared(id: u32, name: &str, columns: &[(&str, v1::Storage, u32)]) -> v1
                 storage: storage.into(),
                 not_null: false,
                 key_position,
+                ..v1::Column::default()
             })
             .collect(),
         indexes: vec![],
+        ..v1::Table::default()
     }
 }
 
