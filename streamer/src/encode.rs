@@ -9,8 +9,10 @@ use anabranch_proto::{MESSAGE_BYTES_TARGET, Position, ops, v1};
 use bytes::{Bytes, BytesMut};
 
 use crate::{
+    config::Conflict,
     delta::Op,
     engine::Source,
+    receipts,
     table::{Column, Table},
 };
 
@@ -34,8 +36,15 @@ impl Encoder {
         self.push(v1::element::Kind::Begin(v1::Begin { first, reset }), 0);
     }
 
-    /// Declares a table with the columns at `columns`.
-    pub fn table(&mut self, id: u32, table: &Table, columns: &[usize]) {
+    /// Declares a table with the columns at `columns`. `rules`: of all its columns, if it is writable.
+    pub fn table(
+        &mut self,
+        id: u32,
+        table: &Table,
+        columns: &[usize],
+        writable: bool,
+        rules: Option<&[Conflict]>,
+    ) {
         let place = |column: &usize| columns.iter().position(|other| other == column);
         let key_position = |column: usize| {
             let at = table.key.iter().position(|key| *key == column);
@@ -47,7 +56,10 @@ impl Encoder {
             name: table.name.clone(),
             columns: columns
                 .iter()
-                .map(|at| declare(&table.columns[*at], key_position(*at)))
+                .map(|at| v1::Column {
+                    conflict: conflict(rules.and_then(|rules| rules.get(*at))).into(),
+                    ..declare(&table.columns[*at], key_position(*at))
+                })
                 .collect(),
             indexes: table
                 .indexes
@@ -60,7 +72,8 @@ impl Encoder {
                     })
                 })
                 .collect(),
-            ..v1::Table::default()
+            purpose: receipts::purpose(table).into(),
+            writable,
         };
         let bytes = table.columns.len() * 64;
         self.push(v1::element::Kind::Table(declared), bytes);
@@ -182,6 +195,15 @@ impl Encoder {
         self.elements.push(v1::Element {
             kind: Some(v1::element::Kind::Rows(rows)),
         });
+    }
+}
+
+fn conflict(rule: Option<&Conflict>) -> v1::Conflict {
+    match rule {
+        None | Some(Conflict::LastWrite) => v1::Conflict::LastWrite,
+        Some(Conflict::FirstWrite) => v1::Conflict::FirstWrite,
+        Some(Conflict::Add) => v1::Conflict::Add,
+        Some(Conflict::Function(..)) => v1::Conflict::Function,
     }
 }
 

@@ -323,11 +323,13 @@ mod tests {
                 name: "team".into(),
                 params: BTreeMap::from([("team".into(), team_of_token)]),
                 tables: vec!["SELECT * FROM t WHERE team = $team".into()],
+                writable: Vec::new(),
             },
             Source {
                 name: "large".into(),
                 params: BTreeMap::new(),
                 tables: vec!["SELECT * FROM t WHERE v > 10".into()],
+                writable: Vec::new(),
             },
         ];
         let shapes = shape::compile(&sources, std::slice::from_ref(table)).unwrap();

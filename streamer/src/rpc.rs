@@ -25,6 +25,8 @@ use crate::{
     auth::{Principal, Verifier},
     engine::{Inputs, Progress},
     metrics::Metrics,
+    receipts,
+    rules::Rules,
     session::{Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total},
     shape::{BindError, Bound, Shape},
     token,
@@ -45,6 +47,10 @@ pub struct Core {
     pub verifier: Arc<Verifier>,
     /// The defined shapes.
     pub shapes: Vec<Shape>,
+    /// How replicas get their receipts; `None`: no shape takes writes.
+    pub receipts: Option<Shape>,
+    /// How conflicting writes are settled.
+    pub rules: Rules,
     /// Makes and checks resume tokens.
     pub token_key: token::Key,
     /// The engine.
@@ -105,8 +111,17 @@ impl Service {
                 "replica_id must be 1 to 64 of [A-Za-z0-9_-]",
             ));
         }
-        let bounds = self.bind(principal, &hello.subscriptions)?;
-        let views = TableView::of(&bounds)
+        let mut bounds = self.bind(principal, &hello.subscriptions)?;
+        if let Some(shape) = &core.receipts {
+            let receipts = receipts::bind(shape, &hello.replica_id, principal.subject.as_deref())
+                .map_err(|error| Status::internal(error.to_string()))?;
+            bounds.extend(
+                receipts
+                    .into_iter()
+                    .map(|bound| (shape.name.clone(), bound)),
+            );
+        }
+        let views = TableView::of(&bounds, &core.rules)
             .map_err(|differ| Status::failed_precondition(differ.to_string()))?;
         let holder = core
             .token_key

@@ -265,6 +265,8 @@ impl Parts<'_> {
         let core = rpc::Core {
             verifier: self.shared.verifier.clone(),
             shapes: opening.shapes,
+            receipts: opening.receipts,
+            rules: opening.rules,
             token_key: opening.token_key,
             inputs: self.inputs.clone(),
             progress: self.progress.clone(),

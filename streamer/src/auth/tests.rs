@@ -77,6 +77,7 @@ fn config(key: config::JwtKey) -> config::Auth {
             audience: vec!["anabranch".into(), "other".into()],
             issuer: Some("https://issuer".into()),
         }),
+        role: None,
     }
 }
 

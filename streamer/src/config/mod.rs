@@ -2,12 +2,13 @@
 //! to start, with file, line, field and what would be right; all of them at once where possible.
 //!
 //! What this version does not do is refused by name rather than accepted and ignored: nobody shall believe that a
-//! table takes writes, or that a client certificate is asked for, because the config says so.
+//! client certificate is asked for because the config says so.
 //! Secrets are held in [`Secret`]s and in `Target`, which never print them. Paths are relative to the working directory.
 
 mod memory;
 mod read;
 mod tree;
+mod writes;
 
 use std::{
     collections::BTreeMap,
@@ -18,6 +19,7 @@ use std::{
 
 pub use memory::Memory;
 use tree::{Complaint, Complaints, Origin};
+pub use writes::{Conflict, Policies, Policy, Role};
 
 use crate::{mirror, postgres::target::Target, shape};
 
@@ -68,6 +70,8 @@ pub struct Config {
     pub auth: Auth,
     /// What may be subscribed to, by name.
     pub shapes: Vec<shape::Source>,
+    /// How conflicting writes are settled.
+    pub policies: Policies,
     /// What is worth saying although it is allowed.
     pub warnings: Vec<String>,
     /// Where each SELECT of `shapes` is written.
@@ -98,6 +102,8 @@ pub struct Tls {
 pub struct Postgres {
     /// `url`.
     pub target: Target,
+    /// `write_url`, or else `url`: where local writes go.
+    pub write_target: Target,
     /// `publication`.
     pub publication: String,
     /// `slot`.
@@ -113,6 +119,8 @@ pub struct Auth {
     pub tokens: Vec<StaticToken>,
     /// `jwt`.
     pub jwt: Option<Jwt>,
+    /// `role`.
+    pub role: Option<Role>,
 }
 
 /// A token that is written in the config.
@@ -302,6 +310,13 @@ impl Config {
                     .collect(),
             )),
         }
+    }
+
+    /// Whether any shape takes local writes.
+    pub fn takes_writes(&self) -> bool {
+        self.shapes
+            .iter()
+            .any(|shape| shape.writable.contains(&true))
     }
 
     /// How memory is divided.

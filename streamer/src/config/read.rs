@@ -8,14 +8,13 @@ use std::{
 
 use super::{
     Auth, Config, Jwt, JwtKey, Postgres, Secret, SqlPlace, StaticToken, Tls, memory,
-    tree::{self, Complaints, Entry, Node, Origin, Section, Text, Value},
+    tree::{self, Complaints, Entry, Node, Origin, Section, Text},
+    writes::{self, Policies},
 };
 use crate::{
     postgres::target::Target,
-    shape::{ParamSource, Source},
+    shape::{self, ParamSource, Source},
 };
-
-const UNSUPPORTED_WRITES: &str = "writes are not supported by this version yet";
 
 const ROOTS: [&str; 12] = [
     "listen",
@@ -33,7 +32,7 @@ const ROOTS: [&str; 12] = [
 ];
 
 /// Names are at most as long as Postgres' own.
-const NAME_BYTES_MAX: usize = 63;
+pub(super) const NAME_BYTES_MAX: usize = 63;
 
 /// A static token is typed by hand, but must not be guessed at once: it is for development, not for children.
 const TOKEN_BYTES_MIN: usize = 4;
@@ -109,9 +108,10 @@ pub(super) fn config(
         Some(section) => shapes(section, path, text, complaints),
         None => Default::default(),
     };
-    if let Some(section) = root.section("table") {
-        tables(section, complaints);
-    }
+    let policies = match root.section("table") {
+        Some(section) => writes::policies(section, complaints),
+        None => Policies::default(),
+    };
     root.finish();
 
     if auth.tokens.is_empty() && auth.jwt.is_none() {
@@ -137,6 +137,7 @@ pub(super) fn config(
         postgres: postgres?,
         auth,
         shapes,
+        policies,
         warnings,
         places,
         files: files.into(),
@@ -236,16 +237,8 @@ fn postgres(mut section: Section<'_>) -> Option<Postgres> {
         let message = "is missing: postgres://USER@HOST:PORT/DATABASE";
         section.complain(&origin, "url", message);
     }
-    let target = section
-        .text("url")
-        .and_then(|Text { text, origin }| match Target::parse(&text) {
-            Ok(target) => Some(target),
-            Err(reason) => {
-                section.complain(&origin, "url", reason);
-                None
-            }
-        });
-    unsupported(&mut section, "write_url", UNSUPPORTED_WRITES);
+    let target = target_of(&mut section, "url");
+    let write_target = target_of(&mut section, "write_url").or_else(|| target.clone());
     let publication = match section.text("publication") {
         None => super::PUBLICATION_DEFAULT.to_owned(),
         Some(Text { text, origin }) => {
@@ -271,10 +264,22 @@ fn postgres(mut section: Section<'_>) -> Option<Postgres> {
     section.finish();
     Some(Postgres {
         target: target?,
+        write_target: write_target?,
         publication,
         slot,
         streaming,
     })
+}
+
+fn target_of(section: &mut Section<'_>, key: &'static str) -> Option<Target> {
+    let Text { text, origin } = section.text(key)?;
+    match Target::parse(&text) {
+        Ok(target) => Some(target),
+        Err(reason) => {
+            section.complain(&origin, key, reason);
+            None
+        }
+    }
 }
 
 fn auth(mut section: Section<'_>, loopback: bool, complaints: &Complaints) -> Auth {
@@ -311,9 +316,11 @@ fn auth(mut section: Section<'_>, loopback: bool, complaints: &Complaints) -> Au
     let jwt = section
         .section("jwt")
         .and_then(|jwt| self::jwt(jwt, complaints));
-    unsupported(&mut section, "role", UNSUPPORTED_WRITES);
+    let role = section
+        .section("role")
+        .and_then(|role| writes::role(role, complaints));
     section.finish();
-    Auth { tokens, jwt }
+    Auth { tokens, jwt, role }
 }
 
 fn static_token(mut section: Section<'_>, complaints: &Complaints) -> Option<StaticToken> {
@@ -450,30 +457,52 @@ fn shape(
             tables.push(text);
         }
     }
-    if let Some(node) = section.take("writable") {
-        let origin = node.origin.clone();
-        match tree::json(node, &section.field("writable"), complaints) {
-            Some(serde_json::Value::Bool(false)) => {}
-            Some(serde_json::Value::Bool(true)) => {
-                section.complain(&origin, "writable", UNSUPPORTED_WRITES);
-            }
-            Some(serde_json::Value::Array(items)) if items.iter().all(|item| item.is_string()) => {
-                section.complain(&origin, "writable", UNSUPPORTED_WRITES);
-            }
-            _ => section.complain(
-                &origin,
-                "writable",
-                "must be true, false or a list of tables",
-            ),
-        }
-    }
+    let writable = match section.take("writable") {
+        Some(node) => writable(node, &section.field("writable"), &tables, complaints),
+        None => vec![false; tables.len()],
+    };
     section.finish();
     let source = Source {
         name,
         params,
         tables,
+        writable,
     };
     (source, places)
+}
+
+/// Which of a shape's SELECTs may be written: all, none, or those over the tables that are named.
+fn writable(node: Node, field: &str, tables: &[String], complaints: &Complaints) -> Vec<bool> {
+    const FORM: &str =
+        "must be true, false or a list of tables, such as [\"issues\", \"other.notes\"]";
+    let origin = node.origin.clone();
+    let mut all = vec![false; tables.len()];
+    match tree::json(node, field, complaints) {
+        Some(serde_json::Value::Bool(is)) => all.fill(is),
+        Some(serde_json::Value::Array(items)) => {
+            for item in items {
+                let Some(name) = item.as_str() else {
+                    complaints.add(&origin, field, FORM);
+                    continue;
+                };
+                let wanted = writes::qualified(name);
+                let is_of = |sql: &String| shape::table_named(sql).as_ref() == Some(&wanted);
+                match tables.iter().position(is_of) {
+                    Some(at) => all[at] = true,
+                    // SQL that can't be read is complained of elsewhere.
+                    None if tables.iter().any(|sql| shape::table_named(sql).is_none()) => {}
+                    None => complaints.add(
+                        &origin,
+                        field,
+                        format!("names `{name}`, and no SELECT of this shape is over that table"),
+                    ),
+                }
+            }
+        }
+        Some(_) => complaints.add(&origin, field, FORM),
+        None => {}
+    }
+    all
 }
 
 fn sql_place(path: &Path, file: &str, origin: Origin) -> SqlPlace {
@@ -519,44 +548,4 @@ fn params(mut section: Section<'_>, complaints: &Complaints) -> BTreeMap<String,
         params.extend(source.map(|source| (name, source)));
     }
     params
-}
-
-/// `[table."schema.name"]`: how conflicting writes are settled. The form is checked; having one is refused.
-fn tables(mut section: Section<'_>, complaints: &Complaints) {
-    for (name, Entry { node, .. }) in section.rest() {
-        let Some(mut table) = Section::new(&section.field(&name), node, complaints) else {
-            continue;
-        };
-        if let Some(node) = table.take("conflict") {
-            policy(node, &table.field("conflict"), complaints);
-        }
-        if let Some(mut columns) = table.section("column") {
-            for (column, entry) in columns.rest() {
-                policy(entry.node, &columns.field(&column), complaints);
-            }
-        }
-        table.finish();
-    }
-}
-
-fn policy(node: Node, field: &str, complaints: &Complaints) {
-    let origin = node.origin.clone();
-    let known = match &node.value {
-        Value::Text(text) | Value::Variable(text) => {
-            matches!(&**text, "last-write" | "first-write" | "add")
-        }
-        Value::Table(entries) => {
-            entries.len() == 1
-                && entries
-                    .get("function")
-                    .is_some_and(|entry| matches!(entry.node.value, Value::Text(_)))
-        }
-        _ => false,
-    };
-    let message = if known {
-        UNSUPPORTED_WRITES
-    } else {
-        "must be \"last-write\", \"first-write\", \"add\" or { function = \"schema.name\" }"
-    };
-    complaints.add(&origin, field, message);
 }

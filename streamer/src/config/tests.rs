@@ -137,40 +137,12 @@ fn a_missing_url_is_said() {
 fn what_this_version_does_not_do_is_refused_by_name() {
     for (text, field) in [
         (
-            "postgres.write_url = \"postgres://x@y/z\"",
-            "postgres.write_url",
-        ),
-        (
             "tls = { cert = \"a\", key = \"b\", client_ca = \"c\" }",
             "tls.client_ca",
         ),
         (
-            "auth.role = { claim = \"role\", allowed = [\"u\"] }",
-            "auth.role",
-        ),
-        (
             "auth.jwt = { public_key_file = \"a\", jwks = \"https://x\" }",
             "auth.jwt.jwks",
-        ),
-        (
-            "shape.a = { tables = [\"SELECT\"], writable = true }",
-            "shape.a.writable",
-        ),
-        (
-            "shape.a = { tables = [\"SELECT\"], writable = [\"t\"] }",
-            "shape.a.writable",
-        ),
-        (
-            "table.\"public.t\".conflict = \"last-write\"",
-            "table.public.t.conflict",
-        ),
-        (
-            "table.\"public.t\".conflict = { function = \"a.b\" }",
-            "table.public.t.conflict",
-        ),
-        (
-            "table.\"public.t\".column.hits = \"add\"",
-            "table.public.t.column.hits",
         ),
     ] {
         let text = format!("{text}\npostgres.url = \"postgres://a@b/c\"\n");

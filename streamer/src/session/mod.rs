@@ -203,7 +203,13 @@ impl Session {
         encoder.begin(standing.first, ids);
         if standing.first {
             for (at, view) in self.views.iter().enumerate() {
-                encoder.table(at as u32 + 1, view.table(), view.columns());
+                encoder.table(
+                    at as u32 + 1,
+                    view.table(),
+                    view.columns(),
+                    view.is_writable(),
+                    view.rules(),
+                );
             }
         }
         let items = self.views.iter().zip(&standing.from);

@@ -6,18 +6,22 @@ use anabranch_proto::record::Malformed;
 use aws_lc_rs::digest;
 use bytes::Bytes;
 
-use crate::{catchup::View, shape::Bound, table::Table};
+use crate::{catchup::View, config::Conflict, rules::Rules, shape::Bound, table::Table};
 
 /// What one replica sees of one table: a row is in if any of its SELECTs has it.
 pub struct TableView {
     table: Arc<Table>,
     bounds: Vec<Bound>,
+    rules: Option<Arc<[Conflict]>>,
 }
 
 impl TableView {
     /// One view for each table of `bounds` (each with its shape's name), in the order of OIDs. The columns of all
     /// SELECTs of a table must be the same, since its rows are one table in the replica.
-    pub fn of(bounds: &[(String, Bound)]) -> Result<Vec<Arc<TableView>>, ColumnsDiffer> {
+    pub fn of(
+        bounds: &[(String, Bound)],
+        rules: &Rules,
+    ) -> Result<Vec<Arc<TableView>>, ColumnsDiffer> {
         let mut bounds: Vec<_> = bounds.iter().collect();
         bounds.sort_by_key(|(_, bound)| bound.select.table.oid);
         bounds
@@ -36,6 +40,7 @@ impl TableView {
                 Ok(Arc::new(TableView {
                     table: first.select.table.clone(),
                     bounds: of_table.iter().map(|(_, bound)| bound.clone()).collect(),
+                    rules: rules.of(first.select.table.oid).cloned(),
                 }))
             })
             .collect()
@@ -44,6 +49,21 @@ impl TableView {
     /// Places of the columns that the replica gets.
     pub fn columns(&self) -> &[usize] {
         &self.bounds[0].select.columns
+    }
+
+    /// Whether the replica may write rows of this table.
+    pub fn is_writable(&self) -> bool {
+        self.bounds.iter().any(|bound| bound.select.writable)
+    }
+
+    /// The SELECTs by which it may.
+    pub fn writable_bounds(&self) -> impl Iterator<Item = &Bound> {
+        self.bounds.iter().filter(|bound| bound.select.writable)
+    }
+
+    /// How conflicting writes are settled, for each column of the table; `None`: by the last write.
+    pub fn rules(&self) -> Option<&[Conflict]> {
+        self.rules.as_deref()
     }
 
     /// Tells what the replica holds of this table if it is up to date: the fingerprints of its SELECTs.

@@ -71,6 +71,8 @@ pub struct Source {
     pub params: BTreeMap<String, ParamSource>,
     /// One SELECT per table.
     pub tables: Vec<String>,
+    /// Which of them the replica may write; those beyond its end it may not.
+    pub writable: Vec<bool>,
 }
 
 /// Where the value of a parameter comes from.
@@ -126,6 +128,11 @@ pub fn tables_named(sources: &[Source]) -> Result<Vec<(String, String)>, Vec<Ref
     for source in sources {
         for (index, sql) in source.tables.iter().enumerate() {
             match parse::statement(sql) {
+                Ok(statement) if statement.schema == crate::receipts::SCHEMA => {
+                    let place = statement.table.place;
+                    let reason = "the tables of schema anabranch are Anabranch's own: no shape can have them";
+                    refused.push(source.refused(index, place.fault(reason.to_owned())));
+                }
                 Ok(statement) => {
                     tables.insert((statement.schema, statement.table.text));
                 }
@@ -138,6 +145,12 @@ pub fn tables_named(sources: &[Source]) -> Result<Vec<(String, String)>, Vec<Ref
     } else {
         Err(refused)
     }
+}
+
+/// The table (schema, name) that a SELECT names; `None` where it is none that can be read.
+pub fn table_named(sql: &str) -> Option<(String, String)> {
+    let statement = parse::statement(sql).ok()?;
+    Some((statement.schema, statement.table.text))
 }
 
 /// Compiles all shapes against the tables that they name. Says all that is wrong, not only the first.
@@ -212,7 +225,7 @@ impl Source {
         let mut drafts = Vec::new();
         for (index, statement, table) in &statements {
             match draft(statement, table, &mut params) {
-                Ok(draft) => drafts.push(draft),
+                Ok(draft) => drafts.push((*index, draft)),
                 Err(fault) => refused.push(self.refused(*index, fault)),
             }
         }
@@ -226,7 +239,7 @@ impl Source {
             return Err(refused);
         }
         let params: Arc<[Param]> = params.0.into();
-        let selects = drafts.into_iter().map(|draft| {
+        let selects = drafts.into_iter().map(|(index, draft)| {
             let id = *next_id;
             *next_id += 1;
             let Draft {
@@ -240,6 +253,7 @@ impl Source {
                 columns,
                 condition,
                 Arc::clone(&params),
+                self.writable.get(index) == Some(&true),
             ))
         });
         Ok(Shape {

@@ -26,6 +26,8 @@ pub struct Select {
     pub table: Arc<Table>,
     /// Places of the chosen columns, in the table's order (`*` is all of them); the key's are among them.
     pub columns: Vec<usize>,
+    /// The replica may write the rows that it sees by this one.
+    pub writable: bool,
     condition: Option<Condition>,
     params: Arc<[Param]>,
     route: Option<Route>,
@@ -72,6 +74,7 @@ impl Select {
         columns: Vec<usize>,
         condition: Option<Condition>,
         params: Arc<[Param]>,
+        writable: bool,
     ) -> Select {
         let route = condition
             .as_ref()
@@ -80,6 +83,7 @@ impl Select {
             id,
             table,
             columns,
+            writable,
             condition,
             params,
             route,

@@ -87,6 +87,7 @@ fn source(params: &[(&str, ParamSource)], tables: &[&str]) -> Source {
             .map(|(name, source)| ((*name).to_owned(), source.clone()))
             .collect(),
         tables: tables.iter().map(|&sql| sql.to_owned()).collect(),
+        writable: Vec::new(),
     }
 }
 
@@ -1034,7 +1035,7 @@ proptest! {
         let start = if whole { "SELECT * FROM issues WHERE " } else { "" };
         let sql = format!("{start}{}", words.join(" "));
         let params = BTreeMap::from([("team".to_owned(), claim("team"))]);
-        let source = Source { name: "x".to_owned(), params, tables: vec![sql] };
+        let source = Source { name: "x".to_owned(), params, tables: vec![sql], writable: Vec::new() };
         let _ = tables_named(std::slice::from_ref(&source));
         if let Ok(shapes) = compile(&[source], &[Arc::new(issues())])
             && let Ok(bound) = shapes[0].bind(&claims(), &HashMap::new())

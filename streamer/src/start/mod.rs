@@ -43,6 +43,8 @@ use crate::{
         sql::{self, Client},
         witness::Witness,
     },
+    receipts,
+    rules::Rules,
     shape::{self, Shape},
     table::{Oid, Table},
     token,
@@ -91,6 +93,10 @@ impl From<mirror::Error> for Error {
 pub struct Opening {
     /// Compiled against the tables as the mirror has them.
     pub shapes: Vec<Shape>,
+    /// How replicas get their receipts; `None`: no shape takes writes.
+    pub receipts: Option<Shape>,
+    /// How conflicting writes are settled.
+    pub rules: Rules,
     /// Authenticates resume tokens.
     pub token_key: token::Key,
     /// For catch-ups.
@@ -407,8 +413,11 @@ impl Start<'_> {
         let readers = self
             .on_mirror(move |mirror| (0..count).map(|_| mirror.reader()).collect())
             .await?;
+        let (shapes, receipts) = receipts::split(compile(self.config, tables)?);
         Ok(Opening {
-            shapes: compile(self.config, tables)?,
+            shapes,
+            receipts,
+            rules: rules(self.config, tables)?,
             token_key: token::Key::new(&secrets.token_key),
             readers,
         })
@@ -496,10 +505,17 @@ pub async fn set_up(config: &Config, print: bool) -> Result<String, Error> {
     Ok(text)
 }
 
+/// The tables that the shapes name, and ours.
 fn names(config: &Config) -> Result<Vec<Name>, Error> {
+    let ours = [receipts::REPLICAS, receipts::REJECTIONS].map(|name| (receipts::SCHEMA, name));
+    let ours = ours
+        .into_iter()
+        .filter(|_| config.takes_writes())
+        .map(|(schema, name)| (schema.to_owned(), name.to_owned()));
     match shape::tables_named(&config.shapes) {
         Ok(names) => Ok(names
             .into_iter()
+            .chain(ours)
             .map(|(schema, name)| Name { schema, name })
             .collect()),
         Err(refused) => Err(refused_shapes(config, &refused)),
@@ -507,7 +523,15 @@ fn names(config: &Config) -> Result<Vec<Name>, Error> {
 }
 
 fn compile(config: &Config, tables: &[Arc<Table>]) -> Result<Vec<Shape>, Error> {
-    shape::compile(&config.shapes, tables).map_err(|refused| refused_shapes(config, &refused))
+    let mut sources = config.shapes.clone();
+    if config.takes_writes() {
+        sources.push(receipts::source());
+    }
+    shape::compile(&sources, tables).map_err(|refused| refused_shapes(config, &refused))
+}
+
+fn rules(config: &Config, tables: &[Arc<Table>]) -> Result<Rules, Error> {
+    Rules::new(&config.policies, tables).map_err(|refused| Error::Definite(refused.join("\n")))
 }
 
 fn refused_shapes(config: &Config, refused: &[shape::Refused]) -> Error {
