@@ -32,6 +32,19 @@ pub struct Board {
     pub metrics: Metrics,
     /// Bytes of messages that wait for the file.
     pub queue_bytes: AtomicUsize,
+    /// Where local writes stand.
+    pub local: watch::Sender<Local>,
+}
+
+/// Where local writes stand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Local {
+    /// Local transactions up to this one are durable, and may be sent.
+    pub assigned: u64,
+    /// Up to this one they are answered.
+    pub answered: u64,
+    /// Up to this one rejections are durable in the file.
+    pub settled: u64,
 }
 
 /// What the last element of a message says about the source.
@@ -69,6 +82,7 @@ impl Board {
             changes: Arc::new(Changes::new(changes_bytes_max, position)),
             metrics: Metrics::new(),
             queue_bytes: AtomicUsize::new(0),
+            local: watch::Sender::default(),
         }
     }
 

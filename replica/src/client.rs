@@ -13,9 +13,11 @@
 //!
 //! - `connection`: TCP, TLS, HTTP/2.
 //! - [`retry`]: how long to pause.
+//! - `write`: the call beside it, by which local transactions go up.
 
 mod connection;
 pub mod retry;
+mod write;
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -34,7 +36,7 @@ use self::{
 };
 use crate::{
     board::Board,
-    config::{Config, Secret, Token},
+    config::{Config, Secret, Subscription, Token},
     keeper::{Gone, Keeper, Start},
 };
 
@@ -219,7 +221,8 @@ impl Client {
             Request::new(tokio_stream::once(hello).chain(ReceiverStream::new(to_send)));
         request
             .metadata_mut()
-            .insert("authorization", authorization);
+            .insert("authorization", authorization.clone());
+        let writes = connection.client.clone();
         let response =
             tokio::time::timeout(timing.silence_max, connection.client.replicate(request))
                 .await
@@ -238,26 +241,27 @@ impl Client {
         tokio::select! {
             result = read => result,
             never = self.acknowledge(acks) => match never {},
+            never = self.forward(writes, &start, &authorization) => match never {},
             Ok(what) = refused => Err(Failure::soon("file", what)),
         }
     }
 
     fn hello(&self, start: &Start) -> v1::Hello {
-        let subscriptions = self
-            .config
-            .subscriptions
-            .iter()
-            .map(|subscription| v1::Subscription {
-                shape: subscription.shape.clone(),
-                params: subscription.params.clone().into_iter().collect(),
-            });
         v1::Hello {
             protocol_version: PROTOCOL_VERSION,
             replica_id: start.replica_id.clone(),
             resume_token: start.resume_token.clone(),
-            subscriptions: subscriptions.collect(),
+            subscriptions: self.subscriptions(),
             zstd: self.config.zstd,
         }
+    }
+
+    fn subscriptions(&self) -> Vec<v1::Subscription> {
+        let subscription = |subscription: &Subscription| v1::Subscription {
+            shape: subscription.shape.clone(),
+            params: subscription.params.clone().into_iter().collect(),
+        };
+        self.config.subscriptions.iter().map(subscription).collect()
     }
 
     /// Hands messages to the file. While the file is slow it waits here and reads nothing.

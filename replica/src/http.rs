@@ -1,7 +1,7 @@
 //! The local HTTP interface: a view of the board, for programs and people on this machine.
 //!
-//! It reads memory only. It never opens the database: closing a descriptor of it would drop the locks that SQLite holds in
-//! this process. Nothing here acts, so everything is GET.
+//! It reads memory, and asks the file's thread. It never opens the database: closing a descriptor of it would drop the locks
+//! that SQLite holds in this process. What acts is POST, all else GET.
 //!
 //! There is no token: who may connect to loopback or to the socket may ask. A page in a browser may connect to loopback
 //! too, under a name that its owner lets point here ("DNS rebinding"): so the Host header must be a loopback one.
@@ -20,13 +20,14 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     board::Board,
+    keeper::{Flushed, Keeper},
     status::now,
     wait::{Outcome, Target},
 };
@@ -45,6 +46,8 @@ pub const CHANGES_READERS_MAX: usize = 256;
 pub struct View {
     /// What they show.
     pub board: Arc<Board>,
+    /// The file's thread.
+    pub keeper: Keeper,
     /// The streamer's URL.
     pub streamer: Arc<str>,
     /// The database's path.
@@ -64,8 +67,9 @@ pub fn router(view: View) -> Router {
         .route("/metrics", get(metrics))
         .route("/wait", get(wait))
         .route("/changes", get(changes))
+        .route("/flush", post(flush))
         .fallback(async || {
-            let known = "/status /healthz /readyz /metrics /changes /wait";
+            let known = "/status /healthz /readyz /metrics /changes /wait /flush";
             refuse(
                 StatusCode::NOT_FOUND,
                 format!("there is no such page; there are {known}"),
@@ -74,7 +78,7 @@ pub fn router(view: View) -> Router {
         .method_not_allowed_fallback(async || {
             refuse(
                 StatusCode::METHOD_NOT_ALLOWED,
-                "nothing here acts: use GET".into(),
+                "what acts (/flush) is asked for by POST, all else by GET".into(),
             )
         })
         .layer(middleware::from_fn_with_state(view.clone(), check_host))
@@ -185,6 +189,62 @@ async fn wait(State(view): State<View>, RawQuery(query): RawQuery) -> Response {
             format!("{} requests wait already", crate::wait::WAITERS_MAX),
         ),
     }
+}
+
+/// Waits until all local writes so far are answered.
+async fn flush(State(view): State<View>, RawQuery(query): RawQuery) -> Response {
+    let timeout = match parse_flush(query.as_deref().unwrap_or_default()) {
+        Ok(timeout) => timeout,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, error),
+    };
+    let stopping = || refuse(StatusCode::SERVICE_UNAVAILABLE, "stopping".into());
+    let Ok(begun) = view.keeper.look().await else {
+        return stopping();
+    };
+    let mut local = view.board.local.subscribe();
+    let answered = tokio::select! {
+        // Answered wins over time that is up: a timeout of 0 asks whether they are.
+        biased;
+        answered = local.wait_for(|local| local.answered >= begun.assigned) => answered.is_ok(),
+        () = view.cancel.cancelled() => return stopping(),
+        () = tokio::time::sleep(timeout) => false,
+    };
+    let Ok(Flushed { rejected, pending }) = view.keeper.flushed(begun).await else {
+        return stopping();
+    };
+    let position = view.board.watch().borrow().position;
+    let rejected: Vec<_> = rejected
+        .into_iter()
+        .map(|one| {
+            json!({ "id": one.id, "table": one.table, "sqlstate": one.sqlstate, "message": one.message })
+        })
+        .collect();
+    let body = json!({
+        "position": position.map(|position| position.to_string()),
+        "answered": answered,
+        "pending": pending,
+        "rejected": rejected,
+    });
+    let status = if answered {
+        StatusCode::OK
+    } else {
+        StatusCode::GATEWAY_TIMEOUT
+    };
+    (status, Json(body)).into_response()
+}
+
+fn parse_flush(query: &str) -> Result<Duration, String> {
+    let mut timeout = None;
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        if key != "timeout" || timeout.is_some() {
+            return Err(format!(
+                "`{key}` is not known, or given twice; write /flush?timeout=5"
+            ));
+        }
+        timeout = Some(parse_timeout(value)?);
+    }
+    Ok(timeout.unwrap_or(Duration::from_secs_f64(WAIT_SECONDS_DEFAULT)))
 }
 
 fn parse_wait(query: &str) -> Result<(Target, Duration), String> {

@@ -62,7 +62,23 @@ enum Command {
         queued: Queued,
     },
     Ended,
+    /// Look for local writes now.
+    Look { looked: oneshot::Sender<Local> },
+    /// What became of local transactions since.
+    Flushed {
+        since: Local,
+        flushed: oneshot::Sender<Flushed>,
+    },
+    /// What is to be sent of local writes.
+    Outgoing {
+        after: Outgoing,
+        bytes_max: usize,
+        read: oneshot::Sender<Read>,
+    },
 }
+
+/// Pieces of local transactions, and where to go on; or why nothing may be sent.
+pub type Read = Result<(Vec<v1::LocalTransaction>, Outgoing), String>;
 
 /// Room taken in the channel; given back when dropped.
 struct Queued {
@@ -197,6 +213,34 @@ impl Keeper {
             .map_err(|_| Gone)
     }
 
+    /// Looks for local writes now: says what was written so far.
+    pub async fn look(&self) -> Result<Local, Gone> {
+        let (looked, done) = oneshot::channel();
+        let command = Command::Look { looked };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// What became of the local transactions that were not answered then.
+    pub async fn flushed(&self, since: Local) -> Result<Flushed, Gone> {
+        let (flushed, done) = oneshot::channel();
+        let command = Command::Flushed { since, flushed };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// Reads local transactions that are to be sent; nothing if there is none.
+    pub async fn outgoing(&self, after: Outgoing, bytes_max: usize) -> Result<Read, Gone> {
+        let (read, done) = oneshot::channel();
+        let command = Command::Outgoing {
+            after,
+            bytes_max,
+            read,
+        };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
     /// The stream ended; the board knows why.
     pub async fn ended(&self) -> Result<(), Gone> {
         self.commands.send(Command::Ended).await.map_err(|_| Gone)
@@ -309,6 +353,7 @@ impl Keeping {
                 biased;
                 () = cancel.cancelled() => break,
                 _ = tick.tick() => self.report()?,
+                () = self.watch.changed() => self.look()?,
                 command = inbox.recv() => match command {
                     Some(command) => {
                         if self.take(command).await?.is_break() {
@@ -361,6 +406,20 @@ impl Keeping {
             }
             Command::Ended => {
                 self.report()?;
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Outgoing {
+                after,
+                bytes_max,
+                read,
+            } => {
+                let outgoing = match self.file.outgoing(after, bytes_max) {
+                    Ok(outgoing) => Ok(outgoing),
+                    Err(Error::Definite(why)) => return Err(Error::Definite(why)),
+                    Err(error) => Err(error.to_string()),
+                };
+                // Whoever asked may have given up.
+                let _ = read.send(outgoing);
                 Ok(ControlFlow::Continue(()))
             }
         }

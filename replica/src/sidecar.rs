@@ -168,6 +168,7 @@ impl Parts {
         if let Some(listener) = listener {
             let view = View {
                 board: board.clone(),
+                keeper: keeper.clone(),
                 streamer: config.streamer.to_string().into(),
                 database: config.database.display().to_string().into(),
                 port: None,

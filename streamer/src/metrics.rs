@@ -13,6 +13,12 @@ pub struct Metrics {
     registry: Registry,
     /// Connected replicas.
     pub sessions: Gauge<i64, AtomicI64>,
+    /// Calls of replicas that send local writes.
+    pub writing: Gauge<i64, AtomicI64>,
+    /// Local transactions that took effect.
+    pub writes_applied: Counter<u64, AtomicU64>,
+    /// Local transactions that were rejected.
+    pub writes_rejected: Counter<u64, AtomicU64>,
     /// Connections to Postgres that were lost.
     pub disconnects: Counter<u64, AtomicU64>,
     /// Catch-ups of sessions from the mirror.
@@ -46,6 +52,17 @@ impl Metrics {
         };
         let r = &mut registry;
         let sessions = gauge(r, "sessions", "Connected replicas");
+        let writing = gauge(r, "writing", "Replicas that send local writes");
+        let writes_applied = counter(
+            r,
+            "writes_applied",
+            "Local transactions that took effect in Postgres",
+        );
+        let writes_rejected = counter(
+            r,
+            "writes_rejected",
+            "Local transactions that were rejected",
+        );
         let disconnects = counter(r, "disconnects", "Connections to Postgres that were lost");
         let catch_ups = counter(
             r,
@@ -67,6 +84,9 @@ impl Metrics {
         Arc::new(Metrics {
             registry,
             sessions,
+            writing,
+            writes_applied,
+            writes_rejected,
             disconnects,
             catch_ups,
             queue_bytes,

@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use anabranch_proto::v1::Purpose;
 
 use crate::{
+    postgres::catalog::Name,
     shape::{BindError, Bound, ParamSource, Shape, Source},
     table::Table,
 };
@@ -48,6 +49,14 @@ pub fn source() -> Source {
         ],
         writable: Vec::new(),
     }
+}
+
+/// The tables.
+pub fn names() -> [Name; 2] {
+    [REPLICAS, REJECTIONS].map(|name| Name {
+        schema: SCHEMA.into(),
+        name: name.into(),
+    })
 }
 
 /// Takes the shape out of those that were compiled.

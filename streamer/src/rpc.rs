@@ -1,6 +1,9 @@
-//! The gRPC rim: one call, `Replicate`. Checks who calls and what it asks for, and starts its [`Session`].
+//! The gRPC rim: two calls. `Replicate` checks who calls and what it asks for, and starts its [`Session`]; `write` has its
+//! local transactions made in Postgres.
 //!
 //! Nothing about the replica is believed but its verified token of access and its authenticated resume token.
+
+mod write;
 
 use std::{
     pin::Pin,
@@ -13,6 +16,7 @@ use std::{
 };
 
 use anabranch_proto::{MESSAGE_BYTES_MAX, PROTOCOL_VERSION, SILENCE_MAX, SUBSCRIPTIONS_MAX, v1};
+use prost::Message;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::timeout,
@@ -21,10 +25,13 @@ use tokio_stream::{Stream, StreamExt};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Request, Response, Status, Streaming};
 
+pub use self::write::{WRITERS_MAX, Writers};
 use crate::{
     auth::{Principal, Verifier},
+    config::Role,
     engine::{Inputs, Progress},
     metrics::Metrics,
+    postgres::writer::Replica,
     receipts,
     rules::Rules,
     session::{Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total},
@@ -51,6 +58,8 @@ pub struct Core {
     pub receipts: Option<Shape>,
     /// How conflicting writes are settled.
     pub rules: Rules,
+    /// How local writes are made; `None`: no shape takes any.
+    pub writes: Option<Writes>,
     /// Makes and checks resume tokens.
     pub token_key: token::Key,
     /// The engine.
@@ -73,6 +82,16 @@ pub struct Core {
     pub stopping: CancellationToken,
 }
 
+/// How local writes are made.
+pub struct Writes {
+    /// The connections that make them.
+    pub writers: Arc<Writers>,
+    /// Whom they run as.
+    pub role: Option<Role>,
+    /// A larger local transaction is rejected.
+    pub transaction_bytes_max: usize,
+}
+
 /// The service.
 pub struct Service {
     core: Core,
@@ -87,7 +106,7 @@ impl Service {
             sessions: AtomicU64::new(0),
         };
         v1::anabranch_server::AnabranchServer::new(service)
-            .max_decoding_message_size(HELLO_BYTES_MAX + 16 * token::FINGERPRINTS_MAX)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
@@ -99,18 +118,11 @@ impl Service {
         out: mpsc::Sender<v1::Down>,
     ) -> Result<Session, Status> {
         let core = &self.core;
-        if hello.protocol_version != PROTOCOL_VERSION {
-            return Err(Status::invalid_argument(format!(
-                "the replica speaks protocol version {}, this streamer {PROTOCOL_VERSION}: \
-                 run the same version of both",
-                hello.protocol_version
-            )));
+        if hello.encoded_len() > HELLO_BYTES_MAX + 16 * token::FINGERPRINTS_MAX {
+            return Err(Status::invalid_argument("Hello is too long"));
         }
-        if !is_replica_id(&hello.replica_id) {
-            return Err(Status::invalid_argument(
-                "replica_id must be 1 to 64 of [A-Za-z0-9_-]",
-            ));
-        }
+        check_version(hello.protocol_version)?;
+        check_replica_id(&hello.replica_id)?;
         let mut bounds = self.bind(principal, &hello.subscriptions)?;
         if let Some(shape) = &core.receipts {
             let receipts = receipts::bind(shape, &hello.replica_id, principal.subject.as_deref())
@@ -121,8 +133,7 @@ impl Service {
                     .map(|bound| (shape.name.clone(), bound)),
             );
         }
-        let views = TableView::of(&bounds, &core.rules)
-            .map_err(|differ| Status::failed_precondition(differ.to_string()))?;
+        let views = self.views(&bounds)?;
         let holder = core
             .token_key
             .bind(&hello.replica_id, principal.subject.as_deref());
@@ -144,6 +155,18 @@ impl Service {
             metrics: core.metrics.clone(),
             stopping: core.stopping.clone(),
         })
+    }
+
+    fn principal<T>(&self, request: &Request<T>) -> Result<Principal, Status> {
+        let authorization = request.metadata().get("authorization");
+        let authorization = authorization.and_then(|value| value.to_str().ok());
+        (self.core.verifier.verify(authorization))
+            .map_err(|error| Status::unauthenticated(error.to_string()))
+    }
+
+    fn views(&self, bounds: &[(String, Bound)]) -> Result<Vec<Arc<TableView>>, Status> {
+        TableView::of(bounds, &self.core.rules)
+            .map_err(|differ| Status::failed_precondition(differ.to_string()))
     }
 
     fn bind(
@@ -178,19 +201,13 @@ impl Service {
 
 #[tonic::async_trait]
 impl v1::anabranch_server::Anabranch for Service {
-    type ReplicateStream = Downward;
+    type ReplicateStream = Downward<v1::Down>;
 
     async fn replicate(
         &self,
         request: Request<Streaming<v1::Up>>,
-    ) -> Result<Response<Downward>, Status> {
-        let authorization = request.metadata().get("authorization");
-        let authorization = authorization.and_then(|value| value.to_str().ok());
-        let principal = self
-            .core
-            .verifier
-            .verify(authorization)
-            .map_err(|error| Status::unauthenticated(error.to_string()))?;
+    ) -> Result<Response<Self::ReplicateStream>, Status> {
+        let principal = self.principal(&request)?;
         if self.core.metrics.sessions.get() >= SESSIONS_MAX {
             return Err(Status::resource_exhausted(
                 "too many replicas are connected; try again later",
@@ -216,9 +233,7 @@ impl v1::anabranch_server::Anabranch for Service {
             let status = tokio::select! {
                 ended = session.run() => status_of(ended),
                 status = listen(up) => status,
-                () = expiry(principal.expires) => {
-                    Status::unauthenticated("the token expired; connect again with a new one")
-                }
+                () = expiry(principal.expires) => expired(),
             };
             drop(counted);
             tracing::info!(replica, reason = status.message(), "replica disconnected");
@@ -227,24 +242,74 @@ impl v1::anabranch_server::Anabranch for Service {
         Ok(Response::new(Downward { messages, ended }))
     }
 
-    type WriteStream = tokio_stream::Empty<Result<v1::WriteDown, Status>>;
+    type WriteStream = Downward<v1::WriteDown>;
 
     async fn write(
         &self,
-        _request: Request<Streaming<v1::WriteUp>>,
+        request: Request<Streaming<v1::WriteUp>>,
     ) -> Result<Response<Self::WriteStream>, Status> {
-        Err(Status::unimplemented("no shape is writable here"))
+        let principal = self.principal(&request)?;
+        let Some(writes) = &self.core.writes else {
+            return Err(Status::unimplemented("no shape is writable here"));
+        };
+        if self.core.metrics.writing.get() >= SESSIONS_MAX {
+            return Err(Status::resource_exhausted(
+                "too many replicas write; try again later",
+            ));
+        }
+        let mut up = request.into_inner();
+        let hello = match timeout(HELLO_TIME, up.next()).await {
+            Ok(Some(Ok(v1::WriteUp {
+                kind: Some(v1::write_up::Kind::Hello(hello)),
+            }))) => hello,
+            Ok(Some(Err(status))) => return Err(status),
+            _ => {
+                return Err(Status::invalid_argument(
+                    "the first message must be WriteHello",
+                ));
+            }
+        };
+        check_version(hello.protocol_version)?;
+        check_replica_id(&hello.replica_id)?;
+        let bounds = self.bind(&principal, &hello.subscriptions)?;
+        let (down, messages) = mpsc::channel(MESSAGES_AHEAD);
+        let call = write::Call {
+            replica: Replica {
+                role: role_of(&principal, writes.role.as_ref())?,
+                id: hello.replica_id,
+                subject: principal.subject.clone().unwrap_or_default(),
+                claims: serde_json::Value::from(principal.claims.clone()).to_string(),
+            },
+            views: self.views(&bounds)?,
+            writers: writes.writers.clone(),
+            transaction_bytes_max: writes.transaction_bytes_max,
+            down,
+        };
+        let (over, ended) = oneshot::channel();
+        let metrics = self.core.metrics.clone();
+        let stopping = self.core.stopping.clone();
+        self.core.tasks.spawn(async move {
+            metrics.writing.inc();
+            let status = tokio::select! {
+                status = call.run(up) => status,
+                () = stopping.cancelled() => Status::unavailable("the streamer is stopping"),
+                () = expiry(principal.expires) => expired(),
+            };
+            metrics.writing.dec();
+            let _ = over.send(status);
+        });
+        Ok(Response::new(Downward { messages, ended }))
     }
 }
 
-/// The messages of a session, then the status that ends its call.
-pub struct Downward {
-    messages: mpsc::Receiver<v1::Down>,
+/// The messages of a call, then the status that ends it.
+pub struct Downward<T> {
+    messages: mpsc::Receiver<T>,
     ended: oneshot::Receiver<Status>,
 }
 
-impl Stream for Downward {
-    type Item = Result<v1::Down, Status>;
+impl<T> Stream for Downward<T> {
+    type Item = Result<T, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         if let Some(message) = ready!(self.messages.poll_recv(context)) {
@@ -298,7 +363,38 @@ fn status_of(ended: Result<(), Ended>) -> Status {
     }
 }
 
-fn is_replica_id(id: &str) -> bool {
+/// The role of Postgres that a principal's writes run as; `None`: that of the connection.
+fn role_of(principal: &Principal, role: Option<&Role>) -> Result<Option<String>, Status> {
+    let Some(role) = role else { return Ok(None) };
+    let denied = |what: &str| Status::permission_denied(format!("{what} `{}`", role.claim));
+    match principal.claims.get(&role.claim) {
+        Some(serde_json::Value::String(name)) if role.allowed.contains(name) => {
+            Ok(Some(name.clone()))
+        }
+        Some(_) => Err(denied("writes are not allowed for the role in claim")),
+        None => Err(denied("writes need a role, and the token has no claim")),
+    }
+}
+
+fn expired() -> Status {
+    Status::unauthenticated("the token expired; connect again with a new one")
+}
+
+fn check_version(version: u32) -> Result<(), Status> {
+    if version == PROTOCOL_VERSION {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(format!(
+        "the replica speaks protocol version {version}, this streamer {PROTOCOL_VERSION}: run the same version of both"
+    )))
+}
+
+fn check_replica_id(id: &str) -> Result<(), Status> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-    (1..=64).contains(&id.len()) && id.bytes().all(allowed)
+    if (1..=64).contains(&id.len()) && id.bytes().all(allowed) {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(
+        "replica_id must be 1 to 64 of [A-Za-z0-9_-]",
+    ))
 }

@@ -267,6 +267,11 @@ impl Parts<'_> {
             shapes: opening.shapes,
             receipts: opening.receipts,
             rules: opening.rules,
+            writes: self.config.takes_writes().then(|| rpc::Writes {
+                writers: rpc::Writers::new(self.config.postgres.write_target.clone()),
+                role: self.config.auth.role.clone(),
+                transaction_bytes_max: self.config.memory().transaction_bytes_max,
+            }),
             token_key: opening.token_key,
             inputs: self.inputs.clone(),
             progress: self.progress.clone(),

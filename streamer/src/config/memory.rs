@@ -42,6 +42,8 @@ pub struct Memory {
     pub copy_bytes_max: usize,
     /// A row above this stops its table.
     pub row_bytes_max: usize,
+    /// A local transaction above this is rejected.
+    pub transaction_bytes_max: usize,
 }
 
 impl Memory {
@@ -64,6 +66,7 @@ impl Memory {
             chunk_bytes_max: size(share(1) / 2),
             copy_bytes_max: size(queues / 2),
             row_bytes_max: size(row_bytes_max),
+            transaction_bytes_max: size(row_bytes_max),
         }
         // That is 12.5 sixteenths; 3.5 are left to the allocator's slack, the code, the stacks and the sockets.
     }

@@ -10,7 +10,7 @@ use super::{
     setup::{self, Wanted, qualified},
     sql::{Client, Error, identifier},
 };
-use crate::{config::Config, shape};
+use crate::{config::Config, receipts, rules::Rules, shape, start::writing};
 
 /// Oldest version of Postgres: earlier ones have no row filters and column lists in their catalogs, and are out of support.
 const VERSION_MIN: i32 = 150_000;
@@ -141,10 +141,22 @@ async fn with_server(
     }
     findings.extend(row_security(&client, &usable).await?);
     findings.extend(publication(&client, &postgres.publication, &usable).await?);
+    let rules = tables.len() == names.len();
+    if let (true, Err(refused)) = (rules, Rules::new(&config.policies, &tables)) {
+        findings.extend(refused.into_iter().map(|what| Finding {
+            severity: Severity::Error,
+            what,
+            remedy: None,
+        }));
+    }
+    if config.takes_writes() {
+        usable.extend(receipts::names());
+    }
     let wanted = Wanted {
         publication: &postgres.publication,
         published: &usable,
         readable: &usable,
+        writing: writing(config),
     };
     let script = setup::plan(&client, wanted).await?;
     if !script.statements.is_empty() {

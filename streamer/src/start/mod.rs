@@ -39,7 +39,7 @@ use crate::{
         copy::{self, Progress, Snapshot},
         history::{self, Incarnation, Remembered, Verdict},
         replication::Replication,
-        setup::{self, Wanted},
+        setup::{self, Wanted, Writing},
         sql::{self, Client},
         witness::Witness,
     },
@@ -143,7 +143,7 @@ pub async fn start(
     }
     let mut replication = Replication::connect(&postgres.target, "anabranch start").await?;
 
-    let names = names(config)?;
+    let mut names = names(config)?;
     let settings = config.mirror();
     let (mirror, remembered) = blocking(move || {
         make_private_directory(&settings.directory)?;
@@ -177,7 +177,20 @@ pub async fn start(
             .collect(),
         None => HashMap::new(),
     };
-    let read = catalog::read(&client, &names).await?;
+    let mut read = catalog::read(&client, &names).await?;
+    if config.takes_writes() && read.iter().all(Result::is_ok) {
+        // Ours must be there to be looked at. Nothing of the application's is touched by making them.
+        let wanted = Wanted {
+            publication: &postgres.publication,
+            published: &[],
+            readable: &[],
+            writing: writing(config),
+        };
+        setup::ensure(&client, wanted).await?;
+        let ours = receipts::names();
+        read.extend(catalog::read(&client, &ours).await?);
+        names.extend(ours);
+    }
     let resolved = resolve::resolve(&names, read, &entries, &remembered.published, &witnesses);
     let findings = resolved.refused.iter().map(check::of_table).collect();
     refuse(check::errors(findings))?;
@@ -362,6 +375,7 @@ impl Start<'_> {
             publication,
             published: &published,
             readable: &readable,
+            writing: writing(self.config),
         };
         setup::ensure(&self.client, wanted).await?;
         let published = setup::published(&self.client, publication)
@@ -488,11 +502,16 @@ pub async fn set_up(config: &Config, print: bool) -> Result<String, Error> {
         }
     }
     refuse(check::errors(findings))?;
-    compile(config, &tables)?;
+    shape::compile(&config.shapes, &tables).map_err(|refused| refused_shapes(config, &refused))?;
+    let mut names = names;
+    if config.takes_writes() {
+        names.extend(receipts::names());
+    }
     let wanted = Wanted {
         publication: &config.postgres.publication,
         published: &names,
         readable: &names,
+        writing: writing(config),
     };
     let script = setup::plan(&client, wanted).await?;
     if script.statements.is_empty() {
@@ -505,21 +524,22 @@ pub async fn set_up(config: &Config, print: bool) -> Result<String, Error> {
     Ok(text)
 }
 
-/// The tables that the shapes name, and ours.
+/// The tables that the shapes of the config name.
 fn names(config: &Config) -> Result<Vec<Name>, Error> {
-    let ours = [receipts::REPLICAS, receipts::REJECTIONS].map(|name| (receipts::SCHEMA, name));
-    let ours = ours
-        .into_iter()
-        .filter(|_| config.takes_writes())
-        .map(|(schema, name)| (schema.to_owned(), name.to_owned()));
     match shape::tables_named(&config.shapes) {
         Ok(names) => Ok(names
             .into_iter()
-            .chain(ours)
             .map(|(schema, name)| Name { schema, name })
             .collect()),
         Err(refused) => Err(refused_shapes(config, &refused)),
     }
+}
+
+/// Who makes local writes, if any are taken.
+pub fn writing(config: &Config) -> Option<Writing<'_>> {
+    config.takes_writes().then(|| Writing {
+        role: config.postgres.write_target.user(),
+    })
 }
 
 fn compile(config: &Config, tables: &[Arc<Table>]) -> Result<Vec<Shape>, Error> {

@@ -1,0 +1,220 @@
+//! Forwards local transactions: the call `Write`, beside the stream and on the same connection.
+//!
+//! It only sends. What became of a transaction comes by the stream, with the effects; so an answer can't be lost with this
+//! call, and the stream never waits for it. When the call breaks, what was not answered is sent again by the next one.
+
+use std::{convert::Infallible, time::Duration};
+
+use anabranch_proto::{
+    HEARTBEAT_EVERY, MESSAGE_BYTES_TARGET, PROTOCOL_VERSION,
+    v1::{self, anabranch_client::AnabranchClient, write_down, write_up},
+};
+use tokio::sync::mpsc;
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tonic::{Request, Streaming, metadata::MetadataValue, transport::Channel};
+
+use super::{
+    Client, Failure, check_content_type,
+    retry::{Retry, random},
+};
+use crate::keeper::{Outgoing, Start};
+
+/// What is read from the file at a time.
+const READ_BYTES: usize = 4 * MESSAGE_BYTES_TARGET;
+
+/// Messages on their way into the connection.
+const MESSAGES_AHEAD: usize = 2;
+
+/// Why the call ended.
+enum Ended {
+    /// Try again.
+    Failed(Failure),
+    /// The file's thread is gone: whoever owns this learns of it by the stream.
+    Gone,
+}
+
+impl From<Failure> for Ended {
+    fn from(failure: Failure) -> Self {
+        Ended::Failed(failure)
+    }
+}
+
+impl Client {
+    /// Keeps a call open for as long as there is something that may be written. Never ends by itself.
+    pub(super) async fn forward(
+        &self,
+        client: AnabranchClient<Channel>,
+        start: &Start,
+        authorization: &MetadataValue<tonic::metadata::Ascii>,
+    ) -> Infallible {
+        let mut retry = Retry::new(&self.config.timing);
+        let mut last_what = String::new();
+        loop {
+            let mut local = self.board.local.subscribe();
+            if (local.wait_for(|local| local.assigned > local.answered))
+                .await
+                .is_err()
+            {
+                return std::future::pending().await;
+            }
+            let answered = local.borrow().answered;
+            let failure = match self.write(client.clone(), start, authorization).await {
+                Ended::Failed(failure) => failure,
+                Ended::Gone => return std::future::pending().await,
+            };
+            if self.board.local.borrow().answered > answered {
+                retry.reset();
+                last_what.clear();
+            }
+            self.board.metrics.failed(failure.cause);
+            let pause = retry.pause(failure.pace, random());
+            if failure.what != last_what {
+                let pause_ms = pause.as_millis() as u64;
+                tracing::warn!(pause_ms, "local writes wait: {}", failure.what);
+                last_what = failure.what;
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// One call.
+    async fn write(
+        &self,
+        mut client: AnabranchClient<Channel>,
+        start: &Start,
+        authorization: &MetadataValue<tonic::metadata::Ascii>,
+    ) -> Ended {
+        let (messages, to_send) = mpsc::channel(MESSAGES_AHEAD);
+        let hello = v1::WriteHello {
+            protocol_version: PROTOCOL_VERSION,
+            replica_id: start.replica_id.clone(),
+            subscriptions: self.subscriptions(),
+        };
+        let hello = tokio_stream::once(up(write_up::Kind::Hello(hello)));
+        let mut request = Request::new(hello.chain(ReceiverStream::new(to_send)));
+        request
+            .metadata_mut()
+            .insert("authorization", authorization.clone());
+        let silence_max = self.config.timing.silence_max;
+        let response = match tokio::time::timeout(silence_max, client.write(request)).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(status)) => return Failure::from_status(&status).into(),
+            Err(_) => return silent(silence_max).into(),
+        };
+        if let Err(failure) = check_content_type(&response) {
+            return failure.into();
+        }
+        let mut down = response.into_inner();
+        let ready = match next(&mut down, silence_max).await {
+            Ok(write_down::Kind::Ready(ready)) => ready,
+            Ok(_) => {
+                return Failure::soon("write", "the streamer did not say where writes stand").into();
+            }
+            Err(failure) => return failure.into(),
+        };
+        tokio::select! {
+            ended = self.send(ready, messages) => ended,
+            ended = listen(&mut down, silence_max) => ended,
+        }
+    }
+
+    async fn send(&self, ready: v1::WriteReady, messages: mpsc::Sender<v1::WriteUp>) -> Ended {
+        let mut local = self.board.local.subscribe();
+        let mut settled = 0;
+        let mut outgoing = Outgoing::after(ready.seq, ready.hash);
+        loop {
+            let now = *local.borrow_and_update();
+            if now.settled > settled {
+                settled = now.settled;
+                if say(&messages, write_up::Kind::Settled(settled))
+                    .await
+                    .is_none()
+                {
+                    return over().await;
+                }
+            }
+            let read = match self.keeper.outgoing(outgoing, READ_BYTES).await {
+                Ok(read) => read,
+                Err(_) => return Ended::Gone,
+            };
+            let pieces;
+            (pieces, outgoing) = match read {
+                Ok(read) => read,
+                Err(what) => return Failure::slow("write", what).into(),
+            };
+            let is_idle = pieces.is_empty();
+            for piece in pieces {
+                if say(&messages, write_up::Kind::Transaction(piece))
+                    .await
+                    .is_none()
+                {
+                    return over().await;
+                }
+            }
+            if is_idle {
+                match tokio::time::timeout(HEARTBEAT_EVERY, local.changed()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) => return Ended::Gone,
+                    Err(_) => {
+                        let alive = write_up::Kind::Alive(v1::Alive {});
+                        if say(&messages, alive).await.is_none() {
+                            return over().await;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The call has ended: whoever listens hears why.
+async fn over() -> Ended {
+    std::future::pending().await
+}
+
+async fn say(messages: &mpsc::Sender<v1::WriteUp>, kind: write_up::Kind) -> Option<()> {
+    messages.send(up(kind)).await.ok()
+}
+
+fn up(kind: write_up::Kind) -> v1::WriteUp {
+    v1::WriteUp { kind: Some(kind) }
+}
+
+fn silent(silence_max: Duration) -> Failure {
+    Failure::soon(
+        "silence",
+        format!("nothing from the streamer for {silence_max:?} in the call for writes"),
+    )
+}
+
+/// Until the call ends.
+async fn listen(down: &mut Streaming<v1::WriteDown>, silence_max: Duration) -> Ended {
+    loop {
+        match next(down, silence_max).await {
+            Ok(write_down::Kind::Alive(_)) => {}
+            Ok(write_down::Kind::Ready(_)) => {
+                return Failure::soon("write", "the streamer said twice where writes stand").into();
+            }
+            Err(failure) => return failure.into(),
+        }
+    }
+}
+
+async fn next(
+    down: &mut Streaming<v1::WriteDown>,
+    silence_max: Duration,
+) -> Result<write_down::Kind, Failure> {
+    match tokio::time::timeout(silence_max, down.message()).await {
+        Ok(Ok(Some(v1::WriteDown { kind: Some(kind) }))) => Ok(kind),
+        Ok(Ok(Some(_))) => Err(Failure::slow(
+            "write",
+            "the streamer is newer than this replica: it said something unknown",
+        )),
+        Ok(Ok(None)) => Err(Failure::soon(
+            "closed",
+            "the streamer closed the call for writes",
+        )),
+        Ok(Err(status)) => Err(Failure::from_status(&status)),
+        Err(_) => Err(silent(silence_max)),
+    }
+}
