@@ -4,12 +4,15 @@
 //!
 //! ```text
 //! message ─▶ grammar ─┬─▶ queue (memory, then a temporary file) ─┐
-//!                     └─▶ stage (rows of tables in a reset) ─────┴─▶ commit ─▶ replay ─▶ write ─▶ the table
+//!                     └─▶ stage (rows of tables in a reset) ─────┴─▶ commit ─▶ replay ─┬─▶ write ─▶ the table
+//!                                                                                      └─▶ overlay ───▲
 //! ```
 //!
 //! - `table`, `names`: what the streamer declares, checked and turned into SQL; `grammar`: what may follow what.
 //! - `queue`: elements wait for their commit. `stage`, `reset`: rows of tables that come in full wait in the file.
 //! - `commit`, `replay`: everything up to a resume token becomes one SQLite transaction, with the position and the token.
+//! - `overlay`: rows that programs changed show what Postgres has with the pending changes on top; `layout`: how those
+//!   are stored; `receipts`: which are answered, and which were rejected; `outbox`: what is to be sent.
 //! - `heartbeat`: positions that move without content.
 //! - `schema`, `obstacle`: the file is shared with programs, whose tables, indexes, views and triggers are welcome;
 //!   what they do to the synced tables is noticed here.
@@ -32,11 +35,15 @@ mod error;
 mod grammar;
 mod heartbeat;
 mod index;
+mod layout;
 mod names;
 mod obstacle;
 mod open;
+mod outbox;
+mod overlay;
 mod pieces;
 mod queue;
+mod receipts;
 mod replay;
 mod reset;
 mod schema;
@@ -66,6 +73,7 @@ use rusqlite::Connection;
 use error::Doing;
 pub use error::Error;
 use grammar::{Grammar, Place, Tables};
+pub use outbox::Outgoing;
 use pieces::Pieces;
 use queue::Queue;
 use schema::{Catalog, Version};

@@ -27,6 +27,30 @@ pub(super) fn base_view(table: &str) -> String {
     format!("_anabranch_base_{table}")
 }
 
+/// Where the rows of a table of this purpose are kept, whatever it is called in Postgres.
+pub(super) const RECEIPTS: &str = "_anabranch_receipts";
+pub(super) const RECEIPTS_COLUMNS: [&str; 3] = ["replica", "seq", "hash"];
+pub(super) const REJECTIONS: &str = "_anabranch_rejections";
+pub(super) const REJECTIONS_COLUMNS: [&str; 7] = [
+    "replica",
+    "seq",
+    "entry",
+    "outcome",
+    "sqlstate",
+    "message",
+    "constraint_name",
+];
+
+/// Where the triggers put what programs did to a table.
+pub(super) fn entries(table: &str) -> String {
+    format!("_anabranch_entries_{table}")
+}
+
+/// What Postgres has of the rows that programs changed.
+pub(super) fn base_rows(table: &str) -> String {
+    format!("_anabranch_base_rows_{table}")
+}
+
 /// What all stages are called before their number.
 pub(super) const STAGE_PREFIX: &str = "_anabranch_stage_";
 

@@ -22,12 +22,14 @@ use super::{
     grammar::Tables,
     index,
     obstacle::Obstacle,
+    overlay::{self, Overlay},
     pieces::Pieces,
+    receipts,
     reset::{self, ResetError},
     schema::{Catalog, There, Version},
     stage::Stages,
     state::{Heard, State},
-    table::Table,
+    table::{Purpose, Table},
     write::{Keys, RowError, Writer},
 };
 
@@ -60,6 +62,9 @@ pub(super) struct Replay<'c> {
     /// The stream's first transaction was seen: until then a heartbeat's position says nothing of this file.
     is_proved: bool,
     writers: HashMap<u32, Writer<'c>>,
+    overlay: Overlay<'c>,
+    /// Rows of receipts or rejections came.
+    answers: bool,
     pieces: Pieces,
     ordinal: u32,
     first: bool,
@@ -110,6 +115,8 @@ impl<'c> Replay<'c> {
             report_changes,
             is_proved,
             writers: HashMap::new(),
+            overlay: Overlay::new(connection),
+            answers: false,
             pieces: Pieces::default(),
             ordinal: 0,
             first: false,
@@ -151,6 +158,7 @@ impl<'c> Replay<'c> {
         if let Some(altered) = self.outcome.catalog.altered() {
             return Err(Failure::Forget(altered.to_owned()));
         }
+        self.rebuild()?;
         let outcome = &mut self.outcome;
         outcome.state.resume_token = bytes::Bytes::copy_from_slice(resume_token);
         outcome.state.connected = true;
@@ -164,6 +172,7 @@ impl<'c> Replay<'c> {
             .doing("write the position")?;
         for (id, keys) in self.changes {
             if let Some(table) = outcome.tables.get(&id)
+                && table.purpose == Purpose::Data
                 && keys.0.as_ref().is_none_or(|keys| !keys.is_empty())
             {
                 outcome.changes.push(TableChanges {
@@ -173,6 +182,28 @@ impl<'c> Replay<'c> {
             }
         }
         Ok(self.outcome)
+    }
+
+    /// Lets go of what is answered, and puts what is pending on top of what came.
+    fn rebuild(&mut self) -> Result<(), Failure> {
+        let connection = self.connection;
+        let tables = self.outcome.tables.clone();
+        let state = &self.outcome.state;
+        let lsn = state.position.map_or(Lsn(0), |position| position.lsn);
+        let mut overlay = std::mem::replace(&mut self.overlay, Overlay::new(connection));
+        if self.answers {
+            receipts::take(connection, &state.replica_id, lsn, &tables, &mut overlay)
+                .map_err(|error| failure("_anabranch_rejected", error))?;
+        }
+        let catalog = &self.outcome.catalog;
+        let watched = |table: &Table| {
+            let synced = catalog.get(&table.name);
+            synced.is_some_and(|synced| synced.has_triggers)
+        };
+        let changes = self.report_changes.then_some(&mut self.changes);
+        overlay
+            .rebuild(&tables, watched, changes)
+            .map_err(|(table, error)| failure(&table.name, error))
     }
 
     fn start(&mut self, begin: &v1::Begin) -> Result<(), Failure> {
@@ -188,14 +219,17 @@ impl<'c> Replay<'c> {
     }
 
     fn table(&mut self, declared: &v1::Table) -> Result<(), Failure> {
-        let table = Table::new(declared)?;
+        let table = Arc::new(Table::new(declared)?);
+        let mut is_new = false;
         self.writers.remove(&table.id);
+        self.overlay.forget(table.id);
         index::make_way(self.connection, &table.name)?;
         if !self.reset.contains(&table.id) {
             let catalog = &mut self.outcome.catalog;
             match catalog.find(self.connection, &table)? {
                 There::Nothing if catalog.get(&table.name).is_none() => {
                     Catalog::create(self.connection, &table.name, &table)?;
+                    is_new = true;
                 }
                 There::Same => {}
                 There::Nothing | There::Other => {
@@ -206,8 +240,13 @@ impl<'c> Replay<'c> {
                 }
             }
             Arc::make_mut(catalog).record(self.connection, &table)?;
+            if is_new {
+                overlay::rebase(self.connection, &table)
+                    .map_err(|error| failure(&table.name, error))?;
+                self.overlay.touch_all(table.id);
+            }
         }
-        Arc::make_mut(&mut self.outcome.tables).insert(table.id, Arc::new(table));
+        Arc::make_mut(&mut self.outcome.tables).insert(table.id, table);
         Ok(())
     }
 
@@ -231,27 +270,30 @@ impl<'c> Replay<'c> {
                 none.insert(writer)
             }
         };
+        self.answers |= table.purpose != Purpose::Data;
+        let may = self.outcome.catalog.get(&table.name);
+        let overlaid = self
+            .overlay
+            .of(table, may.is_some_and(|synced| synced.overlaid))
+            .map_err(|error| refused(&table.name, error))?;
         let mut keys = self
             .report_changes
             .then(|| self.changes.entry(rows.table).or_insert_with(Keys::new));
         let mut count = 0;
         self.pieces
             .feed::<RowError>(&rows.ops, rows.continued, |kind, record| {
-                writer.write(kind, record)?;
                 count += 1;
+                if overlaid.take(kind, record)? {
+                    return Ok(());
+                }
+                writer.write(kind, record)?;
                 if let Some(keys) = &mut keys {
                     let key = writer.key(kind, record)?;
                     keys.push(|| key);
                 }
                 Ok(())
             })
-            .map_err(|error| match error {
-                RowError::Malformed(what) => {
-                    Error::Stream(format!("a malformed row of {}: {what}", table.name)).into()
-                }
-                RowError::Sqlite(error) => refused(&table.name, error),
-                RowError::Ignored => skipped(&table.name),
-            })?;
+            .map_err(|error| failure(&table.name, error))?;
         self.outcome.rows += count;
         Ok(())
     }
@@ -305,6 +347,8 @@ impl<'c> Replay<'c> {
         };
         // The table may be about to be dropped, and statements on it with it.
         self.writers.remove(&id);
+        self.overlay.touch_all(id);
+        self.answers |= table.purpose != Purpose::Data;
         let stage = self.stages.get((self.ordinal, id));
         let keys = self
             .report_changes
@@ -340,6 +384,16 @@ impl<'c> Replay<'c> {
             }
         }
         Ok(())
+    }
+}
+
+fn failure(table: &str, error: RowError) -> Failure {
+    match error {
+        RowError::Malformed(what) => {
+            Error::Stream(format!("a malformed row of {table}: {what}")).into()
+        }
+        RowError::Sqlite(error) => refused(table, error),
+        RowError::Ignored => skipped(table),
     }
 }
 

@@ -8,6 +8,9 @@
 //!
 //! Readers see the old rows or the new ones, never an empty table: all of it is one transaction.
 //!
+//! Of a table with base rows those are reset, and what is pending is put on top of them again at the end of the commit
+//! (`overlay`): local writes are never undone by a reset.
+//!
 //! The rename is done with `legacy_alter_table`, which leaves programs' views and triggers alone: they refer to the
 //! table by name, and find the new one.
 
@@ -18,14 +21,15 @@ use serde_json::Value;
 
 use super::{
     Error,
-    error::Doing,
+    error::{self, Doing},
     index,
     names::{self, quote},
     obstacle::Obstacle,
+    overlay,
     schema::{self, Catalog, There},
     stage::Stage,
     table::Table,
-    write::{Keys, json},
+    write::{Keys, RowError, json},
 };
 
 /// Columns that are compared in one row value.
@@ -50,13 +54,16 @@ impl From<Error> for ResetError {
 pub(super) fn finish(
     connection: &Connection,
     catalog: &mut Arc<Catalog>,
-    table: &Table,
+    table: &Arc<Table>,
     stage: Option<&Stage>,
     keys: Option<&mut Keys>,
 ) -> Result<(), ResetError> {
     // Another table's index may have taken the name since the table was declared.
     index::make_way(connection, &table.name)?;
-    match catalog.find(connection, table)? {
+    let overlaid = catalog.get(&table.name).is_some_and(|there| there.overlaid);
+    let there = catalog.find(connection, table)?;
+    let is_same = matches!(there, There::Same);
+    match there {
         There::Nothing => {
             // A program may have dropped it.
             if catalog.get(&table.name).is_some() {
@@ -67,16 +74,21 @@ pub(super) fn finish(
         }
         There::Same => {
             let programs = schema::of_programs(connection, &table.name)?;
-            if programs.is_empty() && is_empty(connection, &table.name)? {
+            let overlaid = overlaid && !is_empty(connection, &names::base_rows(&table.name))?;
+            if programs.is_empty() && !overlaid && is_empty(connection, &table.name)? {
                 if stage.is_some() {
                     catalog.drop_table(connection, &table.name)?;
                     take_place(connection, table, stage)?;
                     forget_keys(keys);
                 }
             } else {
-                differ(connection, table, stage, keys).map_err(ResetError::Rows)?;
+                if overlaid {
+                    overlay::reset_base_rows(connection, table, stage)
+                        .doing("reset base rows")?;
+                }
+                differ(connection, table, stage, overlaid, keys).map_err(ResetError::Rows)?;
                 let watched = programs.iter().any(Obstacle::is_trigger);
-                if watched && !is_equal(connection, table, stage)? {
+                if watched && !is_equal(connection, table, stage, overlaid)? {
                     return Err(ResetError::Ignored);
                 }
             }
@@ -88,6 +100,14 @@ pub(super) fn finish(
     }
     Arc::make_mut(catalog).record(connection, table)?;
     Catalog::set_state(connection, &table.name, None)?;
+    if !is_same {
+        overlay::rebase(connection, table).map_err(|error| match error {
+            RowError::Sqlite(error) => error::sqlite("make base rows of a new table", error),
+            RowError::Malformed(_) | RowError::Ignored => {
+                Error::Definite(format!("can't make base rows of {}", table.name))
+            }
+        })?;
+    }
     Ok(())
 }
 
@@ -120,11 +140,13 @@ fn take_place(connection: &Connection, table: &Table, stage: Option<&Stage>) -> 
     }
 }
 
-/// Turns the stage into a difference.
+/// Turns the stage into a difference. Rows that have a base row (`overlaid`: there are some) are left as they are: it is
+/// that which was reset.
 fn differ(
     connection: &Connection,
     table: &Table,
     stage: Option<&Stage>,
+    overlaid: bool,
     mut keys: Option<&mut Keys>,
 ) -> rusqlite::Result<()> {
     let name = quote(&table.name);
@@ -135,7 +157,10 @@ fn differ(
     let Some(stage) = stage else {
         return run(
             connection,
-            &format!("DELETE FROM {name} WHERE true{returning}"),
+            &format!(
+                "DELETE FROM {name} WHERE true{}{returning}",
+                and_is_base(table, &table.name, overlaid)
+            ),
             keys,
         );
     };
@@ -144,7 +169,8 @@ fn differ(
     run(
         connection,
         &format!(
-            "DELETE FROM {name} WHERE NOT EXISTS (SELECT 1 FROM {from} WHERE {same_key}){returning}"
+            "DELETE FROM {name} WHERE NOT EXISTS (SELECT 1 FROM {from} WHERE {same_key}){}{returning}",
+            and_is_base(table, &table.name, overlaid)
         ),
         keys.as_deref_mut(),
     )?;
@@ -153,11 +179,20 @@ fn differ(
         connection,
         &format!(
             "INSERT INTO {name}({all}) SELECT {all} FROM {from} \
-             WHERE NOT EXISTS (SELECT 1 FROM {name} WHERE {same_row}) {}{returning}",
+             WHERE NOT EXISTS (SELECT 1 FROM {name} WHERE {same_row}){} {}{returning}",
+            and_is_base(table, &stage.name, overlaid),
             table.on_conflict()
         ),
         keys,
     )
+}
+
+fn and_is_base(table: &Table, of: &str, overlaid: bool) -> String {
+    if !overlaid {
+        return String::new();
+    }
+    let key: Vec<&str> = table.key_names().collect();
+    format!(" AND {}", overlay::is_base(&table.name, of, &key))
 }
 
 /// The condition that a row of the table and one of the stage have one key.
@@ -201,17 +236,30 @@ fn compare<'t>(
         .join(" AND ")
 }
 
-/// Whether the table holds the rows of the stage and no others.
-fn is_equal(connection: &Connection, table: &Table, stage: Option<&Stage>) -> Result<bool, Error> {
+/// Whether the table holds the rows of the stage and no others, apart from those that have a base row.
+fn is_equal(
+    connection: &Connection,
+    table: &Table,
+    stage: Option<&Stage>,
+    overlaid: bool,
+) -> Result<bool, Error> {
+    let in_table = and_is_base(table, &table.name, overlaid);
     let Some(stage) = stage else {
-        return is_empty(connection, &table.name);
+        let name = quote(&table.name);
+        return connection
+            .prepare(&format!("SELECT 1 FROM {name} WHERE true{in_table} LIMIT 1"))
+            .and_then(|mut first| first.exists([]))
+            .map(|exists| !exists)
+            .doing("look whether a table is empty");
     };
+    let in_stage = and_is_base(table, &stage.name, overlaid);
     let (name, from) = (quote(&table.name), quote(&stage.name));
     let (same_key, same_row) = (same_key(table, stage), same_row(table, stage));
     connection
         .prepare(&format!(
-            "SELECT 1 FROM {name} WHERE NOT EXISTS (SELECT 1 FROM {from} WHERE {same_key}) \
-             UNION ALL SELECT 1 FROM {from} WHERE NOT EXISTS (SELECT 1 FROM {name} WHERE {same_row}) LIMIT 1"
+            "SELECT 1 FROM {name} WHERE NOT EXISTS (SELECT 1 FROM {from} WHERE {same_key}){in_table} \
+             UNION ALL \
+             SELECT 1 FROM {from} WHERE NOT EXISTS (SELECT 1 FROM {name} WHERE {same_row}){in_stage} LIMIT 1"
         ))
         .and_then(|mut difference| difference.exists([]))
         .map(|exists| !exists)
@@ -274,7 +322,7 @@ fn rebuild(
         )
         .map_err(ResetError::Rows)?;
     }
-    if is_equal(connection, table, stage)? {
+    if is_equal(connection, table, stage, false)? {
         Ok(())
     } else {
         Err(ResetError::Ignored)

@@ -17,10 +17,11 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::{
     Error,
     error::Doing,
-    index, names,
+    index, layout, names,
     obstacle::{self, Obstacle},
+    outbox, overlay,
     state::{self, replace_view},
-    table::Table,
+    table::{Purpose, Table},
 };
 
 /// What is known of the synced tables, as of our last commit. By folded name.
@@ -40,6 +41,8 @@ pub(super) struct Synced {
     pub altered: Option<String>,
     /// Programs have triggers on it.
     pub has_triggers: bool,
+    /// It may have base rows.
+    pub overlaid: bool,
 }
 
 /// What is in the file under a table's name.
@@ -127,6 +130,7 @@ impl Catalog {
                             definition: row.get(3)?,
                             altered: None,
                             has_triggers: false,
+                            overlaid: false,
                         },
                     ))
                 })?
@@ -211,7 +215,14 @@ impl Catalog {
 
     /// Records a table that is now as declared, with its columns, indexes and base view.
     pub(super) fn record(&mut self, connection: &Connection, table: &Table) -> Result<(), Error> {
+        let (moved, overlaid) = layout::declare(connection, table)?;
+        if moved {
+            outbox::view(connection)
+                .and_then(|view| replace_view(connection, "_anabranch_outbox", &view))
+                .doing("make the view of local writes")?;
+        }
         let synced = Synced {
+            overlaid,
             name: table.name.clone(),
             schema: table.schema.clone(),
             postgres_name: table.postgres_name.clone(),
@@ -227,11 +238,18 @@ impl Catalog {
         Ok(())
     }
 
-    /// Drops a table that left the subscriptions. What programs had on it is kept in `_anabranch_dropped`.
+    /// Drops a table that left the subscriptions. What programs had on it is kept in `_anabranch_dropped`, what they wrote
+    /// to it and was not answered stays in the outbox.
     pub(super) fn drop(&mut self, connection: &Connection, name: &str) -> Result<(), Error> {
         obstacle::keep_all(connection, name, "its table left the replica's shapes")
             .doing("keep what a program had on a table")?;
-        self.remove(connection, name)
+        self.remove(connection, name)?;
+        let retire = || {
+            layout::retire(connection, name)?;
+            let view = outbox::view(connection)?;
+            replace_view(connection, "_anabranch_outbox", &view)
+        };
+        retire().doing("keep the local writes of a table that left the shapes")
     }
 
     /// Drops a table and forgets it, with what programs have on it.
@@ -319,7 +337,15 @@ impl Synced {
             .collect::<Result<_, _>>()?;
         if !columns.is_empty() {
             let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
-            make_base_view(connection, &self.name, &columns)?;
+            let key: Vec<String> = connection
+                .prepare_cached(
+                    "SELECT name FROM pragma_table_info(?1) WHERE pk > 0 ORDER BY pk",
+                )?
+                .query_map([&self.name], |row| row.get(0))?
+                .collect::<Result<_, _>>()?;
+            let key: Vec<&str> = key.iter().map(String::as_str).collect();
+            self.overlaid = layout::has_base_rows(connection, &self.name)?;
+            make_base_view(connection, &self.name, &columns, self.overlaid.then_some(&key))?;
         }
         index::inspect(connection, &self.name)
     }
@@ -334,6 +360,9 @@ fn record(connection: &Connection, table: &Table, synced: &Synced) -> rusqlite::
              definition = excluded.definition",
         )?
         .execute(params![synced.name, synced.schema, synced.postgres_name, synced.definition])?;
+    if table.purpose != Purpose::Data {
+        return Ok(());
+    }
     // Every stream declares every table: what is there already is not written again.
     let wanted: Vec<(String, String, i64, bool)> = table
         .columns
@@ -370,17 +399,38 @@ fn record(connection: &Connection, table: &Table, synced: &Synced) -> rusqlite::
         }
     }
     let columns: Vec<&str> = table.column_names().collect();
-    make_base_view(connection, &table.name, &columns)
+    let key: Vec<&str> = table.key_names().collect();
+    make_base_view(
+        connection,
+        &table.name,
+        &columns,
+        synced.overlaid.then_some(&key),
+    )
 }
 
-fn make_base_view(connection: &Connection, table: &str, columns: &[&str]) -> rusqlite::Result<()> {
+/// The view of what Postgres has. `key`: of a table that may have base rows, which then count instead of its own.
+fn make_base_view(
+    connection: &Connection,
+    table: &str,
+    columns: &[&str],
+    key: Option<&Vec<&str>>,
+) -> rusqlite::Result<()> {
     let name = names::base_view(table);
-    let sql = format!(
+    let mut sql = format!(
         "CREATE VIEW {} AS SELECT {} FROM {}",
         names::quote(&name),
         names::quote_all(columns.iter().copied()),
         names::quote(table)
     );
+    if let Some(key) = key {
+        let values: Vec<String> = (0..columns.len()).map(|place| format!("v{place}")).collect();
+        sql.push_str(&format!(
+            " WHERE {} UNION ALL SELECT {} FROM {} WHERE present = 1",
+            overlay::is_base(table, table, key),
+            values.join(", "),
+            names::quote(&names::base_rows(table))
+        ));
+    }
     replace_view(connection, &name, &sql)
 }
 

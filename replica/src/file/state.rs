@@ -13,6 +13,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::{
     Error,
     error::{self, Doing},
+    layout, outbox, receipts,
     status::{self, micros_text, time_text},
 };
 
@@ -76,7 +77,7 @@ CREATE TABLE IF NOT EXISTS _anabranch_dropped(
 /// A live table is as of the file's position; a stopped one as of its own.
 const TABLES_VIEW: &str = "CREATE VIEW _anabranch_tables AS SELECT table_name, state, reason, \
     CASE state WHEN 'live' THEN (SELECT lsn FROM _anabranch_state) ELSE lsn END AS lsn \
-    FROM _anabranch_synced";
+    FROM _anabranch_synced WHERE table_name NOT IN ('_anabranch_receipts', '_anabranch_rejections')";
 
 /// The row of `_anabranch_state`, as last committed.
 #[derive(Clone, Debug)]
@@ -94,9 +95,12 @@ pub(super) struct State {
 /// Makes what is missing of our own tables. Within a write transaction.
 pub(super) fn create(connection: &Connection, replica_id: &str) -> rusqlite::Result<()> {
     connection.execute_batch(TABLES)?;
+    connection.execute_batch(receipts::TABLES)?;
+    layout::inspect(connection)?;
     for (name, sql) in [
         ("_anabranch_status", status::view()),
         ("_anabranch_tables", TABLES_VIEW.to_owned()),
+        ("_anabranch_outbox", outbox::view(connection)?),
     ] {
         replace_view(connection, name, &sql)?;
     }

@@ -5,6 +5,8 @@ use std::time::Duration;
 use anabranch_proto::Lsn;
 use jiff::Timestamp;
 
+use super::receipts::BOUNDARY;
+
 /// When the state row's heartbeat is older than this, the status view says `connected = 0`, whatever the row says: a
 /// killed sidecar cannot lie. Three of the reports that come every five seconds.
 pub(super) const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(15);
@@ -57,7 +59,7 @@ pub(super) fn micros_text(micros: i64) -> Option<String> {
         .map(time_text)
 }
 
-/// The view, in SQL that any SQLite ≥ 3.37 runs.
+/// The view, in SQL that any SQLite ≥ 3.37 runs. Ids of entries have no gaps, so what is pending is not counted.
 pub(super) fn view() -> String {
     let seconds = HEARTBEAT_AGE_MAX.as_secs();
     // A heartbeat from the future (the clock was set back) proves as little as an old one.
@@ -67,7 +69,8 @@ pub(super) fn view() -> String {
     format!(
         "CREATE VIEW _anabranch_status AS SELECT epoch, lsn, commit_time, received_time, \
          connected AND {alive} AS connected, connected AND caught_up AND {alive} AS caught_up, \
-         0 AS pending, 0 AS rejected, last_error FROM _anabranch_state"
+         max(coalesce((SELECT last FROM _anabranch_head), 0) - {BOUNDARY}, 0) AS pending, \
+         (SELECT count(*) FROM _anabranch_rejected) AS rejected, last_error FROM _anabranch_state"
     )
 }
 

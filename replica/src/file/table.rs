@@ -7,6 +7,7 @@ use std::{collections::HashSet, fmt::Write};
 
 use anabranch_proto::v1;
 use prost::Message;
+use serde::{Deserialize, Serialize};
 
 use super::{Error, names};
 
@@ -23,12 +24,32 @@ const COLUMNS_MAX: usize = 1600;
 const INDEXES_MAX: usize = 256;
 
 /// How a value is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Storage {
     Integer,
     Real,
     Text,
     Blob,
+}
+
+/// What the rows of a table are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Rows for programs.
+    Data,
+    /// How far local transactions are answered.
+    Receipts,
+    /// Which of them were rejected, and why.
+    Rejections,
+}
+
+/// What happens to a local change of a column that was changed in Postgres since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Conflict {
+    LastWrite,
+    FirstWrite,
+    Add,
+    Function,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +58,7 @@ pub(super) struct Column {
     pub postgres_type: String,
     pub storage: Storage,
     pub not_null: bool,
+    pub conflict: Conflict,
 }
 
 /// A secondary index, by Postgres' name.
@@ -55,6 +77,9 @@ pub(super) struct Table {
     pub postgres_name: String,
     /// As in the file.
     pub name: String,
+    pub purpose: Purpose,
+    /// Programs may write it.
+    pub writable: bool,
     pub columns: Vec<Column>,
     /// Places in `columns`, in the order of the key.
     pub key: Vec<usize>,
@@ -123,7 +148,15 @@ impl Table {
                     return Err(wrong("two columns in one place of its key"));
                 }
             }
+            let conflict = match v1::Conflict::try_from(column.conflict) {
+                Ok(v1::Conflict::LastWrite) => Conflict::LastWrite,
+                Ok(v1::Conflict::FirstWrite) => Conflict::FirstWrite,
+                Ok(v1::Conflict::Add) => Conflict::Add,
+                Ok(v1::Conflict::Function) => Conflict::Function,
+                Err(_) => return Err(wrong("a column without known conflict policy")),
+            };
             columns.push(Column {
+                conflict,
                 name: column.name.clone(),
                 postgres_type: column.postgres_type.clone(),
                 storage,
@@ -159,9 +192,28 @@ impl Table {
                 columns,
             });
         }
+        let (purpose, name) = match v1::Purpose::try_from(declared.purpose) {
+            Ok(v1::Purpose::Data) => (
+                Purpose::Data,
+                names::table(&declared.schema, &declared.name),
+            ),
+            Ok(v1::Purpose::Receipts) => (Purpose::Receipts, names::RECEIPTS.to_owned()),
+            Ok(v1::Purpose::Rejections) => (Purpose::Rejections, names::REJECTIONS.to_owned()),
+            Err(_) => return Err(wrong("a purpose that this version does not know")),
+        };
+        let needed: &[&str] = match purpose {
+            Purpose::Data => &[],
+            Purpose::Receipts => &names::RECEIPTS_COLUMNS,
+            Purpose::Rejections => &names::REJECTIONS_COLUMNS,
+        };
+        if !needed.iter().all(|name| columns.iter().any(|c| c.name == *name)) {
+            return Err(wrong("without the columns that its purpose needs"));
+        }
         let mut table = Table {
             id: declared.id,
-            name: names::table(&declared.schema, &declared.name),
+            name,
+            purpose,
+            writable: declared.writable && purpose == Purpose::Data,
             schema: declared.schema.clone(),
             postgres_name: declared.name.clone(),
             columns,
@@ -171,7 +223,7 @@ impl Table {
             upsert: String::new(),
             delete: String::new(),
         };
-        if names::is_reserved(&table.name) {
+        if purpose == Purpose::Data && names::is_reserved(&table.name) {
             return Err(Error::Definite(format!(
                 "{full_name} cannot be kept in a SQLite file: names that begin with `sqlite_` or `_anabranch_` are taken; leave it out of the shape, or rename it in Postgres"
             )));

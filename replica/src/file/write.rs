@@ -204,7 +204,7 @@ impl<'c> Writer<'c> {
 }
 
 /// Binds a record's values to a statement's parameters, one for each column.
-fn bind<'t>(
+pub(super) fn bind<'t>(
     statement: &mut Statement<'_>,
     columns: impl Iterator<Item = &'t Column>,
     record: &[u8],

@@ -4,7 +4,11 @@ mod apply;
 mod files;
 mod foreign;
 mod kill;
+mod local;
 mod model;
+mod outbox;
+mod overlay;
+mod pending;
 mod programs;
 mod resets;
 mod status;
@@ -25,7 +29,7 @@ use bytes::{Bytes, BytesMut};
 use rusqlite::{Connection, OpenFlags, types::ValueRef as Sql};
 use tempfile::TempDir;
 
-pub use super::{Error, File, Settings, TableChanges};
+pub use super::{Error, File, Outgoing, Settings, TableChanges};
 pub use ValueRef::{Blob as B, Integer as I, Null as N, Real as R, Text as T};
 pub use v1::Storage::{Blob, Integer, Real, Text};
 

@@ -1,0 +1,419 @@
+//! What programs see of rows that they changed while Postgres changes them too.
+
+use rusqlite::types::Value;
+
+use super::{local::*, *};
+
+/// A file with `t`, its rows as (id, a, b, n).
+fn start_with(rows: &[(i64, &str, &str, &str)]) -> (Folder, File, Sheet) {
+    let folder = Folder::new();
+    let mut file = folder.open();
+    file.apply(&full(rows, 10, &[])).unwrap();
+    (folder, file, Sheet::simple())
+}
+
+fn full(rows: &[(i64, &str, &str, &str)], lsn: u64, more: &[v1::Element]) -> v1::Down {
+    let mut elements = vec![first(&[1, RECEIPTS, REJECTIONS]), Sheet::simple().declare()];
+    elements.extend(receipts());
+    elements.push(upsert_all(rows));
+    elements.extend_from_slice(more);
+    elements.push(commit(lsn));
+    down(elements)
+}
+
+fn upsert_all(rows: &[(i64, &str, &str, &str)]) -> v1::Element {
+    let rows: Vec<[ValueRef<'_>; 4]> = rows
+        .iter()
+        .map(|&(id, a, b, n)| [I(id), T(a), T(b), T(n)])
+        .collect();
+    let rows: Vec<&[ValueRef<'_>]> = rows.iter().map(|row| &row[..]).collect();
+    upserts(1, &rows)
+}
+
+/// One live transaction.
+fn live(lsn: u64, elements: &[v1::Element]) -> v1::Down {
+    let mut all = vec![begin(&[])];
+    all.extend_from_slice(elements);
+    all.push(commit(lsn));
+    down(all)
+}
+
+fn row(id: i64, a: &str, b: &str, n: &str) -> Vec<Value> {
+    vec![id.into(), text(a), text(b), text(n)]
+}
+
+#[track_caller]
+fn shows(folder: &Folder, expected: &[&str]) {
+    assert_eq!(
+        folder.query("SELECT id, a, b, n FROM t ORDER BY id"),
+        expected,
+        "the table"
+    );
+}
+
+#[track_caller]
+fn base_is(folder: &Folder, expected: &[&str]) {
+    assert_eq!(
+        folder.query("SELECT id, a, b, n FROM _anabranch_base_t ORDER BY id"),
+        expected,
+        "the base view"
+    );
+}
+
+fn pending(folder: &Folder) -> String {
+    folder.query("SELECT pending, rejected FROM _anabranch_status")[0].clone()
+}
+
+fn base_rows(folder: &Folder) -> String {
+    folder.query("SELECT count(*) FROM _anabranch_base_rows_t")[0].clone()
+}
+
+#[test]
+fn a_change_of_postgres_to_a_pending_row_is_seen_where_nothing_is_pending() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "10")]);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine")), ("n", text("12"))]));
+    file.apply(&live(20, &[upsert_all(&[(1, "theirs", "theirs", "100.50")])])).unwrap();
+    shows(&folder, &["1|'mine'|'theirs'|'102.50'"]);
+    base_is(&folder, &["1|'theirs'|'theirs'|'100.50'"]);
+    assert_eq!(pending(&folder), "1|0");
+    assert_eq!(
+        folder.query("SELECT * FROM _anabranch_outbox"),
+        [r#"1|NULL|'t'|'update'|'[1]'|'{"a":"mine","n":"12"}'|'2026-01-01 00:00:00.000000Z'|'captured'"#]
+    );
+}
+
+#[test]
+fn a_row_that_postgres_deleted_is_gone_although_an_update_is_pending() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "1")]);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    file.apply(&live(20, &[deletes(1, &[&[I(1)], &[I(2)]])])).unwrap();
+    shows(&folder, &[]);
+    let seq = folder.assign(&mut file);
+    file.apply(&live(30, &[rejection(&file, seq, Some(0)), receipt(&file, seq)])).unwrap();
+    shows(&folder, &[]);
+    assert_eq!(pending(&folder), "0|1");
+    assert_eq!(
+        folder.query("SELECT key, changes, outcome FROM _anabranch_rejected"),
+        [r#"'[1]'|'{"a":"mine"}'|'insert_exists'"#]
+    );
+    assert_eq!(base_rows(&folder), "0");
+}
+
+#[test]
+fn an_own_echo_never_shows_an_older_value() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    let mut lsn = 10;
+    let reader = reader(folder.path());
+    for i in 0..5 {
+        let a = format!("mine {i}");
+        folder.write(|program| t.set(program, 1, &[("a", text(&a))]));
+        folder.assign(&mut file);
+    }
+    let seen = |expected: &str| {
+        assert_eq!(query(&reader, "SELECT a FROM t"), [format!("'{expected}'")]);
+    };
+    for i in 0..5 {
+        seen("mine 4");
+        // Effects first, then the receipt; or both at once.
+        lsn += 10;
+        let echo = upsert_all(&[(1, &format!("mine {i}"), "b", "1")]);
+        if i % 2 == 0 {
+            file.apply(&live(lsn, &[echo])).unwrap();
+            seen("mine 4");
+            lsn += 1;
+            file.apply(&live(lsn, &[receipt(&file, i + 1)])).unwrap();
+        } else {
+            file.apply(&live(lsn, &[echo, receipt(&file, i + 1)])).unwrap();
+        }
+    }
+    seen("mine 4");
+    assert_eq!(base_rows(&folder), "0");
+    assert_eq!(pending(&folder), "0|0");
+    let answered = folder.query("SELECT seq, answered_lsn FROM _anabranch_local");
+    assert_eq!(answered[0], "1|'0/15'");
+    assert_eq!(answered.len(), 5);
+}
+
+#[test]
+fn what_postgres_made_of_an_insert_is_seen_with_the_receipt() {
+    let (folder, mut file, t) = start_with(&[]);
+    folder.write(|program| t.insert(program, &row(7, "mine", "b", "1")));
+    let seq = folder.assign(&mut file);
+    file.apply(&live(20, &[upsert_all(&[(7, "trigger", "b", "1")])])).unwrap();
+    shows(&folder, &["7|'mine'|'b'|'1'"]);
+    file.apply(&live(30, &[receipt(&file, seq)])).unwrap();
+    shows(&folder, &["7|'trigger'|'b'|'1'"]);
+}
+
+#[test]
+fn a_rejection_restores_and_tells_what_was_wanted() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "2")]);
+    folder.write(|program| {
+        t.set(program, 1, &[("a", text("mine"))]);
+        t.delete(program, &[2.into()]);
+        t.insert(program, &row(3, "new", "it's \"x\"", "3"));
+    });
+    let seq = folder.assign(&mut file);
+    folder.write(|program| t.set(program, 1, &[("b", text("later"))]));
+    file.apply(&live(20, &[receipt(&file, seq), rejection(&file, seq, Some(2))])).unwrap();
+    shows(&folder, &["1|'a'|'later'|'1'", "2|'a'|'b'|'2'"]);
+    assert_eq!(pending(&folder), "1|3");
+    assert_eq!(
+        folder.query("SELECT id, txn, table_name, operation, key, changes, sqlstate, constraint_name, outcome, action FROM _anabranch_rejected"),
+        [
+            r#"1|1|'t'|'update'|'[1]'|'{"a":"mine"}'|NULL|NULL|'rolled_back'|NULL"#,
+            r#"2|1|'t'|'delete'|'[2]'|'{"a":"a","b":"b","id":2,"n":"2"}'|NULL|NULL|'rolled_back'|NULL"#,
+            r#"3|1|'t'|'insert'|'[3]'|'{"a":"new","b":"it's \"x\"","id":3,"n":"3"}'|'23505'|'t_pkey'|'insert_exists'|NULL"#,
+        ]
+    );
+}
+
+#[test]
+fn dependents_of_a_rejected_insert_are_judged_on_their_own() {
+    let (folder, mut file, t) = start_with(&[]);
+    folder.write(|program| t.insert(program, &row(1, "mine", "b", "1")));
+    let seq = folder.assign(&mut file);
+    folder.write(|program| t.set(program, 1, &[("a", text("later"))]));
+    shows(&folder, &["1|'later'|'b'|'1'"]);
+    file.apply(&live(20, &[receipt(&file, seq), rejection(&file, seq, None)])).unwrap();
+    shows(&folder, &[]);
+    // Somebody else's row of that key: the update is of that now.
+    file.apply(&live(30, &[upsert_all(&[(1, "theirs", "theirs", "9")])])).unwrap();
+    shows(&folder, &["1|'later'|'theirs'|'9'"]);
+}
+
+#[test]
+fn chains_and_swaps_of_keys_keep_what_postgres_changes_on_the_way() {
+    let (folder, mut file, t) = start_with(&[(1, "one", "b", "1"), (2, "two", "b", "2")]);
+    folder.write(|program| {
+        // Swapped, by way of 9; then 1 goes on to 5.
+        t.set(program, 1, &[("id", 9.into())]);
+        t.set(program, 2, &[("id", 1.into())]);
+        t.set(program, 9, &[("id", 2.into())]);
+        t.set(program, 1, &[("id", 5.into())]);
+    });
+    shows(&folder, &["2|'one'|'b'|'1'", "5|'two'|'b'|'2'"]);
+    base_is(&folder, &["1|'one'|'b'|'1'", "2|'two'|'b'|'2'"]);
+    file.apply(&live(20, &[upsert_all(&[(2, "two", "theirs", "22")])])).unwrap();
+    shows(&folder, &["2|'one'|'b'|'1'", "5|'two'|'theirs'|'22'"]);
+    file.apply(&live(30, &[deletes(1, &[&[I(1)]]), upsert_all(&[(5, "five", "x", "5")])])).unwrap();
+    shows(&folder, &["5|'two'|'theirs'|'22'"]);
+    let seq = folder.assign(&mut file);
+    file.apply(&live(40, &[receipt(&file, seq), rejection(&file, seq, Some(0))])).unwrap();
+    shows(&folder, &["2|'two'|'theirs'|'22'", "5|'five'|'x'|'5'"]);
+    assert_eq!(base_rows(&folder), "0");
+}
+
+#[test]
+fn a_reset_leaves_pending_changes_on_top_at_every_moment() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "2"), (3, "c", "c", "3")]);
+    folder.write(|program| {
+        t.set(program, 1, &[("a", text("mine"))]);
+        t.set(program, 2, &[("a", text("mine"))]);
+        t.insert(program, &row(8, "new", "b", "8"));
+    });
+    file.begin_stream().unwrap();
+    // Row 2 is gone, 3 changed, 4 is new.
+    let message = full(&[(1, "theirs", "theirs", "1"), (3, "x", "y", "3"), (4, "d", "d", "4")], 20, &[]);
+    let expected = ["1|'mine'|'theirs'|'1'", "3|'x'|'y'|'3'", "4|'d'|'d'|'4'", "8|'new'|'b'|'8'"];
+    // Stages first, then the rest.
+    let (head, tail) = message.elements.split_at(5);
+    file.apply(&down(head.to_vec())).unwrap();
+    assert_eq!(folder.query("SELECT a FROM t WHERE id IN (1, 8) ORDER BY id"), ["'mine'", "'new'"]);
+    file.apply(&v1::Down { elements: tail.to_vec(), ..message.clone() }).unwrap();
+    shows(&folder, &expected);
+    base_is(&folder, &["1|'theirs'|'theirs'|'1'", "3|'x'|'y'|'3'", "4|'d'|'d'|'4'"]);
+    assert_eq!(pending(&folder), "3|0");
+}
+
+#[test]
+fn an_answer_in_a_reset_counts() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    folder.assign(&mut file);
+    folder.write(|program| t.insert(program, &row(2, "refused", "b", "1")));
+    folder.assign(&mut file);
+    file.begin_stream().unwrap();
+    let answers = [receipt(&file, 2), rejection(&file, 2, Some(0))];
+    file.apply(&full(&[(1, "mine", "b", "1")], 20, &answers)).unwrap();
+    shows(&folder, &["1|'mine'|'b'|'1'"]);
+    assert_eq!(pending(&folder), "0|1");
+    assert_eq!(base_rows(&folder), "0");
+    assert_eq!(file.answered().unwrap(), (2, file.hash_of(2).unwrap()));
+    // The same again, as after a restart, lists nothing twice.
+    file.begin_stream().unwrap();
+    let answers = [receipt(&file, 2), rejection(&file, 2, Some(0))];
+    file.apply(&full(&[(1, "mine", "b", "1")], 30, &answers)).unwrap();
+    assert_eq!(pending(&folder), "0|1");
+}
+
+#[test]
+fn a_receipt_that_goes_back_makes_answered_changes_pending_again() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    let seq = folder.assign(&mut file);
+    file.apply(&live(20, &[upsert_all(&[(1, "mine", "b", "1")]), receipt(&file, seq)])).unwrap();
+    assert_eq!(pending(&folder), "0|0");
+    // A failover lost both.
+    file.apply(&live(30, &[upsert_all(&[(1, "a", "c", "1")]), deletes(RECEIPTS, &[&[T(file.replica_id())]])])).unwrap();
+    shows(&folder, &["1|'mine'|'c'|'1'"]);
+    base_is(&folder, &["1|'a'|'c'|'1'"]);
+    assert_eq!(pending(&folder), "1|0");
+    assert_eq!(file.answered().unwrap().0, 0);
+}
+
+#[test]
+fn a_receipt_of_another_file_answers_nothing() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    folder.assign(&mut file);
+    for seq in [1, 2] {
+        let foreign = upserts(RECEIPTS, &[&[T(file.replica_id()), I(seq), B(&[7; 32])]]);
+        file.apply(&live(20 + seq as u64, &[foreign])).unwrap();
+        assert_eq!(pending(&folder), "1|0");
+        shows(&folder, &["1|'mine'|'b'|'1'"]);
+    }
+}
+
+#[test]
+fn entries_survive_a_changed_definition_and_a_dropped_table() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    folder.write(|program| {
+        t.set(program, 1, &[("b", text("mine"))]);
+        t.insert(program, &row(2, "new", "b", "2"));
+    });
+    folder.assign(&mut file);
+    let sent = file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap();
+    // Column `a` goes, `c` comes.
+    let mut changed = t.clone();
+    changed.columns = vec![t.columns[3], t.columns[0], t.columns[2], ("c", Text, 0, v1::Conflict::LastWrite)];
+    file.begin_stream().unwrap();
+    let mut elements = vec![first(&[1]), changed.declare()];
+    elements.extend(receipts());
+    elements.extend([upserts(1, &[&[T("5"), I(1), T("theirs"), T("c")]]), commit(20)]);
+    file.apply(&down(elements)).unwrap();
+    let dump = "SELECT id, b, c, n FROM t ORDER BY id";
+    assert_eq!(folder.query(dump), ["1|'mine'|'c'|'5'", "2|'b'|NULL|'2'"]);
+    assert_eq!(pending(&folder), "2|0");
+    assert_eq!(folder.query("SELECT count(*) FROM _anabranch_outbox"), ["2"]);
+    folder.write(|program| changed.set(program, 2, &[("c", text("mine too"))]));
+    assert_eq!(folder.query("SELECT count(*) FROM _anabranch_outbox"), ["3"]);
+    assert_eq!(file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap(), sent, "resent as it was");
+    // It leaves the shapes, and comes back.
+    file.begin_stream().unwrap();
+    let mut elements = vec![first(&[])];
+    elements.extend(receipts());
+    elements.push(commit(30));
+    file.apply(&down(elements)).unwrap();
+    assert_eq!(folder.query("SELECT count(*) FROM _anabranch_outbox"), ["3"]);
+    assert_eq!(file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap(), sent);
+    file.begin_stream().unwrap();
+    let mut elements = vec![first(&[1]), changed.declare()];
+    elements.extend(receipts());
+    elements.extend([upserts(1, &[&[T("6"), I(1), T("theirs"), T("c")]]), commit(40)]);
+    file.apply(&down(elements)).unwrap();
+    assert_eq!(folder.query(dump), ["1|'mine'|'c'|'6'", "2|'b'|'mine too'|'2'"]);
+    let seq = folder.assign(&mut file);
+    file.apply(&live(50, &[receipt(&file, seq)])).unwrap();
+    assert_eq!(folder.query(dump), ["1|'theirs'|'c'|'6'"]);
+    assert_eq!(base_rows(&folder), "0");
+    // The policy alone.
+    folder.write(|program| changed.set(program, 1, &[("c", text("x"))]));
+    changed.columns[3].3 = v1::Conflict::FirstWrite;
+    file.apply(&live(60, &[changed.declare()])).unwrap();
+    folder.write(|program| changed.set(program, 1, &[("b", text("y"))]));
+    file.apply(&live(70, &[upserts(1, &[&[T("7"), I(1), T("theirs"), T("c")]])])).unwrap();
+    assert_eq!(folder.query(dump), ["1|'y'|'x'|'7'"]);
+    assert_eq!(pending(&folder), "2|0");
+}
+
+#[test]
+fn a_table_that_a_program_dropped_comes_back_with_what_is_pending() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    folder.program("DROP TABLE t");
+    assert!(matches!(
+        file.apply(&down(vec![begin(&[]), upsert_all(&[(1, "x", "y", "1")]), commit(20)])),
+        Err(Error::Stream(_))
+    ));
+    file.begin_stream().unwrap();
+    file.apply(&full(&[(1, "x", "y", "1")], 30, &[])).unwrap();
+    shows(&folder, &["1|'mine'|'y'|'1'"]);
+    base_is(&folder, &["1|'x'|'y'|'1'"]);
+}
+
+#[test]
+fn many_dirty_keys_are_rebuilt_in_pages() {
+    let count = 12_000;
+    let rows: Vec<(i64, &str, &str, &str)> = (0..count).map(|id| (id, "a", "b", "1")).collect();
+    let (folder, mut file, t) = start_with(&rows);
+    folder.write(|program| {
+        for id in 0..count {
+            t.set(program, id, &[("a", text("mine"))]);
+        }
+    });
+    let theirs: Vec<(i64, &str, &str, &str)> = (0..count).map(|id| (id, "x", "y", "1")).collect();
+    file.apply(&live(20, &[upsert_all(&theirs)])).unwrap();
+    let groups = "SELECT a, b, count(*) FROM t GROUP BY 1, 2";
+    assert_eq!(folder.query(groups), ["'mine'|'y'|12000"]);
+    let seq = folder.assign(&mut file);
+    file.apply(&live(30, &[receipt(&file, seq)])).unwrap();
+    assert_eq!(folder.query(groups), ["'x'|'y'|12000"]);
+    assert_eq!(base_rows(&folder), "0");
+}
+
+#[test]
+fn lookups_go_by_index() {
+    let (folder, ..) = start_with(&[]);
+    let plan = |sql: &str| {
+        let rows = folder.query(&format!("EXPLAIN QUERY PLAN {sql}"));
+        rows.join("\n")
+    };
+    let status = plan("SELECT pending FROM _anabranch_status");
+    assert!(status.contains("_anabranch_local_answered"), "{status}");
+    let outbox = plan("SELECT * FROM _anabranch_outbox");
+    assert!(outbox.contains("_anabranch_local_last (last>?)"), "{outbox}");
+    let base = plan("SELECT * FROM _anabranch_base_t");
+    assert!(base.contains("PRIMARY KEY (k0=?)"), "{base}");
+    let base = plan("SELECT * FROM _anabranch_base_t WHERE id = 7");
+    assert!(base.contains("SEARCH t USING INTEGER PRIMARY KEY"), "{base}");
+    let new = plan("SELECT * FROM _anabranch_entries_t WHERE id > 5 AND n0 = 7");
+    assert!(new.contains("(n0=? AND rowid>?)"), "{new}");
+    let old = plan("SELECT * FROM _anabranch_entries_t WHERE id > 5 AND o0 = 7 AND o0 IS NOT NULL AND (o0 IS NOT n0)");
+    assert!(old.contains("(o0=? AND rowid>?)"), "{old}");
+}
+
+/// Prints what the hook costs where nothing is pending: nothing to speak of.
+#[test]
+#[ignore = "prints figures"]
+fn cost_of_a_million_upserts() {
+    let run = |writable: bool, base_row: bool| {
+        let folder = Folder::new();
+        let mut file = folder.open();
+        let t = Sheet::simple();
+        let mut declare = t.declare();
+        if let Some(Kind::Table(table)) = &mut declare.kind {
+            table.writable = writable;
+        }
+        file.apply(&down(vec![first(&[1]), declare, commit(10)])).unwrap();
+        if base_row {
+            folder.write(|program| t.insert(program, &row(-1, "mine", "b", "1")));
+        }
+        let messages: Vec<v1::Down> = (0..100)
+            .map(|i| {
+                let rows: Vec<(i64, &str, &str, &str)> =
+                    (0..10_000).map(|j| (i * 10_000 + j, "some text", "b", "1.50")).collect();
+                down(vec![begin(&[]), upsert_all(&rows), commit(20 + i as u64)])
+            })
+            .collect();
+        let began = std::time::Instant::now();
+        for message in &messages {
+            file.apply(message).unwrap();
+        }
+        began.elapsed()
+    };
+    for round in 0..3 {
+        let [plain, writable, pending] = [(false, false), (true, false), (true, true)].map(|(w, b)| run(w, b));
+        println!("round {round}: not writable {plain:?}, writable {writable:?}, with one base row {pending:?}");
+    }
+}
