@@ -16,6 +16,7 @@
 //! - `heartbeat`: positions that move without content.
 //! - `schema`, `obstacle`: the file is shared with programs, whose tables, indexes, views and triggers are welcome;
 //!   what they do to the synced tables is noticed here.
+//! - `boundary`: which local writes were one transaction of a program, and whether they are durable.
 //! - `open`: the file, its lock, its settings; `state`, `status`: what it says of itself.
 //!
 //! [`File`] is synchronous, and owned by one thread. It knows nothing of the network: what it is given is a message,
@@ -30,6 +31,7 @@
 //! stages already can go there again without harm, since each operation says what its row is to be, not how it is to
 //! change.
 
+mod boundary;
 mod commit;
 mod error;
 mod grammar;
@@ -70,6 +72,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rusqlite::Connection;
 
+pub use boundary::{Boundaries, Look, Watch};
 use error::Doing;
 pub use error::Error;
 use grammar::{Grammar, Place, Tables};
