@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     changes::Changes,
-    file::{Applied, TableState, reaches},
+    file::{Applied, Local, TableState, reaches},
     metrics::{Metrics, Sizes},
     status::{Status, now},
     wait::Waiters,
@@ -34,17 +34,6 @@ pub struct Board {
     pub queue_bytes: AtomicUsize,
     /// Where local writes stand.
     pub local: watch::Sender<Local>,
-}
-
-/// Where local writes stand.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Local {
-    /// Local transactions up to this one are durable, and may be sent.
-    pub assigned: u64,
-    /// Up to this one they are answered.
-    pub answered: u64,
-    /// Up to this one rejections are durable in the file.
-    pub settled: u64,
 }
 
 /// What the last element of a message says about the source.

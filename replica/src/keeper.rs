@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     board::{Board, Heard},
     config::Timing,
-    file::{Applied, Error, File, Settings, TableState},
+    file::{self, Applied, Error, File, Local, Rejected, Settings, TableState, Watch},
 };
 
 /// Commands that wait at most; messages are bounded by their bytes before that.
@@ -63,7 +63,9 @@ enum Command {
     },
     Ended,
     /// Look for local writes now.
-    Look { looked: oneshot::Sender<Local> },
+    Look {
+        looked: oneshot::Sender<Local>,
+    },
     /// What became of local transactions since.
     Flushed {
         since: Local,
@@ -77,8 +79,26 @@ enum Command {
     },
 }
 
+/// Which local transactions are to be sent.
+#[derive(Clone, Debug)]
+pub enum Outgoing {
+    /// Those after this one, if the file knows it by this hash.
+    After(u64, Bytes),
+    /// Those after what was read before.
+    On(file::Outgoing),
+}
+
 /// Pieces of local transactions, and where to go on; or why nothing may be sent.
 pub type Read = Result<(Vec<v1::LocalTransaction>, Outgoing), String>;
+
+/// What became of local transactions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Flushed {
+    /// What was rejected of them.
+    pub rejected: Vec<Rejected>,
+    /// Local transactions that are not answered.
+    pub pending: u64,
+}
 
 /// Room taken in the channel; given back when dropped.
 struct Queued {
@@ -257,7 +277,7 @@ fn keep(
     cancel: CancellationToken,
 ) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
+        .enable_all()
         .build()
         .map_err(|error| Error::Definite(format!("starting the file's thread: {error}")))?;
     runtime.block_on(async {
@@ -273,8 +293,10 @@ fn keep(
         if opened.send(board.clone()).is_err() {
             return Ok(());
         }
+        let watch = Watch::new(file.path(), timing.report_every)?;
         Keeping {
             file,
+            watch,
             board,
             timing,
             cancel,
@@ -325,6 +347,8 @@ async fn stopped_within(cancel: &CancellationToken, pause: Duration) -> bool {
 
 struct Keeping {
     file: File,
+    /// Tells when a program may have written.
+    watch: Watch,
     board: Arc<Board>,
     timing: Timing,
     cancel: CancellationToken,
@@ -346,6 +370,9 @@ impl Keeping {
         let mut tick = tokio::time::interval(self.timing.report_every);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let cancel = self.cancel.clone();
+        // What was written while nothing ran, and what an earlier run has not sent.
+        self.look()?;
+        self.tell_local()?;
         loop {
             // The end first, then the heartbeat: neither waits for messages, which may never pause. Ticks are seconds
             // apart, so messages are not starved either.
@@ -413,16 +440,68 @@ impl Keeping {
                 bytes_max,
                 read,
             } => {
-                let outgoing = match self.file.outgoing(after, bytes_max) {
-                    Ok(outgoing) => Ok(outgoing),
+                let outgoing = match self.outgoing(after, bytes_max) {
                     Err(Error::Definite(why)) => return Err(Error::Definite(why)),
                     Err(error) => Err(error.to_string()),
+                    Ok(outgoing) => outgoing,
                 };
                 // Whoever asked may have given up.
                 let _ = read.send(outgoing);
                 Ok(ControlFlow::Continue(()))
             }
+            Command::Look { looked } => {
+                self.look()?;
+                let local = *self.board.local.borrow();
+                let _ = looked.send(local);
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Flushed { since, flushed } => {
+                let rejected = self.file.rejected(since.answered, since.assigned);
+                let local = *self.board.local.borrow();
+                let _ = flushed.send(Flushed {
+                    rejected: unless_definite(rejected)?.unwrap_or_default(),
+                    pending: local.assigned.saturating_sub(local.answered),
+                });
+                Ok(ControlFlow::Continue(()))
+            }
         }
+    }
+
+    /// Looks for local transactions, and tells that there are some. What is not possible just now is tried at the next look.
+    fn look(&mut self) -> Result<(), Error> {
+        if unless_definite(self.file.look())?.unwrap_or_default() {
+            self.tell_local()?;
+        }
+        Ok(())
+    }
+
+    fn tell_local(&mut self) -> Result<(), Error> {
+        if let Some(local) = unless_definite(self.file.local())? {
+            self.board.local.send_if_modified(|told| {
+                let is_new = *told != local;
+                *told = local;
+                is_new
+            });
+        }
+        Ok(())
+    }
+
+    fn outgoing(&mut self, after: Outgoing, bytes_max: usize) -> Result<Read, Error> {
+        let mut from = match after {
+            Outgoing::On(from) => from,
+            Outgoing::After(0, _) => file::Outgoing::after(0),
+            Outgoing::After(seq, hash) => match self.file.hash_of(seq)? {
+                Some(known) if known[..] == hash[..] => file::Outgoing::after(seq),
+                _ => {
+                    return Ok(Err(format!(
+                        "Postgres has local transaction {seq} of this replica, and the file another one or none: it was \
+                         restored from a backup, or copied; local writes are kept in the file, and not sent"
+                    )));
+                }
+            },
+        };
+        let pieces = self.file.outgoing(&mut from, bytes_max)?;
+        Ok(Ok((pieces, Outgoing::On(from))))
     }
 
     async fn begin_stream(&mut self) -> Result<ControlFlow<()>, Error> {
@@ -464,7 +543,7 @@ impl Keeping {
                         let ms = began.elapsed().as_millis() as u64;
                         tracing::info!(tries, ms, "the file goes on");
                     }
-                    self.publish(message, &applied, began.elapsed());
+                    self.publish(message, &applied, began.elapsed())?;
                     return Ok(ControlFlow::Continue(()));
                 }
                 Err(Error::Transient(why) | Error::Full(why)) => {
@@ -491,7 +570,12 @@ impl Keeping {
     }
 
     /// Tells everybody what a message did.
-    fn publish(&mut self, message: &v1::Down, applied: &Applied, took: Duration) {
+    fn publish(
+        &mut self,
+        message: &v1::Down,
+        applied: &Applied,
+        took: Duration,
+    ) -> Result<(), Error> {
         let heard = heard(message);
         let tables = (heard.is_some() && self.tables_changed)
             .then(|| tables(&self.file))
@@ -500,6 +584,11 @@ impl Keeping {
             self.tables_changed = false;
         }
         let first = applied.position.is_some() && self.board.watch().borrow().position.is_none();
+        // Before the position is told: who waits for both finds them together.
+        let local = *self.board.local.borrow();
+        if local.assigned > local.answered || local.settled > 0 || self.tables_changed {
+            self.tell_local()?;
+        }
         self.board
             .applied(applied, self.collecting, heard, tables, took);
         let status = self.board.watch();
@@ -513,6 +602,7 @@ impl Keeping {
             let (rows, transactions) = (status.rows, status.transactions);
             tracing::info!(%position, rows, transactions, "caught up");
         }
+        Ok(())
     }
 
     /// Pauses, and keeps the heartbeat going. Breaks when told to end.
@@ -554,6 +644,18 @@ impl Keeping {
             self.board.moved(self.file.position());
         }
         Ok(())
+    }
+}
+
+/// What must not end the thread comes to nothing: it is tried again.
+fn unless_definite<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
+    match result {
+        Ok(done) => Ok(Some(done)),
+        Err(Error::Definite(why)) => Err(Error::Definite(why)),
+        Err(error) => {
+            tracing::debug!("{error}");
+            Ok(None)
+        }
     }
 }
 

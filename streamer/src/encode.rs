@@ -9,11 +9,11 @@ use anabranch_proto::{MESSAGE_BYTES_TARGET, Position, ops, v1};
 use bytes::{Bytes, BytesMut};
 
 use crate::{
-    config::Conflict,
     delta::Op,
     engine::Source,
     receipts,
     table::{Column, Table},
+    write::{Conflict, Policy},
 };
 
 /// Builds messages. Finished ones wait in it until they are taken.
@@ -36,14 +36,14 @@ impl Encoder {
         self.push(v1::element::Kind::Begin(v1::Begin { first, reset }), 0);
     }
 
-    /// Declares a table with the columns at `columns`. `rules`: of all its columns, if it is writable.
+    /// Declares a table with the columns at `columns`. `policy`: how conflicts are settled.
     pub fn table(
         &mut self,
         id: u32,
         table: &Table,
         columns: &[usize],
         writable: bool,
-        rules: Option<&[Conflict]>,
+        policy: Option<&Policy>,
     ) {
         let place = |column: &usize| columns.iter().position(|other| other == column);
         let key_position = |column: usize| {
@@ -57,7 +57,7 @@ impl Encoder {
             columns: columns
                 .iter()
                 .map(|at| v1::Column {
-                    conflict: conflict(rules.and_then(|rules| rules.get(*at))).into(),
+                    conflict: conflict(policy, &table.columns[*at].name).into(),
                     ..declare(&table.columns[*at], key_position(*at))
                 })
                 .collect(),
@@ -198,12 +198,12 @@ impl Encoder {
     }
 }
 
-fn conflict(rule: Option<&Conflict>) -> v1::Conflict {
-    match rule {
+fn conflict(policy: Option<&Policy>, column: &str) -> v1::Conflict {
+    match policy.map(|policy| policy.of(column)) {
         None | Some(Conflict::LastWrite) => v1::Conflict::LastWrite,
         Some(Conflict::FirstWrite) => v1::Conflict::FirstWrite,
         Some(Conflict::Add) => v1::Conflict::Add,
-        Some(Conflict::Function(..)) => v1::Conflict::Function,
+        Some(Conflict::Function(_)) => v1::Conflict::Function,
     }
 }
 

@@ -31,9 +31,9 @@ use crate::{
     config::Role,
     engine::{Inputs, Progress},
     metrics::Metrics,
-    postgres::writer::Replica,
+    policy::Policies,
+    postgres::writer::{Replica, Rules},
     receipts,
-    rules::Rules,
     session::{Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total},
     shape::{BindError, Bound, Shape},
     token,
@@ -57,7 +57,7 @@ pub struct Core {
     /// How replicas get their receipts; `None`: no shape takes writes.
     pub receipts: Option<Shape>,
     /// How conflicting writes are settled.
-    pub rules: Rules,
+    pub policies: Policies,
     /// How local writes are made; `None`: no shape takes any.
     pub writes: Option<Writes>,
     /// Makes and checks resume tokens.
@@ -165,7 +165,7 @@ impl Service {
     }
 
     fn views(&self, bounds: &[(String, Bound)]) -> Result<Vec<Arc<TableView>>, Status> {
-        TableView::of(bounds, &self.core.rules)
+        TableView::of(bounds, &self.core.policies)
             .map_err(|differ| Status::failed_precondition(differ.to_string()))
     }
 
@@ -278,9 +278,10 @@ impl v1::anabranch_server::Anabranch for Service {
                 role: role_of(&principal, writes.role.as_ref())?,
                 id: hello.replica_id,
                 subject: principal.subject.clone().unwrap_or_default(),
-                claims: serde_json::Value::from(principal.claims.clone()).to_string(),
+                claims_json: serde_json::Value::from(principal.claims.clone()).to_string(),
             },
-            views: self.views(&bounds)?,
+            rules: rules(&self.views(&bounds)?),
+            metrics: self.core.metrics.clone(),
             writers: writes.writers.clone(),
             transaction_bytes_max: writes.transaction_bytes_max,
             down,
@@ -361,6 +362,15 @@ fn status_of(ended: Result<(), Ended>) -> Status {
             Status::unavailable("the streamer can't read its mirror; see its log")
         }
     }
+}
+
+/// What a replica may write of what it sees.
+fn rules(views: &[Arc<TableView>]) -> Rules {
+    let mut rules = Rules::default();
+    for rule in views.iter().filter_map(|view| view.rule()) {
+        rules.allow(rule);
+    }
+    rules
 }
 
 /// The role of Postgres that a principal's writes run as; `None`: that of the connection.

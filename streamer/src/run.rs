@@ -266,7 +266,7 @@ impl Parts<'_> {
             verifier: self.shared.verifier.clone(),
             shapes: opening.shapes,
             receipts: opening.receipts,
-            rules: opening.rules,
+            policies: opening.policies,
             writes: self.config.takes_writes().then(|| rpc::Writes {
                 writers: rpc::Writers::new(self.config.postgres.write_target.clone()),
                 role: self.config.auth.role.clone(),

@@ -108,7 +108,8 @@ impl Client {
         let ready = match next(&mut down, silence_max).await {
             Ok(write_down::Kind::Ready(ready)) => ready,
             Ok(_) => {
-                return Failure::soon("write", "the streamer did not say where writes stand").into();
+                return Failure::soon("write", "the streamer did not say where writes stand")
+                    .into();
             }
             Err(failure) => return failure.into(),
         };
@@ -121,7 +122,7 @@ impl Client {
     async fn send(&self, ready: v1::WriteReady, messages: mpsc::Sender<v1::WriteUp>) -> Ended {
         let mut local = self.board.local.subscribe();
         let mut settled = 0;
-        let mut outgoing = Outgoing::after(ready.seq, ready.hash);
+        let mut outgoing = Outgoing::After(ready.seq, ready.hash);
         loop {
             let now = *local.borrow_and_update();
             if now.settled > settled {

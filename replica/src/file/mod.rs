@@ -38,6 +38,7 @@ mod grammar;
 mod heartbeat;
 mod index;
 mod layout;
+mod local;
 mod names;
 mod obstacle;
 mod open;
@@ -59,7 +60,7 @@ mod transaction;
 mod write;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -76,6 +77,7 @@ pub use boundary::{Boundaries, Look, Watch};
 use error::Doing;
 pub use error::Error;
 use grammar::{Grammar, Place, Tables};
+pub use local::{Local, Rejected};
 pub use outbox::Outgoing;
 use pieces::Pieces;
 use queue::Queue;
@@ -151,6 +153,9 @@ pub struct File {
     discarded: Vec<String>,
     report_changes: bool,
     written: Option<Instant>,
+    /// Follows the WAL, from the first look on.
+    boundaries: Option<Boundaries>,
+    found: local::Found,
 }
 
 /// What is known of the stream that is being applied.
@@ -223,7 +228,14 @@ impl File {
             discarded: Vec::new(),
             report_changes: false,
             written: None,
+            boundaries: None,
+            found: local::Found::default(),
         })
+    }
+
+    /// Where it is, without links.
+    pub fn path(&self) -> &Path {
+        &self.guard.path
     }
 
     /// The replica's id: made once with the file.

@@ -32,7 +32,7 @@ use super::{
 /// Pages in the WAL from which on it is written back: at 20,000 instead of SQLite's 1,000, random updates are twice as
 /// fast, and 80 MB of WAL are no burden. We do it ourselves, after the commit: within it, it would look as if the write
 /// lock were held all that time.
-const CHECKPOINT_PAGES: u32 = 20_000;
+pub(super) const CHECKPOINT_PAGES: u32 = 20_000;
 
 /// The same while there is more to apply: whoever waits for that does not wait for a checkpoint too, and a page that is
 /// changed several times is written back once. 400 MB; a backlog of 100,000 random updates takes a fifth less time.

@@ -116,9 +116,7 @@ impl File {
     /// `_anabranch_rejected`.
     pub fn answered(&self) -> Result<(u64, Option<[u8; 32]>), Error> {
         let answered = receipts::answered(&self.connection).doing("read local transactions")?;
-        Ok(answered.map_or((0, None), |(seq, hash)| {
-            (seq as u64, hash.try_into().ok())
-        }))
+        Ok(answered.map_or((0, None), |(seq, hash)| (seq as u64, hash.try_into().ok())))
     }
 
     /// The hash of a local transaction, as long as it is kept.
@@ -200,7 +198,11 @@ fn outgoing(
             None => (after, Bytes::new(), true),
         };
         let mut encoder = entries.read(after, read, next.last)?;
-        let mut tables = if is_first { encoder.tables() } else { Vec::new() };
+        let mut tables = if is_first {
+            encoder.tables()
+        } else {
+            Vec::new()
+        };
         let mut at = read;
         // A piece is handed out when the first byte of the next is there, which tells that it is not the last.
         let mut piece: Vec<u8> = Vec::new();
@@ -216,7 +218,12 @@ fn outgoing(
             }
             if piece.len() >= MESSAGE_BYTES_TARGET {
                 bytes += piece.len();
-                pieces.push(message(&next, &mut tables, std::mem::take(&mut piece), true));
+                pieces.push(message(
+                    &next,
+                    &mut tables,
+                    std::mem::take(&mut piece),
+                    true,
+                ));
                 if bytes >= bytes_max {
                     from.within = Some(Within { entry: at, rest });
                     return Ok(pieces);

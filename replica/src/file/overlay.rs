@@ -288,7 +288,13 @@ pub(super) fn each_key(
     for (source, places) in layout::shown_in(connection, table)? {
         let Layout { key, .. } = &source.layout;
         // It has the columns of this key, in this order.
-        debug_assert!(table.key.iter().zip(key).all(|(&t, &k)| places[t] == Some(k)));
+        debug_assert!(
+            table
+                .key
+                .iter()
+                .zip(key)
+                .all(|(&t, &k)| places[t] == Some(k))
+        );
         let columns = |side: char| -> Vec<String> {
             key.iter().map(|place| format!("{side}{place}")).collect()
         };

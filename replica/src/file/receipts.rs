@@ -93,7 +93,9 @@ pub(super) fn answered(connection: &Connection) -> rusqlite::Result<Option<(i64,
 /// Up to which entry the local transactions up to `seq` go.
 pub(super) fn last_of(connection: &Connection, seq: i64) -> rusqlite::Result<i64> {
     connection
-        .prepare_cached("SELECT last FROM _anabranch_local WHERE seq <= ?1 ORDER BY seq DESC LIMIT 1")?
+        .prepare_cached(
+            "SELECT last FROM _anabranch_local WHERE seq <= ?1 ORDER BY seq DESC LIMIT 1",
+        )?
         .query_row([seq], |row| row.get(0))
         .optional()
         .map(|last| last.unwrap_or(0))
@@ -172,7 +174,12 @@ pub(super) fn take(
             Ok(())
         })?;
     }
-    tracing::debug!(before, now, entries = last - after, "local transactions were answered");
+    tracing::debug!(
+        before,
+        now,
+        entries = last - after,
+        "local transactions were answered"
+    );
     Ok(())
 }
 
@@ -222,7 +229,10 @@ fn list_rejected(
             last_of(connection, rejection.seq - 1)?,
             last_of(connection, rejection.seq)?,
         );
-        connection.execute("DELETE FROM _anabranch_rejected WHERE txn = ?1", [rejection.seq])?;
+        connection.execute(
+            "DELETE FROM _anabranch_rejected WHERE txn = ?1",
+            [rejection.seq],
+        )?;
         for source in layout::all(connection)? {
             list_entries(connection, &source, after, last, rejection, &time)?;
         }

@@ -19,9 +19,9 @@ use std::{
 
 pub use memory::Memory;
 use tree::{Complaint, Complaints, Origin};
-pub use writes::{Conflict, Policies, Policy, Role};
+pub use writes::Role;
 
-use crate::{mirror, postgres::target::Target, shape};
+use crate::{mirror, policy, postgres::target::Target, shape};
 
 pub(crate) const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -71,7 +71,7 @@ pub struct Config {
     /// What may be subscribed to, by name.
     pub shapes: Vec<shape::Source>,
     /// How conflicting writes are settled.
-    pub policies: Policies,
+    pub policies: policy::Wanted,
     /// What is worth saying although it is allowed.
     pub warnings: Vec<String>,
     /// Where each SELECT of `shapes` is written.

@@ -9,9 +9,10 @@ use std::{
 use super::{
     Auth, Config, Jwt, JwtKey, Postgres, Secret, SqlPlace, StaticToken, Tls, memory,
     tree::{self, Complaints, Entry, Node, Origin, Section, Text},
-    writes::{self, Policies},
+    writes,
 };
 use crate::{
+    policy::Wanted,
     postgres::target::Target,
     shape::{self, ParamSource, Source},
 };
@@ -110,7 +111,7 @@ pub(super) fn config(
     };
     let policies = match root.section("table") {
         Some(section) => writes::policies(section, complaints),
-        None => Policies::default(),
+        None => Wanted::default(),
     };
     root.finish();
 

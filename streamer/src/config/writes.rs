@@ -1,10 +1,12 @@
 //! What the config says of local writes: who makes them in Postgres, and how conflicts are settled.
 
-use std::collections::BTreeMap;
-
 use super::{
     read,
     tree::{self, Complaints, Entry, Node, Section, Value},
+};
+use crate::{
+    policy::Wanted,
+    write::{Conflict, Policy},
 };
 
 /// `auth.role`: the role of Postgres that writes run as.
@@ -15,32 +17,6 @@ pub struct Role {
     /// The names that it may have. Nobody becomes any other role, whatever the token says.
     pub allowed: Vec<String>,
 }
-
-/// What happens to a local change of something that was changed in Postgres since.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Conflict {
-    /// It is made.
-    #[default]
-    LastWrite,
-    /// It is rejected.
-    FirstWrite,
-    /// Its difference is added.
-    Add,
-    /// This function of Postgres (schema, name) decides.
-    Function(String, String),
-}
-
-/// `[table."schema.name"]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// `conflict`: of all columns that have none of their own.
-    pub conflict: Conflict,
-    /// `column.NAME`.
-    pub columns: BTreeMap<String, Conflict>,
-}
-
-/// The tables with a policy, by schema and name.
-pub type Policies = BTreeMap<(String, String), Policy>;
 
 const CONFLICTS: &str =
     "must be \"last-write\", \"first-write\", \"add\" or { function = \"schema.name\" }";
@@ -79,8 +55,8 @@ pub(super) fn role(mut section: Section<'_>, complaints: &Complaints) -> Option<
     }
 }
 
-pub(super) fn policies(mut section: Section<'_>, complaints: &Complaints) -> Policies {
-    let mut policies = Policies::new();
+pub(super) fn policies(mut section: Section<'_>, complaints: &Complaints) -> Wanted {
+    let mut policies = Wanted::new();
     for (name, Entry { key, node }) in section.rest() {
         let field = section.field(&name);
         let Some(mut table) = Section::new(&field, node, complaints) else {
@@ -88,7 +64,7 @@ pub(super) fn policies(mut section: Section<'_>, complaints: &Complaints) -> Pol
         };
         let mut policy = Policy::default();
         if let Some(node) = table.take("conflict") {
-            policy.conflict = conflict(node, &table.field("conflict"), true, complaints);
+            policy.table = conflict(node, &table.field("conflict"), true, complaints);
         }
         if let Some(mut columns) = table.section("column") {
             for (column, entry) in columns.rest() {
@@ -98,7 +74,7 @@ pub(super) fn policies(mut section: Section<'_>, complaints: &Complaints) -> Pol
             }
         }
         table.finish();
-        if matches!(policy.conflict, Conflict::Function(..)) && !policy.columns.is_empty() {
+        if matches!(policy.table, Conflict::Function(_)) && !policy.columns.is_empty() {
             let message = "a function decides on whole rows: its table can't have columns of their own policy";
             complaints.add(&key, &field, message);
         }
@@ -123,7 +99,7 @@ fn conflict(node: Node, field: &str, is_table: bool, complaints: &Complaints) ->
             match entries.remove("function").map(|entry| entry.node.value) {
                 Some(Value::Text(name)) if is_function(&name) => {
                     let (schema, name) = qualified(&name);
-                    Some(Conflict::Function(schema, name))
+                    Some(Conflict::Function(format!("{schema}.{name}")))
                 }
                 _ => None,
             }

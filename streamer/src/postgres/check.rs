@@ -10,7 +10,7 @@ use super::{
     setup::{self, Wanted, qualified},
     sql::{Client, Error, identifier},
 };
-use crate::{config::Config, receipts, rules::Rules, shape, start::writing};
+use crate::{config::Config, policy::Policies, receipts, shape, start::writing};
 
 /// Oldest version of Postgres: earlier ones have no row filters and column lists in their catalogs, and are out of support.
 const VERSION_MIN: i32 = 150_000;
@@ -142,7 +142,7 @@ async fn with_server(
     findings.extend(row_security(&client, &usable).await?);
     findings.extend(publication(&client, &postgres.publication, &usable).await?);
     let rules = tables.len() == names.len();
-    if let (true, Err(refused)) = (rules, Rules::new(&config.policies, &tables)) {
+    if let (true, Err(refused)) = (rules, Policies::new(&config.policies, &tables)) {
         findings.extend(refused.into_iter().map(|what| Finding {
             severity: Severity::Error,
             what,

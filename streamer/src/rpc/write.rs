@@ -4,7 +4,8 @@
 //! its stream (see `receipts`). So this call may end at any moment, and whatever was not answered is sent again.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    borrow::Cow,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -12,6 +13,7 @@ use anabranch_proto::{
     HEARTBEAT_EVERY, SILENCE_MAX,
     v1::{self, write_down, write_up},
 };
+use bytes::{Bytes, BytesMut};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::timeout,
@@ -20,27 +22,27 @@ use tokio_stream::StreamExt;
 use tonic::{Status, Streaming};
 
 use crate::{
+    metrics::Metrics,
     postgres::{
         target::Target,
-        writer::{self, Applied, Replica, Writer},
+        writer::{self, Outcome, Rejection, Replica, Rules, Writer},
     },
-    session::TableView,
-    write::{Assembler, LocalTransaction},
+    write::{Hash, Invalid, LocalTransaction, NO_HASH, Policy, WriteTable},
 };
 
 /// Connections that write, at most: about as many as a small server can use at once. Each call takes one for a batch.
 pub const WRITERS_MAX: usize = 8;
 
-/// Local transactions that wait for their turn, of one replica.
+/// Local transactions of one replica that wait for their turn.
 const AHEAD_MAX: usize = 256;
 
 /// Their bytes. One that is larger waits alone.
-const AHEAD_BYTES_MAX: usize = 1024 * 1024;
+const AHEAD_BYTES_MAX: u32 = 1024 * 1024;
 
 /// Local transactions that are made with one connection before somebody else gets it.
 const BATCH_MAX: usize = 128;
 
-/// The pause after a failure that may pass: doubled each time, up to the second.
+/// The pause after a failure that may pass: the first one, and the longest; each is twice the one before.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
 /// The connections that write.
@@ -52,7 +54,7 @@ pub struct Writers {
     idle: Mutex<Vec<Writer>>,
 }
 
-/// One of them, for a while.
+/// One of them, for a while. It goes back as it is dropped, unless it broke.
 struct Held<'a> {
     writers: &'a Writers,
     writer: Option<Writer>,
@@ -73,7 +75,7 @@ impl Writers {
         let place = Semaphore::acquire_owned(self.free.clone()).await;
         let place = place.expect("it is never closed");
         let idle = self.lock().pop();
-        let writer = match idle {
+        let writer = match idle.filter(Writer::is_usable) {
             Some(writer) => writer,
             None => Writer::connect(&self.target).await?,
         };
@@ -84,37 +86,55 @@ impl Writers {
         })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Writer>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Writer>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Held<'_> {
     fn writer(&mut self) -> &mut Writer {
-        self.writer.as_mut().expect("held until it is given back")
+        self.writer.as_mut().expect("held until it is dropped")
     }
+}
 
-    /// It is as it was, and may serve somebody else. One that is dropped instead is closed.
-    fn give_back(mut self) {
-        self.writers.lock().extend(self.writer.take());
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let writer = self.writer.take().filter(Writer::is_usable);
+        self.writers.lock().extend(writer);
     }
 }
 
 /// What a call does.
 pub(super) struct Call {
     pub replica: Replica,
-    /// What it sees, and may write.
-    pub views: Vec<Arc<TableView>>,
+    /// What it may write.
+    pub rules: Rules,
     pub writers: Arc<Writers>,
     /// A larger local transaction is rejected.
     pub transaction_bytes_max: usize,
+    pub metrics: Arc<Metrics>,
     pub down: mpsc::Sender<v1::WriteDown>,
 }
 
 /// What waits for its turn.
 enum Work {
-    Transaction(LocalTransaction, OwnedSemaphorePermit),
+    Transaction(Received, OwnedSemaphorePermit),
     Settled(u64),
+}
+
+/// A local transaction as it came.
+struct Received {
+    seq: u64,
+    hash: Hash,
+    merged: bool,
+    content: Result<(Vec<v1::WriteTable>, Bytes), Rejection>,
+}
+
+/// Where this replica's writes stand.
+#[derive(Clone, Copy)]
+struct Answered {
+    seq: u64,
+    hash: Hash,
 }
 
 impl Call {
@@ -136,31 +156,33 @@ impl Call {
 
     /// Takes what the replica says.
     async fn take(&self, mut up: Streaming<v1::WriteUp>, work: mpsc::Sender<Work>) -> Status {
-        let room = Arc::new(Semaphore::new(AHEAD_BYTES_MAX));
+        let room = Arc::new(Semaphore::new(AHEAD_BYTES_MAX as usize));
         let mut assembler = Assembler::new(self.transaction_bytes_max);
         loop {
             let kind = match timeout(SILENCE_MAX, up.next()).await {
                 Err(_) => return Status::unavailable("nothing was heard from the replica"),
-                Ok(None) => return Status::ok("the replica ended the call"),
+                Ok(None) => {
+                    drop(work);
+                    // What waits is made before the call ends.
+                    return std::future::pending().await;
+                }
                 Ok(Some(Err(status))) => return status,
                 Ok(Some(Ok(message))) => message.kind,
             };
             let next = match kind {
                 Some(write_up::Kind::Transaction(piece)) => match assembler.push(piece) {
                     Ok(Some(transaction)) => {
-                        let bytes = transaction.bytes().clamp(1, AHEAD_BYTES_MAX) as u32;
+                        let bytes = transaction.bytes().clamp(1, AHEAD_BYTES_MAX as usize) as u32;
                         let room = Semaphore::acquire_many_owned(room.clone(), bytes).await;
                         Work::Transaction(transaction, room.expect("it is never closed"))
                     }
                     Ok(None) => continue,
-                    Err(malformed) => return Status::invalid_argument(malformed.to_string()),
+                    Err(what) => return Status::invalid_argument(what),
                 },
                 Some(write_up::Kind::Settled(seq)) => Work::Settled(seq),
                 Some(write_up::Kind::Alive(_)) => continue,
                 Some(write_up::Kind::Hello(_)) | None => {
-                    return Status::invalid_argument(
-                        "after WriteHello, only local transactions are said",
-                    );
+                    return Status::invalid_argument("WriteHello is said once, and first");
                 }
             };
             if work.send(next).await.is_err() {
@@ -172,50 +194,162 @@ impl Call {
 
     /// Says where writes stand, and makes what comes.
     async fn work(&self, waiting: &mut mpsc::Receiver<Work>) -> Result<(), Status> {
-        let answered = self
-            .retried(async |writer| writer.answered(&self.replica).await)
+        let standing = self
+            .retried(async |writer| writer.standing(&self.replica).await)
             .await?;
-        let ready = write_down::Kind::Ready(v1::WriteReady {
-            seq: answered.seq,
-            hash: answered.hash.to_vec().into(),
+        let (seq, hash) = standing.unwrap_or((0, NO_HASH));
+        let mut answered = Answered { seq, hash };
+        self.say(write_down::Kind::Ready(v1::WriteReady {
+            seq,
+            hash: hash.to_vec().into(),
             transaction_bytes_max: self.transaction_bytes_max as u64,
-        });
-        self.say(ready).await?;
-        let mut previous = answered;
+        }))
+        .await?;
         let mut batch = Vec::new();
-        loop {
-            if waiting.recv_many(&mut batch, BATCH_MAX).await == 0 {
-                return Ok(());
-            }
-            let mut transactions = Vec::new();
-            let mut settled = None;
-            // What they hold of the room is given back with the batch.
+        while waiting.recv_many(&mut batch, BATCH_MAX).await > 0 {
+            let mut received = Vec::with_capacity(batch.len());
+            // Given back with the batch.
             let mut rooms = Vec::new();
+            let mut settled = None;
             for work in batch.drain(..) {
                 match work {
                     Work::Transaction(transaction, room) => {
-                        transactions.push(transaction);
+                        received.push(transaction);
                         rooms.push(room);
                     }
                     Work::Settled(seq) => settled = Some(seq),
                 }
             }
-            let mut rest = &transactions[..];
-            while !rest.is_empty() {
-                let Applied { count, answered } = self
-                    .retried(async |writer| {
-                        writer
-                            .apply(&self.replica, &self.views, previous, rest)
-                            .await
-                    })
-                    .await?;
-                previous = answered;
-                rest = &rest[count..];
-            }
+            self.make(&mut answered, received).await?;
             if let Some(seq) = settled {
                 self.retried(async |writer| writer.settle(&self.replica, seq).await)
                     .await?;
             }
+        }
+        Ok(())
+    }
+
+    /// Makes local transactions, runs of them together.
+    async fn make(&self, answered: &mut Answered, received: Vec<Received>) -> Result<(), Status> {
+        let mut run: Vec<Read> = Vec::new();
+        let mut before = *answered;
+        for transaction in received {
+            if transaction.seq <= before.seq {
+                // A resend of what was answered since the call began.
+                continue;
+            }
+            let (seq, hash) = (transaction.seq, transaction.hash);
+            match self.read(&before.hash, transaction)? {
+                Ok(read) => run.push(Read(read)),
+                Err(rejection) => {
+                    self.apply(answered, &run).await?;
+                    run.clear();
+                    self.reject(answered, seq, hash, rejection).await?;
+                }
+            }
+            before = Answered { seq, hash };
+        }
+        self.apply(answered, &run).await
+    }
+
+    /// What can't be read is rejected: whatever it is, it must not block what comes behind it.
+    fn read(
+        &self,
+        previous: &Hash,
+        received: Received,
+    ) -> Result<Result<LocalTransaction, Rejection>, Status> {
+        let (tables, entries) = match received.content {
+            Ok(content) => content,
+            Err(rejection) => return Ok(Err(rejection)),
+        };
+        let table = |table: v1::WriteTable| {
+            let rule = self.rules.of(&table.schema, &table.name);
+            let policy = rule.map_or_else(Policy::default, |rule| rule.policy.clone());
+            let key = table.key.into_iter().map(|place| place as usize).collect();
+            WriteTable::new(table.schema, table.name, table.columns, key, &policy).map(Arc::new)
+        };
+        let read = tables
+            .into_iter()
+            .map(table)
+            .collect::<Result<_, _>>()
+            .map_err(Invalid::from)
+            .and_then(|tables| {
+                let Received {
+                    seq, hash, merged, ..
+                } = received;
+                LocalTransaction::read(previous, seq, hash, tables, entries, merged)
+            });
+        match read {
+            Ok(read) => Ok(Ok(read)),
+            Err(Invalid::Malformed(what)) => {
+                Ok(Err(refused("malformed", "08P01", what.to_string())))
+            }
+            // The file is not the one that sent those before it.
+            Err(error @ Invalid::Hash) => Err(Status::aborted(error.to_string())),
+        }
+    }
+
+    async fn apply(&self, answered: &mut Answered, run: &[Read]) -> Result<(), Status> {
+        let mut done = 0;
+        while done < run.len() {
+            let previous = answered.hash;
+            let made = self
+                .retried(async |writer| {
+                    let applied = writer
+                        .apply_many(&self.replica, &previous, &run[done..], &self.rules)
+                        .await;
+                    match applied.error {
+                        Some(error) if applied.outcomes.is_empty() => Err(error),
+                        _ => Ok(applied.outcomes),
+                    }
+                })
+                .await?;
+            for outcome in made {
+                let transaction = &run[done].0;
+                self.answered(answered, transaction.seq, transaction.hash, &outcome);
+                done += 1;
+            }
+        }
+        Ok(())
+    }
+
+    async fn reject(
+        &self,
+        answered: &mut Answered,
+        seq: u64,
+        hash: Hash,
+        rejection: Rejection,
+    ) -> Result<(), Status> {
+        let previous = answered.hash;
+        let outcome = self
+            .retried(async |writer| {
+                writer
+                    .reject(&self.replica, &previous, seq, &hash, rejection.clone())
+                    .await
+            })
+            .await?;
+        self.answered(answered, seq, hash, &outcome);
+        Ok(())
+    }
+
+    fn answered(&self, answered: &mut Answered, seq: u64, hash: Hash, outcome: &Outcome) {
+        *answered = Answered { seq, hash };
+        match outcome {
+            Outcome::Applied => {
+                self.metrics.writes_applied.inc();
+            }
+            Outcome::Rejected(rejection) => {
+                self.metrics.writes_rejected.inc();
+                // Neither its message nor its constraint: they may quote what was written.
+                tracing::info!(
+                    replica = self.replica.id,
+                    seq,
+                    outcome = &*rejection.outcome,
+                    sqlstate = rejection.sqlstate,
+                    "a local transaction was rejected"
+                );
+            }
+            Outcome::AlreadyAnswered => {}
         }
     }
 
@@ -228,13 +362,7 @@ impl Call {
         let mut said = false;
         loop {
             let tried = match self.writers.take().await {
-                Ok(mut held) => {
-                    let tried = work(held.writer()).await;
-                    if tried.is_ok() {
-                        held.give_back();
-                    }
-                    tried
-                }
+                Ok(mut held) => work(held.writer()).await,
                 Err(error) => Err(error),
             };
             match tried {
@@ -244,14 +372,18 @@ impl Call {
                         tracing::warn!(reason, "local writes wait");
                     }
                 }
-                Err(error @ writer::Error::OutOfOrder { .. }) => {
-                    return Err(Status::aborted(error.to_string()));
-                }
                 Err(writer::Error::Definite(reason)) => {
                     tracing::error!(reason, "local writes can't be made");
                     return Err(Status::failed_precondition(
                         "the streamer can't write to Postgres; see its log",
                     ));
+                }
+                Err(error @ writer::Error::OtherSubject) => {
+                    return Err(Status::permission_denied(error.to_string()));
+                }
+                // Another call was faster, or the file is another one: what stands is told at the begin of a call.
+                Err(error @ (writer::Error::OutOfOrder { .. } | writer::Error::Forked { .. })) => {
+                    return Err(Status::aborted(error.to_string()));
                 }
             }
             tokio::time::sleep(pause).await;
@@ -272,5 +404,143 @@ impl Call {
         let message = v1::WriteDown { kind: Some(kind) };
         let gone = |_| Status::ok("the replica disconnected");
         self.down.send(message).await.map_err(gone)
+    }
+}
+
+/// One that can be made.
+struct Read(LocalTransaction);
+
+impl AsRef<LocalTransaction> for Read {
+    fn as_ref(&self) -> &LocalTransaction {
+        &self.0
+    }
+}
+
+impl Received {
+    fn bytes(&self) -> usize {
+        self.content
+            .as_ref()
+            .map_or(0, |(_, entries)| entries.len())
+    }
+}
+
+fn refused(outcome: &'static str, sqlstate: &str, message: String) -> Rejection {
+    Rejection {
+        entry: None,
+        outcome: Cow::Borrowed(outcome),
+        sqlstate: sqlstate.into(),
+        message,
+        constraint: None,
+    }
+}
+
+/// Puts pieces together.
+struct Assembler {
+    bytes_max: usize,
+    begun: Option<Begun>,
+}
+
+struct Begun {
+    seq: u64,
+    hash: Hash,
+    merged: bool,
+    tables: Vec<v1::WriteTable>,
+    entries: BytesMut,
+    /// It has more bytes than it may; they are not kept.
+    too_large: bool,
+}
+
+impl Assembler {
+    fn new(bytes_max: usize) -> Assembler {
+        Assembler {
+            bytes_max,
+            begun: None,
+        }
+    }
+
+    /// A whole transaction with its last piece.
+    fn push(&mut self, piece: v1::LocalTransaction) -> Result<Option<Received>, &'static str> {
+        let hash = Hash::try_from(&piece.hash[..]).map_err(|_| "a hash has 32 bytes")?;
+        let begun = match &mut self.begun {
+            None => self.begun.insert(Begun {
+                seq: piece.seq,
+                hash,
+                merged: piece.merged,
+                tables: piece.tables,
+                entries: BytesMut::new(),
+                too_large: false,
+            }),
+            Some(begun) if begun.seq == piece.seq && begun.hash == hash => begun,
+            Some(_) => {
+                return Err("a piece is of another local transaction than the one before it");
+            }
+        };
+        begun.too_large |= begun.entries.len() + piece.entries.len() > self.bytes_max;
+        if begun.too_large {
+            begun.entries = BytesMut::new();
+        } else {
+            begun.entries.extend_from_slice(&piece.entries);
+        }
+        if piece.continued {
+            return Ok(None);
+        }
+        let Some(begun) = self.begun.take() else {
+            return Ok(None);
+        };
+        let content = if begun.too_large {
+            let message = format!("a local transaction may have {} bytes", self.bytes_max);
+            Err(refused("too_large", "54000", message))
+        } else {
+            Ok((begun.tables, begun.entries.freeze()))
+        };
+        Ok(Some(Received {
+            seq: begun.seq,
+            hash: begun.hash,
+            merged: begun.merged,
+            content,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(seq: u64, entries: &'static [u8], continued: bool) -> v1::LocalTransaction {
+        v1::LocalTransaction {
+            seq,
+            hash: vec![seq as u8; 32].into(),
+            entries: Bytes::from_static(entries),
+            continued,
+            ..v1::LocalTransaction::default()
+        }
+    }
+
+    #[test]
+    fn pieces_of_two_transactions_are_not_put_together() {
+        let mut assembler = Assembler::new(100);
+        assert!(assembler.push(piece(1, b"ab", true)).unwrap().is_none());
+        let whole = assembler.push(piece(1, b"c", false)).unwrap().unwrap();
+        assert_eq!(whole.content.unwrap().1, b"abc"[..]);
+        assert!(assembler.push(piece(2, b"ab", true)).unwrap().is_none());
+        assert!(assembler.push(piece(3, b"c", false)).is_err());
+        assert!(
+            Assembler::new(100)
+                .push(v1::LocalTransaction::default())
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn one_above_the_limit_is_not_held_and_does_not_block_the_next() {
+        let mut assembler = Assembler::new(4);
+        for _ in 0..100 {
+            assert!(assembler.push(piece(1, b"abc", true)).unwrap().is_none());
+            assert!(assembler.begun.as_ref().unwrap().entries.len() <= 4);
+        }
+        let large = assembler.push(piece(1, b"", false)).unwrap().unwrap();
+        assert_eq!(large.content.unwrap_err().outcome, "too_large");
+        let next = assembler.push(piece(2, b"abcd", false)).unwrap().unwrap();
+        assert_eq!(next.content.unwrap().1.len(), 4);
     }
 }

@@ -208,7 +208,7 @@ impl Session {
                     view.table(),
                     view.columns(),
                     view.is_writable(),
-                    view.rules(),
+                    view.policy(),
                 );
             }
         }

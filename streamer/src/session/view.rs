@@ -6,13 +6,16 @@ use anabranch_proto::record::Malformed;
 use aws_lc_rs::digest;
 use bytes::Bytes;
 
-use crate::{catchup::View, config::Conflict, rules::Rules, shape::Bound, table::Table};
+use crate::{
+    catchup::View, policy::Policies, postgres::writer::Rule, shape::Bound, table::Table,
+    write::Policy,
+};
 
 /// What one replica sees of one table: a row is in if any of its SELECTs has it.
 pub struct TableView {
     table: Arc<Table>,
     bounds: Vec<Bound>,
-    rules: Option<Arc<[Conflict]>>,
+    policy: Option<Arc<Policy>>,
 }
 
 impl TableView {
@@ -20,7 +23,7 @@ impl TableView {
     /// SELECTs of a table must be the same, since its rows are one table in the replica.
     pub fn of(
         bounds: &[(String, Bound)],
-        rules: &Rules,
+        policies: &Policies,
     ) -> Result<Vec<Arc<TableView>>, ColumnsDiffer> {
         let mut bounds: Vec<_> = bounds.iter().collect();
         bounds.sort_by_key(|(_, bound)| bound.select.table.oid);
@@ -40,7 +43,7 @@ impl TableView {
                 Ok(Arc::new(TableView {
                     table: first.select.table.clone(),
                     bounds: of_table.iter().map(|(_, bound)| bound.clone()).collect(),
-                    rules: rules.of(first.select.table.oid).cloned(),
+                    policy: policies.of(first.select.table.oid).cloned(),
                 }))
             })
             .collect()
@@ -56,14 +59,23 @@ impl TableView {
         self.bounds.iter().any(|bound| bound.select.writable)
     }
 
-    /// The SELECTs by which it may.
-    pub fn writable_bounds(&self) -> impl Iterator<Item = &Bound> {
-        self.bounds.iter().filter(|bound| bound.select.writable)
+    /// What it may write of it, if anything: rows that its writable SELECTs show.
+    pub fn rule(&self) -> Option<Rule> {
+        let writable = self.bounds.iter().filter(|bound| bound.select.writable);
+        let bounds: Vec<Bound> = writable.cloned().collect();
+        (!bounds.is_empty()).then(|| {
+            Rule::new(
+                self.table.clone(),
+                self.columns().to_vec(),
+                &bounds,
+                self.policy().cloned().unwrap_or_default(),
+            )
+        })
     }
 
-    /// How conflicting writes are settled, for each column of the table; `None`: by the last write.
-    pub fn rules(&self) -> Option<&[Conflict]> {
-        self.rules.as_deref()
+    /// How conflicting writes are settled; `None`: by the last write.
+    pub fn policy(&self) -> Option<&Policy> {
+        self.policy.as_deref()
     }
 
     /// Tells what the replica holds of this table if it is up to date: the fingerprints of its SELECTs.

@@ -33,6 +33,7 @@ pub use self::watch::{WATCH_EVERY, watch};
 use crate::{
     config::Config,
     mirror::{self, Mirror, Reader},
+    policy::Policies,
     postgres::{
         catalog::{self, Name},
         check,
@@ -44,7 +45,6 @@ use crate::{
         witness::Witness,
     },
     receipts,
-    rules::Rules,
     shape::{self, Shape},
     table::{Oid, Table},
     token,
@@ -96,7 +96,7 @@ pub struct Opening {
     /// How replicas get their receipts; `None`: no shape takes writes.
     pub receipts: Option<Shape>,
     /// How conflicting writes are settled.
-    pub rules: Rules,
+    pub policies: Policies,
     /// Authenticates resume tokens.
     pub token_key: token::Key,
     /// For catch-ups.
@@ -431,7 +431,7 @@ impl Start<'_> {
         Ok(Opening {
             shapes,
             receipts,
-            rules: rules(self.config, tables)?,
+            policies: policies(self.config, tables)?,
             token_key: token::Key::new(&secrets.token_key),
             readers,
         })
@@ -550,8 +550,8 @@ fn compile(config: &Config, tables: &[Arc<Table>]) -> Result<Vec<Shape>, Error> 
     shape::compile(&sources, tables).map_err(|refused| refused_shapes(config, &refused))
 }
 
-fn rules(config: &Config, tables: &[Arc<Table>]) -> Result<Rules, Error> {
-    Rules::new(&config.policies, tables).map_err(|refused| Error::Definite(refused.join("\n")))
+fn policies(config: &Config, tables: &[Arc<Table>]) -> Result<Policies, Error> {
+    Policies::new(&config.policies, tables).map_err(|refused| Error::Definite(refused.join("\n")))
 }
 
 fn refused_shapes(config: &Config, refused: &[shape::Refused]) -> Error {

@@ -162,21 +162,32 @@ async fn what_postgres_refuses_stays_or_blocks_what_comes_after() {
     pair.until_answered().await;
     pair.same().await;
     assert_eq!(
-        pair.one("SELECT string_agg(title, ', ' ORDER BY id) FROM tasks WHERE id IN (1, 2, 3, 5, 7, 9)")
-            .await,
+        pair.one(
+            "SELECT string_agg(title, ', ' ORDER BY id) FROM tasks WHERE id IN (1, 2, 3, 5, 7, 9)"
+        )
+        .await,
         "good 1, task 2, task 3, good 5, task 7, good 9"
     );
     let rejected: Vec<(String, String, String, Option<String>)> = program
-        .prepare("SELECT table_name, operation, outcome, sqlstate FROM _anabranch_rejected ORDER BY id")
+        .prepare(
+            "SELECT table_name, operation, outcome, sqlstate FROM _anabranch_rejected ORDER BY id",
+        )
         .unwrap()
-        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))
+        .query_map([], |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
+        })
         .unwrap()
         .collect::<Result<_, _>>()
         .unwrap();
     let outcomes: Vec<_> = rejected
         .iter()
         .map(|(table, operation, outcome, sqlstate)| {
-            (&**table, &**operation, &**outcome, sqlstate.as_deref().unwrap_or_default())
+            (
+                &**table,
+                &**operation,
+                &**outcome,
+                sqlstate.as_deref().unwrap_or_default(),
+            )
         })
         .collect();
     assert_eq!(outcomes.len(), 3, "{outcomes:?}");
@@ -205,7 +216,10 @@ async fn a_local_transaction_arrives_in_parts_or_with_another() {
         let transaction = program.transaction().unwrap();
         for id in [1, 3, 5] {
             transaction
-                .execute("UPDATE tasks SET title = ?1 WHERE id = ?2", (format!("tag {tag}"), id))
+                .execute(
+                    "UPDATE tasks SET title = ?1 WHERE id = ?2",
+                    (format!("tag {tag}"), id),
+                )
                 .unwrap();
         }
         transaction.commit().unwrap();
@@ -257,7 +271,9 @@ async fn a_write_is_lost_or_doubled_by_kills() {
     );
     let rejected: i64 = pair
         .program()
-        .query_row("SELECT count(*) FROM _anabranch_rejected", [], |row| row.get(0))
+        .query_row("SELECT count(*) FROM _anabranch_rejected", [], |row| {
+            row.get(0)
+        })
         .unwrap();
     assert_eq!(rejected, 0);
 }
@@ -266,7 +282,10 @@ async fn a_write_is_lost_or_doubled_by_kills() {
 async fn a_table_that_is_not_writable_takes_writes() {
     let database = Server::shared().await.database().await;
     database.execute(TASKS).await;
-    let streamer = Streamer::config(&database).shape("own", &[OWN]).start().await;
+    let streamer = Streamer::config(&database)
+        .shape("own", &[OWN])
+        .start()
+        .await;
     let replica = Replica::config(&streamer).subscribe("own").start().await;
     replica.until_equal(&database, &[("tasks", OWN)]).await;
     let program = program(&replica.file());

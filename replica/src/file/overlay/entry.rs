@@ -9,7 +9,10 @@ use rusqlite::{
     types::{Value, ValueRef},
 };
 
-use super::super::{layout::Layout, table::{Storage, Table}};
+use super::super::{
+    layout::Layout,
+    table::{Storage, Table},
+};
 
 /// The values of a row, by place.
 pub(in crate::file) type Row = Vec<Value>;

@@ -71,7 +71,11 @@ fn make(sheet: &Sheet, rows: &mut Rows, change: &Change) -> bool {
             for (place, column) in columns.iter().enumerate() {
                 if let Some((old, new)) = column {
                     let adds = sheet.columns[place].3 == v1::Conflict::Add;
-                    row[place] = if adds { sum(&row[place], old, new) } else { new.clone() };
+                    row[place] = if adds {
+                        sum(&row[place], old, new)
+                    } else {
+                        new.clone()
+                    };
                 }
             }
             rows.insert(name(new_key), row).is_none()
@@ -353,7 +357,9 @@ fn run(seed: u64) {
     }
     assert_eq!(world.pending.len(), 0, "seed {seed}");
     for sheet in ["t", "s.wide one"] {
-        let left = folder.query(&format!("SELECT count(*) FROM \"_anabranch_base_rows_{sheet}\""));
+        let left = folder.query(&format!(
+            "SELECT count(*) FROM \"_anabranch_base_rows_{sheet}\""
+        ));
         assert_eq!(left, ["0"], "seed {seed}");
     }
     assert_tidy(&folder);
@@ -365,7 +371,10 @@ impl Folder {
         let (seq, _) = file.assigned().unwrap();
         let mut last: i64 = query(
             &reader(self.path()),
-            &format!("SELECT coalesce(max(last), 0) FROM _anabranch_local WHERE seq <= {}", world.answered),
+            &format!(
+                "SELECT coalesce(max(last), 0) FROM _anabranch_local WHERE seq <= {}",
+                world.answered
+            ),
         )[0]
         .parse()
         .unwrap();

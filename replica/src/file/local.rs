@@ -1,0 +1,129 @@
+//! Where local writes stand, and the look at the WAL that finds new ones.
+//!
+//! `boundary` tells which entries were one transaction of a program, `outbox` numbers them, `receipts` says what became of
+//! them; here is the order in which that happens: found, durable, numbered, sent.
+
+use rusqlite::OptionalExtension;
+
+use super::{Boundaries, Error, File, error::Doing, names, open};
+
+/// Where local writes stand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Local {
+    /// Local transactions up to this one are durable, and may be sent.
+    pub assigned: u64,
+    /// Up to this one they are answered.
+    pub answered: u64,
+    /// Up to this one rejections came that the streamer still keeps: they are durable here.
+    pub settled: u64,
+}
+
+/// A rejected entry, for those who wait.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejected {
+    /// Its row in `_anabranch_rejected`.
+    pub id: i64,
+    /// The table.
+    pub table: String,
+    /// Postgres' reason.
+    pub sqlstate: Option<String>,
+    /// In words.
+    pub message: Option<String>,
+}
+
+/// Found by a look, not numbered yet.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// The last entry of each local transaction, and whether it may be several.
+    ends: Vec<(i64, bool)>,
+}
+
+impl File {
+    /// Looks for local transactions since the last look; they may be sent when this returns. True: there were some.
+    pub fn look(&mut self) -> Result<bool, Error> {
+        if self.boundaries.is_none() {
+            let (_, known) = self.assigned()?;
+            self.boundaries = Some(Boundaries::open(&self.guard.path, known)?);
+        }
+        let Some(boundaries) = &mut self.boundaries else {
+            return Ok(false);
+        };
+        let look = boundaries.look()?;
+        for (place, end) in look.ends.into_iter().enumerate() {
+            self.found.ends.push((end, place == 0 && !look.proved));
+        }
+        if look.is_pinned && look.wal_pages >= open::CHECKPOINT_PAGES {
+            // Where it was not possible just now, the next look tries again.
+            boundaries.make_way(&self.connection)?;
+        }
+        if self.found.ends.is_empty() {
+            return Ok(false);
+        }
+        boundaries.make_durable()?;
+        let ends = std::mem::take(&mut self.found.ends);
+        let mut numbered = Ok(());
+        for run in ends.chunk_by(|one, other| !one.1 && !other.1) {
+            let last: Vec<i64> = run.iter().map(|(end, _)| *end).collect();
+            numbered = numbered.and_then(|()| self.assign(&last, run[0].1));
+        }
+        if numbered.is_err() {
+            // What was numbered is passed over the next time.
+            self.found.ends = ends;
+        }
+        numbered.map(|()| true)
+    }
+
+    /// Where they stand.
+    pub fn local(&self) -> Result<Local, Error> {
+        let (assigned, _) = self.assigned()?;
+        let (answered, _) = self.answered()?;
+        let settled: Option<Option<i64>> = match self.has_rejections()? {
+            true => self
+                .connection
+                .prepare_cached(&format!(
+                    "SELECT max(seq) FROM {} WHERE seq <= ?1",
+                    names::REJECTIONS
+                ))
+                .and_then(|mut newest| {
+                    newest
+                        .query_row([answered as i64], |row| row.get(0))
+                        .optional()
+                })
+                .doing("read rejections")?,
+            false => None,
+        };
+        Ok(Local {
+            assigned,
+            answered,
+            settled: settled.flatten().unwrap_or(0) as u64,
+        })
+    }
+
+    fn has_rejections(&self) -> Result<bool, Error> {
+        self.connection
+            .prepare_cached("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?1")
+            .and_then(|mut there| there.exists([names::REJECTIONS]))
+            .doing("look for rejections")
+    }
+
+    /// What was rejected of the local transactions after `after`, up to and with `upto`.
+    pub fn rejected(&self, after: u64, upto: u64) -> Result<Vec<Rejected>, Error> {
+        let list = || -> rusqlite::Result<_> {
+            self.connection
+                .prepare_cached(
+                    "SELECT id, table_name, sqlstate, message FROM _anabranch_rejected \
+                     WHERE txn > ?1 AND txn <= ?2 ORDER BY id",
+                )?
+                .query_map([after as i64, upto as i64], |row| {
+                    Ok(Rejected {
+                        id: row.get(0)?,
+                        table: row.get(1)?,
+                        sqlstate: row.get(2)?,
+                        message: row.get(3)?,
+                    })
+                })?
+                .collect()
+        };
+        list().doing("read what was rejected")
+    }
+}
