@@ -13,6 +13,7 @@
 //! - `heartbeat`: positions that move without content.
 //! - `schema`, `obstacle`: the file is shared with programs, whose tables, indexes, views and triggers are welcome;
 //!   what they do to the synced tables is noticed here.
+//! - `capture`: what programs write to synced tables is queued by triggers, which what we write does not set off.
 //! - `open`: the file, its lock, its settings; `state`, `status`: what it says of itself.
 //!
 //! [`File`] is synchronous, and owned by one thread. It knows nothing of the network: what it is given is a message,
@@ -27,6 +28,7 @@
 //! stages already can go there again without harm, since each operation says what its row is to be, not how it is to
 //! change.
 
+mod capture;
 mod commit;
 mod error;
 mod grammar;
@@ -63,6 +65,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rusqlite::Connection;
 
+use capture::quiet::{self, Quiet};
 use error::Doing;
 pub use error::Error;
 use grammar::{Grammar, Place, Tables};
@@ -130,6 +133,7 @@ pub struct TableState {
 /// The file, with its one writing connection.
 pub struct File {
     connection: Connection,
+    quiet: Quiet,
     /// Dropped after the connection: only then may another replica open the file.
     guard: open::Guard,
     state: State,
@@ -164,6 +168,7 @@ impl File {
         let (connection, mut guard) = open::open(settings)?;
         let mut version = Version::new();
         let known = state::check_format(&connection)?;
+        let quiet = quiet::install(&connection).doing("make what we write not be captured")?;
         let write = Write::begin(&connection)?;
         version.look(&connection)?;
         let new_id = uuid::Uuid::new_v4().to_string();
@@ -195,6 +200,7 @@ impl File {
         let queue = Queue::new(settings.hold_bytes_max, guard.spool_path());
         Ok(File {
             connection,
+            quiet,
             guard,
             state,
             catalog: Arc::new(catalog),

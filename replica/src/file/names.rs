@@ -27,6 +27,37 @@ pub(super) fn base_view(table: &str) -> String {
     format!("_anabranch_base_{table}")
 }
 
+/// The table of this replica's receipts.
+pub(super) const RECEIPTS: &str = "_anabranch_receipts";
+
+/// The table of this replica's rejections.
+pub(super) const REJECTIONS: &str = "_anabranch_rejections";
+
+/// The table of what was captured on a table.
+pub(super) fn entries(table: &str) -> String {
+    format!("_anabranch_entries_{table}")
+}
+
+/// The table of a table's base rows, of those keys that local changes touched.
+pub(super) fn base_rows(table: &str) -> String {
+    format!("_anabranch_base_rows_{table}")
+}
+
+/// The table of what an INSERT finds at its key while it runs.
+pub(super) fn prior(table: &str) -> String {
+    format!("_anabranch_prior_{table}")
+}
+
+/// Whether a name is one of ours.
+pub(super) fn is_ours(name: &str) -> bool {
+    fold(name).starts_with("_anabranch_")
+}
+
+/// A text, quoted for SQL.
+pub(super) fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
 /// What all stages are called before their number.
 pub(super) const STAGE_PREFIX: &str = "_anabranch_stage_";
 

@@ -7,6 +7,7 @@ use std::{collections::HashSet, fmt::Write};
 
 use anabranch_proto::v1;
 use prost::Message;
+use serde::{Deserialize, Serialize};
 
 use super::{Error, names};
 
@@ -23,12 +24,33 @@ const COLUMNS_MAX: usize = 1600;
 const INDEXES_MAX: usize = 256;
 
 /// How a value is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Storage {
     Integer,
     Real,
     Text,
     Blob,
+}
+
+/// What happens to a local change of a column that was changed in Postgres since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Conflict {
+    LastWrite,
+    FirstWrite,
+    Add,
+    Function,
+}
+
+/// What the rows of a table are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// For programs.
+    Data,
+    /// What became of this replica's own writes: see `v1::Purpose`.
+    Receipts,
+    Rejections,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +59,7 @@ pub(super) struct Column {
     pub postgres_type: String,
     pub storage: Storage,
     pub not_null: bool,
+    pub conflict: Conflict,
 }
 
 /// A secondary index, by Postgres' name.
@@ -59,6 +82,9 @@ pub(super) struct Table {
     /// Places in `columns`, in the order of the key.
     pub key: Vec<usize>,
     pub indexes: Vec<Index>,
+    pub purpose: Purpose,
+    /// Programs may write it.
+    pub writable: bool,
     /// Length of its declaration.
     pub declared_bytes: usize,
     /// Takes all columns in order: inserts the row, or makes the one of its key equal to it.
@@ -128,6 +154,17 @@ impl Table {
                 postgres_type: column.postgres_type.clone(),
                 storage,
                 not_null: column.not_null || column.key_position > 0,
+                conflict: match v1::Conflict::try_from(column.conflict) {
+                    Ok(v1::Conflict::LastWrite) => Conflict::LastWrite,
+                    Ok(v1::Conflict::FirstWrite) => Conflict::FirstWrite,
+                    Ok(v1::Conflict::Add) => Conflict::Add,
+                    Ok(v1::Conflict::Function) => Conflict::Function,
+                    Err(_) => {
+                        return Err(wrong(
+                            "a column whose conflicts are decided in no known way",
+                        ));
+                    }
+                },
             });
         }
         let width = key.iter().flatten().count();
@@ -159,19 +196,34 @@ impl Table {
                 columns,
             });
         }
+        let purpose = match v1::Purpose::try_from(declared.purpose) {
+            Ok(v1::Purpose::Data) => Purpose::Data,
+            Ok(v1::Purpose::Receipts) => Purpose::Receipts,
+            Ok(v1::Purpose::Rejections) => Purpose::Rejections,
+            Err(_) => return Err(wrong("a purpose that is not known")),
+        };
+        if declared.writable && purpose != Purpose::Data {
+            return Err(wrong("it is the replica's own, and writable"));
+        }
         let mut table = Table {
             id: declared.id,
-            name: names::table(&declared.schema, &declared.name),
+            name: match purpose {
+                Purpose::Data => names::table(&declared.schema, &declared.name),
+                Purpose::Receipts => names::RECEIPTS.to_owned(),
+                Purpose::Rejections => names::REJECTIONS.to_owned(),
+            },
             schema: declared.schema.clone(),
             postgres_name: declared.name.clone(),
             columns,
             key,
             indexes,
+            purpose,
+            writable: declared.writable,
             declared_bytes: declared.encoded_len(),
             upsert: String::new(),
             delete: String::new(),
         };
-        if names::is_reserved(&table.name) {
+        if purpose == Purpose::Data && names::is_reserved(&table.name) {
             return Err(Error::Definite(format!(
                 "{full_name} cannot be kept in a SQLite file: names that begin with `sqlite_` or `_anabranch_` are taken; leave it out of the shape, or rename it in Postgres"
             )));
@@ -256,6 +308,38 @@ impl Table {
         )
     }
 
+    /// The statement that inserts a row, which is not there, into `name`, a table of this definition.
+    pub(super) fn insert_into(&self, name: &str) -> String {
+        format!(
+            "INSERT INTO {}({}) VALUES({})",
+            names::quote(name),
+            names::quote_all(self.column_names()),
+            vec!["?"; self.columns.len()].join(", ")
+        )
+    }
+
+    /// The statement that makes the row of its key equal to what [`upsert_into`](Table::upsert_into) would take. Not all
+    /// columns are in the key.
+    pub(super) fn update_in(&self, name: &str) -> String {
+        let set = |place: &usize| {
+            format!(
+                "{} = ?{}",
+                names::quote(&self.columns[*place].name),
+                place + 1
+            )
+        };
+        let (key, values): (Vec<usize>, Vec<usize>) =
+            (0..self.columns.len()).partition(|place| self.key.contains(place));
+        let join =
+            |places: &[usize], between| places.iter().map(set).collect::<Vec<_>>().join(between);
+        format!(
+            "UPDATE {} SET {} WHERE {}",
+            names::quote(name),
+            join(&values, ", "),
+            join(&key, " AND ")
+        )
+    }
+
     /// What an INSERT does where the key is there: never REPLACE, which deletes rows that no trigger sees.
     pub(super) fn on_conflict(&self) -> String {
         let key = names::quote_all(self.key_names());
@@ -325,6 +409,18 @@ mod tests {
     }
 
     #[test]
+    fn the_replicas_own_rows_have_names_that_no_table_of_postgres_can_take() {
+        let name = |purpose: v1::Purpose| {
+            let mut declared = table(vec![column("a", v1::Storage::Integer, 1)]);
+            declared.purpose = purpose.into();
+            Table::new(&declared).unwrap().name
+        };
+        assert_eq!(name(v1::Purpose::Data), "t");
+        assert_eq!(name(v1::Purpose::Receipts), "_anabranch_receipts");
+        assert_eq!(name(v1::Purpose::Rejections), "_anabranch_rejections");
+    }
+
+    #[test]
     fn a_declaration_that_makes_no_sense_is_refused() {
         use v1::Storage::{Integer, Real, Text, Unspecified};
         let index = |name: &str, columns: &[u32]| v1::Index {
@@ -360,6 +456,9 @@ mod tests {
             &|t| t.indexes = vec![index("", &[1])],
             &|t| t.indexes = vec![index("i", &[1]), index("i", &[0])],
             &|t| t.indexes = (0..300).map(|i| index(&i.to_string(), &[1])).collect(),
+            &|t| t.purpose = 99,
+            &|t| t.columns[1].conflict = 99,
+            &|t| (t.purpose, t.writable) = (v1::Purpose::Receipts.into(), true),
         ];
         for (i, change) in changes.iter().enumerate() {
             assert!(matches!(with(change), Err(Error::Stream(_))), "change {i}");
