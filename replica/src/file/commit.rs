@@ -145,7 +145,7 @@ impl File {
         };
         let write = Write::begin(&self.connection)?;
         let mut replay = Replay::begin(
-            &self.connection,
+            (&self.connection, &self.quiet),
             &stream.stages,
             &mut self.version,
             self.report_changes,

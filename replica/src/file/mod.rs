@@ -17,6 +17,7 @@
 //! - `schema`, `obstacle`: the file is shared with programs, whose tables, indexes, views and triggers are welcome;
 //!   what they do to the synced tables is noticed here.
 //! - `boundary`: which local writes were one transaction of a program, and whether they are durable.
+//! - `capture`: what programs write to synced tables is queued by triggers, which what we write does not set off.
 //! - `open`: the file, its lock, its settings; `state`, `status`: what it says of itself.
 //!
 //! [`File`] is synchronous, and owned by one thread. It knows nothing of the network: what it is given is a message,
@@ -32,6 +33,7 @@
 //! change.
 
 mod boundary;
+mod capture;
 mod commit;
 mod error;
 mod grammar;
@@ -74,6 +76,7 @@ use jiff::Timestamp;
 use rusqlite::Connection;
 
 pub use boundary::{Boundaries, Look, Watch};
+use capture::quiet::{self, Quiet};
 use error::Doing;
 pub use error::Error;
 use grammar::{Grammar, Place, Tables};
@@ -143,6 +146,7 @@ pub struct TableState {
 /// The file, with its one writing connection.
 pub struct File {
     connection: Connection,
+    quiet: Quiet,
     /// Dropped after the connection: only then may another replica open the file.
     guard: open::Guard,
     state: State,
@@ -180,6 +184,7 @@ impl File {
         let (connection, mut guard) = open::open(settings)?;
         let mut version = Version::new();
         let known = state::check_format(&connection)?;
+        let quiet = quiet::install(&connection).doing("make what we write not be captured")?;
         let write = Write::begin(&connection)?;
         version.look(&connection)?;
         let new_id = uuid::Uuid::new_v4().to_string();
@@ -211,6 +216,7 @@ impl File {
         let queue = Queue::new(settings.hold_bytes_max, guard.spool_path());
         Ok(File {
             connection,
+            quiet,
             guard,
             state,
             catalog: Arc::new(catalog),

@@ -51,6 +51,21 @@ pub(super) fn base_rows(table: &str) -> String {
     format!("_anabranch_base_rows_{table}")
 }
 
+/// The table of what an INSERT finds at its key while it runs.
+pub(super) fn prior(table: &str) -> String {
+    format!("_anabranch_prior_{table}")
+}
+
+/// Whether a name is one of ours.
+pub(super) fn is_ours(name: &str) -> bool {
+    fold(name).starts_with("_anabranch_")
+}
+
+/// A text, quoted for SQL.
+pub(super) fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
 /// What all stages are called before their number.
 pub(super) const STAGE_PREFIX: &str = "_anabranch_stage_";
 

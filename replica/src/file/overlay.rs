@@ -42,6 +42,7 @@ use rusqlite::{CachedStatement, Connection};
 pub(super) use entry::{Entry, Key, Operation, in_record};
 
 use super::{
+    capture::quiet::Quiet,
     grammar::Tables,
     layout::{self, Layout},
     names::{self, quote},
@@ -136,7 +137,7 @@ impl<'c> Overlay<'c> {
     pub(super) fn rebuild(
         self,
         tables: &Tables,
-        watched: impl Fn(&Table) -> bool,
+        watched: impl Fn(&Table) -> Option<Quiet>,
         mut changes: Option<&mut HashMap<u32, Keys>>,
     ) -> Result<(), (Arc<Table>, RowError)> {
         for (id, Overlaid { dirty, .. }) in self.tables {
@@ -159,7 +160,7 @@ impl<'c> Overlay<'c> {
 fn rebuild(
     connection: &Connection,
     table: &Arc<Table>,
-    watched: bool,
+    watched: Option<Quiet>,
     dirty: &Dirty,
     changed: Option<&mut Keys>,
 ) -> Result<(), RowError> {
@@ -271,7 +272,7 @@ pub(super) fn rebase(connection: &Connection, table: &Arc<Table>) -> Result<(), 
     let base = quote(&names::base_rows(&table.name));
     connection.execute(&format!("DELETE FROM {base}"), [])?;
     let boundary = receipts::boundary(connection)?;
-    let mut rebuilder = Rebuilder::new(connection, table.clone(), false, boundary, None)?;
+    let mut rebuilder = Rebuilder::new(connection, table.clone(), None, boundary, None)?;
     each_key(connection, table, boundary, i64::MAX, |key| {
         rebuilder.save(&key)
     })

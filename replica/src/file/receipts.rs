@@ -34,7 +34,6 @@ CREATE TABLE IF NOT EXISTS _anabranch_head(
     id INTEGER PRIMARY KEY CHECK(id = 1),
     last INTEGER NOT NULL
 ) STRICT;
-INSERT INTO _anabranch_head(id, last) VALUES(1, 0) ON CONFLICT DO NOTHING;
 CREATE TABLE IF NOT EXISTS _anabranch_local(
     seq INTEGER PRIMARY KEY,
     last INTEGER NOT NULL,

@@ -18,6 +18,7 @@ use rusqlite::Connection;
 
 use super::{
     Error, TableChanges,
+    capture::quiet::{self, Quiet},
     error::{self, Doing, is_of_statement},
     grammar::Tables,
     index,
@@ -57,6 +58,7 @@ impl From<Error> for Failure {
 /// What a commit works with.
 pub(super) struct Replay<'c> {
     connection: &'c Connection,
+    quiet: &'c Quiet,
     stages: &'c Stages,
     report_changes: bool,
     /// The stream's first transaction was seen: until then a heartbeat's position says nothing of this file.
@@ -90,7 +92,7 @@ pub(super) struct Outcome {
 impl<'c> Replay<'c> {
     /// Within a write transaction. `dropped` are programs' triggers and indexes that are in the way, and why.
     pub(super) fn begin(
-        connection: &'c Connection,
+        (connection, quiet): (&'c Connection, &'c Quiet),
         stages: &'c Stages,
         version: &mut Version,
         report_changes: bool,
@@ -109,8 +111,12 @@ impl<'c> Replay<'c> {
                 .drop(connection, why)
                 .doing("drop what is in the way of a row")?;
         }
+        // Each time: a transaction that was rolled back may have thought otherwise.
+        quiet::run_triggers(connection, outcome.catalog.has_triggers())
+            .doing("set whether triggers run")?;
         Ok(Replay {
             connection,
+            quiet,
             stages,
             report_changes,
             is_proved,
@@ -196,9 +202,12 @@ impl<'c> Replay<'c> {
                 .map_err(|error| failure("_anabranch_rejected", error))?;
         }
         let catalog = &self.outcome.catalog;
+        let quiet = self.quiet;
         let watched = |table: &Table| {
             let synced = catalog.get(&table.name);
-            synced.is_some_and(|synced| synced.has_triggers)
+            synced
+                .is_some_and(|synced| synced.has_triggers)
+                .then(|| quiet.clone())
         };
         let changes = self.report_changes.then_some(&mut self.changes);
         overlay
@@ -264,7 +273,9 @@ impl<'c> Replay<'c> {
                 if let Some(why) = synced.and_then(|synced| synced.altered.as_ref()) {
                     return Err(Failure::Forget(why.clone()));
                 }
-                let watched = synced.is_some_and(|synced| synced.has_triggers);
+                let watched = synced
+                    .is_some_and(|synced| synced.has_triggers)
+                    .then(|| self.quiet.clone());
                 let writer = Writer::new(self.connection, table.clone(), watched)
                     .map_err(|error| refused(&table.name, error))?;
                 none.insert(writer)
@@ -354,7 +365,7 @@ impl<'c> Replay<'c> {
             .report_changes
             .then(|| self.changes.entry(id).or_insert_with(Keys::new));
         reset::finish(
-            self.connection,
+            (self.connection, self.quiet),
             &mut self.outcome.catalog,
             &table,
             stage,

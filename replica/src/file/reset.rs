@@ -16,11 +16,12 @@
 
 use std::sync::Arc;
 
-use rusqlite::Connection;
+use rusqlite::{Connection, params_from_iter, types::Value as SqlValue};
 use serde_json::Value;
 
 use super::{
     Error,
+    capture::quiet::Quiet,
     error::{self, Doing},
     index,
     names::{self, quote},
@@ -34,6 +35,9 @@ use super::{
 
 /// Columns that are compared in one row value.
 const COMPARED_COLUMNS_MAX: usize = 100;
+
+/// Keys that are looked for at a time, where each row is written by a statement of its own.
+const APART_ROWS: usize = 10_000;
 
 /// Why a reset could not be finished.
 pub(super) enum ResetError {
@@ -52,7 +56,7 @@ impl From<Error> for ResetError {
 
 /// Makes the table hold the rows of the stage and no others. Says which keys changed, if `keys` are asked for.
 pub(super) fn finish(
-    connection: &Connection,
+    (connection, quiet): (&Connection, &Quiet),
     catalog: &mut Arc<Catalog>,
     table: &Arc<Table>,
     stage: Option<&Stage>,
@@ -85,15 +89,20 @@ pub(super) fn finish(
                 if overlaid {
                     overlay::reset_base_rows(connection, table, stage).doing("reset base rows")?;
                 }
-                differ(connection, table, stage, overlaid, keys).map_err(ResetError::Rows)?;
                 let watched = programs.iter().any(Obstacle::is_trigger);
+                if watched {
+                    differ_apart((connection, quiet), table, stage, overlaid, keys)
+                } else {
+                    differ(connection, table, stage, overlaid, keys)
+                }
+                .map_err(ResetError::Rows)?;
                 if watched && !is_equal(connection, table, stage, overlaid)? {
                     return Err(ResetError::Ignored);
                 }
             }
         }
         There::Other => {
-            rebuild(connection, Arc::make_mut(catalog), table, stage)?;
+            rebuild((connection, quiet), Arc::make_mut(catalog), table, stage)?;
             forget_keys(keys);
         }
     }
@@ -194,6 +203,131 @@ fn and_is_base(table: &Table, of: &str, overlaid: bool) -> String {
     format!(" AND {}", overlay::is_base(&table.name, of, &key))
 }
 
+/// Turns the stage into a difference, row by row: programs have triggers on the table (see `capture::quiet`). Stops where
+/// one makes SQLite skip a row; the tables are compared afterwards.
+fn differ_apart(
+    (connection, quiet): (&Connection, &Quiet),
+    table: &Table,
+    stage: Option<&Stage>,
+    overlaid: bool,
+    mut keys: Option<&mut Keys>,
+) -> rusqlite::Result<()> {
+    let name = quote(&table.name);
+    let key = names::quote_all(table.key_names());
+    let delete = table.delete_from(&table.name);
+    let not_staged = match stage {
+        Some(stage) => {
+            let same_key = same_key(table, stage);
+            format!(
+                "NOT EXISTS (SELECT 1 FROM {} WHERE {same_key})",
+                quote(&stage.name)
+            )
+        }
+        None => "true".to_owned(),
+    };
+    let gone = format!(
+        "SELECT {key} FROM {name} WHERE {not_staged}{} LIMIT {APART_ROWS}",
+        and_is_base(table, &table.name, overlaid)
+    );
+    each_apart(connection, &gone, keys.as_deref_mut(), |row| {
+        let _armed = quiet.arm();
+        connection
+            .prepare_cached(&delete)?
+            .execute(params_from_iter(row))
+    })?;
+    let Some(stage) = stage else {
+        return Ok(());
+    };
+    let from = quote(&stage.name);
+    let all = names::quote_all(table.column_names());
+    let by_key = table.by_key();
+    let has = format!("SELECT 1 FROM {name} WHERE {by_key}");
+    let insert = format!("INSERT INTO {name}({all}) SELECT {all} FROM {from} WHERE {by_key}");
+    let update = format!(
+        "UPDATE {name} SET ({all}) = (SELECT {all} FROM {from} WHERE {0}) WHERE {0}",
+        by_key_numbered(table)
+    );
+    let differing = format!(
+        "SELECT {key} FROM {from} WHERE NOT EXISTS (SELECT 1 FROM {name} WHERE {}){} LIMIT {APART_ROWS}",
+        same_row(table, stage),
+        and_is_base(table, &stage.name, overlaid)
+    );
+    each_apart(connection, &differing, keys, |row| {
+        let is_there = connection
+            .prepare_cached(&has)?
+            .exists(params_from_iter(row))?;
+        let mut statement = connection.prepare_cached(if is_there { &update } else { &insert })?;
+        let _armed = quiet.arm();
+        statement.execute(params_from_iter(row))
+    })
+}
+
+/// Deletes all rows, row by row.
+fn empty_apart((connection, quiet): (&Connection, &Quiet), name: &str) -> rusqlite::Result<()> {
+    let key: Vec<String> = connection
+        .prepare("SELECT name FROM pragma_table_info(?1) WHERE pk > 0 ORDER BY pk")?
+        .query_map([name], |row| row.get(0))?
+        .collect::<Result<_, _>>()?;
+    if key.is_empty() {
+        // A program made it.
+        return run(
+            connection,
+            &format!("DELETE FROM {} WHERE true", quote(name)),
+            None,
+        );
+    }
+    let names = names::quote_all(key.iter().map(String::as_str));
+    let by_key: Vec<String> = key
+        .iter()
+        .map(|name| format!("{} = ?", quote(name)))
+        .collect();
+    let delete = format!("DELETE FROM {} WHERE {}", quote(name), by_key.join(" AND "));
+    let all = format!("SELECT {names} FROM {} LIMIT {APART_ROWS}", quote(name));
+    each_apart(connection, &all, None, |row| {
+        let _armed = quiet.arm();
+        connection
+            .prepare_cached(&delete)?
+            .execute(params_from_iter(row))
+    })
+}
+
+/// Does something for each key that a query gives, and asks again until it gives none: what is done takes a key out of it.
+fn each_apart(
+    connection: &Connection,
+    query: &str,
+    mut keys: Option<&mut Keys>,
+    mut each: impl FnMut(&[SqlValue]) -> rusqlite::Result<usize>,
+) -> rusqlite::Result<()> {
+    loop {
+        let mut statement = connection.prepare_cached(query)?;
+        let width = statement.column_count();
+        let found: Vec<Vec<SqlValue>> = statement
+            .query_map([], |row| (0..width).map(|i| row.get(i)).collect())?
+            .collect::<Result<_, _>>()?;
+        if found.is_empty() {
+            return Ok(());
+        }
+        for row in &found {
+            if each(row)? == 0 {
+                return Ok(());
+            }
+            if let Some(keys) = &mut keys {
+                keys.push(|| row.iter().map(|value| json(value.into())).collect());
+            }
+        }
+    }
+}
+
+/// The condition that finds a row by its key, which may be used more than once.
+fn by_key_numbered(table: &Table) -> String {
+    table
+        .key_names()
+        .zip(1..)
+        .map(|(name, number)| format!("{} = ?{number}", quote(name)))
+        .collect::<Vec<_>>()
+        .join(" AND ")
+}
+
 /// The condition that a row of the table and one of the stage have one key.
 fn same_key(table: &Table, stage: &Stage) -> String {
     compare(table, stage, table.key_names(), "=")
@@ -289,7 +423,7 @@ fn run(connection: &Connection, sql: &str, keys: Option<&mut Keys>) -> rusqlite:
 
 /// Makes the table anew, with another definition.
 fn rebuild(
-    connection: &Connection,
+    (connection, quiet): (&Connection, &Quiet),
     catalog: &mut Catalog,
     table: &Table,
     stage: Option<&Stage>,
@@ -307,22 +441,12 @@ fn rebuild(
         take_place(connection, table, stage)?;
         return Ok(make_again(&indexes)?);
     }
-    let name = quote(&table.name);
-    run(connection, &format!("DELETE FROM {name} WHERE true"), None).map_err(ResetError::Rows)?;
+    empty_apart((connection, quiet), &table.name).map_err(ResetError::Rows)?;
     catalog.remove(connection, &table.name)?;
     take_place(connection, table, None)?;
     make_again(&indexes)?;
     make_again(&triggers)?;
-    if let Some(stage) = stage {
-        let all = names::quote_all(table.column_names());
-        let from = quote(&stage.name);
-        run(
-            connection,
-            &format!("INSERT INTO {name}({all}) SELECT {all} FROM {from}"),
-            None,
-        )
-        .map_err(ResetError::Rows)?;
-    }
+    differ_apart((connection, quiet), table, stage, false, None).map_err(ResetError::Rows)?;
     if is_equal(connection, table, stage, false)? {
         Ok(())
     } else {

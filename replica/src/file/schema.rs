@@ -6,6 +6,8 @@
 //! - a synced table that is gone or altered: its rows can't be relied on. It is said in `_anabranch_tables`, the resume
 //!   token is forgotten, and the next stream sends everything in full, which the other tables turn into a difference.
 //! - a UNIQUE index on a synced table: dropped, and kept in `_anabranch_dropped`, since it could refuse a row.
+//! - a trigger that captures writes is gone or altered: writes may not have been captured, so it is as if the table were
+//!   altered. One that is not the newest any more is made again (see `capture`).
 //! - an index, a base view or one of our own tables that is gone: made again.
 //!
 //! Everything else is the program's business, and stays.
@@ -15,7 +17,7 @@ use std::collections::HashMap;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{
-    Error,
+    Error, capture,
     error::Doing,
     index, layout, names,
     obstacle::{self, Obstacle},
@@ -152,6 +154,11 @@ impl Catalog {
             .find_map(|synced| synced.altered.as_deref())
     }
 
+    /// Programs have triggers on some of them: what we write sets those off.
+    pub(super) fn has_triggers(&self) -> bool {
+        self.tables.values().any(|synced| synced.has_triggers)
+    }
+
     /// The names of all synced tables.
     pub(super) fn names(&self) -> Vec<String> {
         self.tables
@@ -232,7 +239,11 @@ impl Catalog {
                 .doing("look for triggers")?
                 .is_empty(),
         };
+        let has_triggers = synced.has_triggers;
         record(connection, table, &synced).doing("record a table")?;
+        if has_triggers {
+            capture::quiet::run_triggers(connection, true).doing("run programs' triggers")?;
+        }
         index::make_all(connection, table, &table.name)?;
         self.tables.insert(names::fold(&table.name), synced);
         Ok(())
@@ -243,9 +254,14 @@ impl Catalog {
     pub(super) fn drop(&mut self, connection: &Connection, name: &str) -> Result<(), Error> {
         obstacle::keep_all(connection, name, "its table left the replica's shapes")
             .doing("keep what a program had on a table")?;
-        self.remove(connection, name)?;
+        let name = self
+            .get(name)
+            .map_or(name, |synced| &synced.name)
+            .to_owned();
+        capture::remove(connection, &name).doing("stop capturing what is written to a table")?;
+        self.remove(connection, &name)?;
         let retire = || {
-            layout::retire(connection, name)?;
+            layout::retire(connection, &name)?;
             let view = outbox::view(connection)?;
             replace_view(connection, "_anabranch_outbox", &view)
         };
@@ -320,7 +336,8 @@ impl Synced {
             )?;
             self.altered = Some(format!("{}: {reason}", self.name));
             // A view of a table that is not there would make ALTER TABLE fail in the programs.
-            return state::drop_view(connection, &view);
+            state::drop_view(connection, &view)?;
+            return capture::drop_triggers(connection, &self.name);
         }
         self.altered = None;
         for index in obstacle::indexes(connection, &self.name)? {
@@ -330,6 +347,15 @@ impl Synced {
                     "a UNIQUE index could refuse rows of Postgres: the primary key must be the only uniqueness",
                 )?;
             }
+        }
+        if capture::inspect(connection, &self.name)? {
+            let reason = "a program dropped or altered what captures its writes; the streamer will send it again";
+            connection.execute(
+                "UPDATE _anabranch_synced SET state = 'stopped', reason = ?2, \
+                 lsn = (SELECT lsn FROM _anabranch_state) WHERE table_name = ?1 AND state = 'live'",
+                params![self.name, reason],
+            )?;
+            self.altered = Some(format!("{}: {reason}", self.name));
         }
         let columns: Vec<String> = connection
             .prepare_cached("SELECT column_name FROM _anabranch_columns WHERE table_name = ?1 ORDER BY position")?
@@ -390,6 +416,9 @@ fn record(connection: &Connection, table: &Table, synced: &Synced) -> rusqlite::
             Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
         })?
         .collect::<Result<_, _>>()?;
+    if names::is_ours(&table.name) {
+        return Ok(());
+    }
     if there != wanted {
         connection.execute(
             "DELETE FROM _anabranch_columns WHERE table_name = ?1",
@@ -401,6 +430,7 @@ fn record(connection: &Connection, table: &Table, synced: &Synced) -> rusqlite::
                 .execute(params![table.name, name, postgres_type, position, is_key])?;
         }
     }
+    capture::install(connection, table)?;
     let columns: Vec<&str> = table.column_names().collect();
     let key: Vec<&str> = table.key_names().collect();
     make_base_view(

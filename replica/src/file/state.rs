@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{
-    Error,
+    Error, capture,
     error::{self, Doing},
     layout, outbox, receipts,
     status::{self, micros_text, time_text},
@@ -74,7 +74,7 @@ CREATE TABLE IF NOT EXISTS _anabranch_dropped(
 ) STRICT;
 ";
 
-/// A live table is as of the file's position; a stopped one as of its own.
+/// A live table is as of the file's position; a stopped one as of its own. Tables of ours are not for programs.
 const TABLES_VIEW: &str = "CREATE VIEW _anabranch_tables AS SELECT table_name, state, reason, \
     CASE state WHEN 'live' THEN (SELECT lsn FROM _anabranch_state) ELSE lsn END AS lsn \
     FROM _anabranch_synced WHERE table_name NOT IN ('_anabranch_receipts', '_anabranch_rejections')";
@@ -97,6 +97,7 @@ pub(super) fn create(connection: &Connection, replica_id: &str) -> rusqlite::Res
     connection.execute_batch(TABLES)?;
     connection.execute_batch(receipts::TABLES)?;
     layout::inspect(connection)?;
+    capture::create_shared(connection)?;
     for (name, sql) in [
         ("_anabranch_status", status::view()),
         ("_anabranch_tables", TABLES_VIEW.to_owned()),

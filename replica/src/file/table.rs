@@ -25,6 +25,7 @@ const INDEXES_MAX: usize = 256;
 
 /// How a value is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Storage {
     Integer,
     Real,
@@ -45,6 +46,7 @@ pub(super) enum Purpose {
 
 /// What happens to a local change of a column that was changed in Postgres since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Conflict {
     LastWrite,
     FirstWrite,
@@ -311,6 +313,38 @@ impl Table {
         )
     }
 
+    /// The statement that inserts a row, which is not there, into `name`, a table of this definition.
+    pub(super) fn insert_into(&self, name: &str) -> String {
+        format!(
+            "INSERT INTO {}({}) VALUES({})",
+            names::quote(name),
+            names::quote_all(self.column_names()),
+            vec!["?"; self.columns.len()].join(", ")
+        )
+    }
+
+    /// The statement that makes the row of its key equal to what [`upsert_into`](Table::upsert_into) would take. Not all
+    /// columns are in the key.
+    pub(super) fn update_in(&self, name: &str) -> String {
+        let set = |place: &usize| {
+            format!(
+                "{} = ?{}",
+                names::quote(&self.columns[*place].name),
+                place + 1
+            )
+        };
+        let (key, values): (Vec<usize>, Vec<usize>) =
+            (0..self.columns.len()).partition(|place| self.key.contains(place));
+        let join =
+            |places: &[usize], between| places.iter().map(set).collect::<Vec<_>>().join(between);
+        format!(
+            "UPDATE {} SET {} WHERE {}",
+            names::quote(name),
+            join(&values, ", "),
+            join(&key, " AND ")
+        )
+    }
+
     /// What an INSERT does where the key is there: never REPLACE, which deletes rows that no trigger sees.
     pub(super) fn on_conflict(&self) -> String {
         let key = names::quote_all(self.key_names());
@@ -380,6 +414,18 @@ mod tests {
     }
 
     #[test]
+    fn the_replicas_own_rows_have_names_that_no_table_of_postgres_can_take() {
+        let name = |purpose: v1::Purpose| {
+            let mut declared = table(vec![column("a", v1::Storage::Integer, 1)]);
+            declared.purpose = purpose.into();
+            Table::new(&declared).unwrap().name
+        };
+        assert_eq!(name(v1::Purpose::Data), "t");
+        assert_eq!(name(v1::Purpose::Receipts), "_anabranch_receipts");
+        assert_eq!(name(v1::Purpose::Rejections), "_anabranch_rejections");
+    }
+
+    #[test]
     fn a_declaration_that_makes_no_sense_is_refused() {
         use v1::Storage::{Integer, Real, Text, Unspecified};
         let index = |name: &str, columns: &[u32]| v1::Index {
@@ -415,6 +461,9 @@ mod tests {
             &|t| t.indexes = vec![index("", &[1])],
             &|t| t.indexes = vec![index("i", &[1]), index("i", &[0])],
             &|t| t.indexes = (0..300).map(|i| index(&i.to_string(), &[1])).collect(),
+            &|t| t.purpose = 99,
+            &|t| t.columns[1].conflict = 99,
+            &|t| (t.purpose, t.writable) = (v1::Purpose::Receipts.into(), true),
         ];
         for (i, change) in changes.iter().enumerate() {
             assert!(matches!(with(change), Err(Error::Stream(_))), "change {i}");

@@ -13,6 +13,7 @@ use rusqlite::{CachedStatement, Connection, Statement, types::Null};
 use serde_json::Value;
 
 use super::{
+    capture::quiet::Quiet,
     names,
     table::{Column, Storage, Table},
 };
@@ -85,15 +86,16 @@ pub(super) struct Writer<'c> {
     name: String,
     upsert: CachedStatement<'c>,
     delete: Option<CachedStatement<'c>>,
-    /// Programs have triggers here, so a row that does not change must be looked at.
-    watched: bool,
+    /// Programs have triggers here. So a row that does not change must be looked at; and each is written by a statement
+    /// of its own (see `capture::quiet`).
+    watched: Option<Quiet>,
 }
 
 impl<'c> Writer<'c> {
     pub(super) fn new(
         connection: &'c Connection,
         table: Arc<Table>,
-        watched: bool,
+        watched: Option<Quiet>,
     ) -> rusqlite::Result<Writer<'c>> {
         Ok(Writer {
             upsert: connection.prepare_cached(&table.upsert)?,
@@ -117,7 +119,7 @@ impl<'c> Writer<'c> {
             name: name.to_owned(),
             connection,
             table,
-            watched: false,
+            watched: None,
         })
     }
 
@@ -130,17 +132,32 @@ impl<'c> Writer<'c> {
     }
 
     fn upsert(&mut self, record: &[u8]) -> Result<(), RowError> {
-        let table = &*self.table;
-        bind(&mut self.upsert, table.columns.iter(), record)?;
-        if self.upsert.raw_execute()? == 0 && self.watched {
-            let key = table.key.iter().map(|&place| record::value(record, place));
-            let key: Vec<_> = key.collect::<Result<_, _>>()?;
-            // Where all columns are the key, nothing changes if the row is there.
-            if !table.is_all_key() || !self.has(&record::build(key))? {
-                return Err(RowError::Ignored);
-            }
+        if let Some(quiet) = &self.watched {
+            return self.upsert_watched(quiet, record);
         }
+        bind(&mut self.upsert, self.table.columns.iter(), record)?;
+        self.upsert.raw_execute()?;
         Ok(())
+    }
+
+    /// An upsert sets off the triggers of an INSERT, and then those of an UPDATE: here it is one or the other.
+    fn upsert_watched(&self, quiet: &Quiet, record: &[u8]) -> Result<(), RowError> {
+        let table = &*self.table;
+        let key = table.key.iter().map(|&place| record::value(record, place));
+        let key: Vec<_> = key.collect::<Result<_, _>>()?;
+        let sql = match self.has(&record::build(key))? {
+            // Nothing changes.
+            true if table.is_all_key() => return Ok(()),
+            true => table.update_in(&self.name),
+            false => table.insert_into(&self.name),
+        };
+        let mut statement = self.connection.prepare_cached(&sql)?;
+        bind(&mut statement, table.columns.iter(), record)?;
+        let _armed = quiet.arm();
+        match statement.raw_execute()? {
+            0 => Err(RowError::Ignored),
+            _ => Ok(()),
+        }
     }
 
     fn delete(&mut self, key: &[u8]) -> Result<(), RowError> {
@@ -157,7 +174,10 @@ impl<'c> Writer<'c> {
             table.key.iter().map(|&place| &table.columns[place]),
             key,
         )?;
-        if delete.raw_execute()? == 0 && self.watched && self.has(key)? {
+        let armed = self.watched.as_ref().map(Quiet::arm);
+        let deleted = delete.raw_execute()?;
+        drop(armed);
+        if deleted == 0 && self.watched.is_some() && self.has(key)? {
             return Err(RowError::Ignored);
         }
         Ok(())

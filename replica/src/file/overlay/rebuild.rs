@@ -14,6 +14,7 @@ use rusqlite::{CachedStatement, Connection, Statement, types::Null};
 
 use super::{
     super::{
+        capture::quiet::Quiet,
         layout::{self, Layout},
         names::{self, quote, quote_all},
         table::Table,
@@ -55,7 +56,7 @@ impl<'c, 'k> Rebuilder<'c, 'k> {
     pub(super) fn new(
         connection: &'c Connection,
         table: Arc<Table>,
-        watched: bool,
+        watched: Option<Quiet>,
         boundary: i64,
         changed: Option<&'k mut Keys>,
     ) -> rusqlite::Result<Rebuilder<'c, 'k>> {
