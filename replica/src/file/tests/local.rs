@@ -1,5 +1,4 @@
-//! Local writes without triggers: what those would do is done here, by hand, as the contract says it. So these tests
-//! see entries and base rows only, however they are captured.
+//! Local writes, as programs make them.
 
 use rusqlite::{params_from_iter, types::Value};
 
@@ -80,14 +79,6 @@ impl Sheet {
         crate::file::names::quote(self.name)
     }
 
-    fn entries(&self) -> String {
-        crate::file::names::quote(&format!("_anabranch_entries_{}", self.name))
-    }
-
-    fn base_rows(&self) -> String {
-        crate::file::names::quote(&format!("_anabranch_base_rows_{}", self.name))
-    }
-
     fn names(&self) -> Vec<String> {
         let quote =
             |(name, ..): &(&str, v1::Storage, u32, v1::Conflict)| crate::file::names::quote(name);
@@ -121,93 +112,29 @@ impl Sheet {
         )
     }
 
-    fn save(&self, connection: &Connection, key: &[Value]) {
-        let keys: Vec<String> = (0..key.len()).map(|i| format!("k{i}")).collect();
-        let values: Vec<String> = (0..self.columns.len()).map(|i| format!("v{i}")).collect();
-        let row = self.row(connection, key);
-        let mut all: Row = key.to_vec();
-        all.push(i64::from(row.is_some()).into());
-        all.extend(row.unwrap_or_else(|| vec![Value::Null; self.columns.len()]));
-        connection
-            .execute(
-                &format!(
-                    "INSERT INTO {}({}, present, {}) VALUES({}) ON CONFLICT DO NOTHING",
-                    self.base_rows(),
-                    keys.join(","),
-                    values.join(","),
-                    vec!["?"; all.len()].join(",")
-                ),
-                params_from_iter(all),
-            )
-            .unwrap();
-    }
-
-    fn enter(&self, connection: &Connection, operation: &str, changed: &str, old: &Row, new: &Row) {
-        connection
-            .execute("UPDATE _anabranch_head SET last = last + 1", [])
-            .unwrap();
-        let mut all: Row = vec![operation.to_owned().into(), changed.to_owned().into()];
-        all.extend(old.iter().chain(new).cloned());
-        connection
-            .execute(
-                &format!(
-                    "INSERT INTO {} VALUES((SELECT last FROM _anabranch_head), ?, '2026-01-01 00:00:00.000000Z', ?, {})",
-                    self.entries(),
-                    vec!["?"; old.len() + new.len()].join(",")
-                ),
-                params_from_iter(all),
-            )
-            .unwrap();
-    }
-
-    fn nulls(&self) -> Row {
-        vec![Value::Null; self.columns.len()]
-    }
-
     pub fn insert(&self, connection: &Connection, row: &Row) {
-        self.save(connection, &self.key_of(row));
         let sql = format!(
             "INSERT INTO {} VALUES({})",
             self.quoted(),
             vec!["?"; row.len()].join(",")
         );
         connection.execute(&sql, params_from_iter(row)).unwrap();
-        let changed = "1".repeat(row.len());
-        self.enter(connection, "insert", &changed, &self.nulls(), row);
     }
 
     pub fn delete(&self, connection: &Connection, key: &[Value]) {
-        let Some(row) = self.row(connection, key) else {
-            return;
-        };
-        self.save(connection, key);
         let sql = format!("DELETE FROM {} WHERE {}", self.quoted(), self.by_key());
         connection.execute(&sql, params_from_iter(key)).unwrap();
-        let changed = "0".repeat(row.len());
-        self.enter(connection, "delete", &changed, &row, &self.nulls());
     }
 
-    /// As UPDATE OR REPLACE would.
+    /// What is at the new key goes.
     pub fn update(&self, connection: &Connection, key: &[Value], new: &Row) {
-        let Some(old) = self.row(connection, key) else {
-            return;
-        };
-        if old == *new {
-            return;
-        }
-        let new_key = self.key_of(new);
-        if new_key != key {
-            self.delete(connection, &new_key);
-            self.save(connection, &new_key);
-        }
-        self.save(connection, key);
         let set: Vec<String> = self
             .names()
             .iter()
             .map(|name| format!("{name} = ?"))
             .collect();
         let sql = format!(
-            "UPDATE {} SET {} WHERE {}",
+            "UPDATE OR REPLACE {} SET {} WHERE {}",
             self.quoted(),
             set.join(","),
             self.by_key()
@@ -215,19 +142,6 @@ impl Sheet {
         connection
             .execute(&sql, params_from_iter(new.iter().chain(key)))
             .unwrap();
-        let differs = |place: usize| old[place] != new[place];
-        let changed: String = (0..new.len())
-            .map(|place| if differs(place) { '1' } else { '0' })
-            .collect();
-        let kept = |row: &Row| -> Row {
-            (0..row.len())
-                .map(|place| match differs(place) || self.columns[place].2 > 0 {
-                    true => row[place].clone(),
-                    false => Value::Null,
-                })
-                .collect()
-        };
-        self.enter(connection, "update", &changed, &kept(&old), &kept(new));
     }
 
     /// Sets columns by name.
