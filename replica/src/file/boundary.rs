@@ -80,7 +80,11 @@ mod reader;
 mod tests;
 mod wal;
 
-use std::path::Path;
+use std::{
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use rusqlite::Connection;
 
@@ -92,6 +96,10 @@ use super::{Error, transaction::Write};
 
 /// How often a look begins anew when the schema changed, or the WAL was started over, while it was on its way.
 const TRIES_MAX: usize = 16;
+
+/// How long somebody else's checkpoint is waited for while no program can write. It was begun before that, and writes back as
+/// much as ours would.
+const CHECKPOINT_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// What a look has found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,6 +128,8 @@ pub struct Boundaries {
     published: Published,
     /// Looks since the holder is on mark 0; see [`Boundaries::is_pinned`].
     aside: u8,
+    /// What was published when we last made way, and nobody was kept from writing.
+    way: Option<Published>,
     /// Found, and not told yet.
     found: Chain,
     /// A sync failed: nothing is durable any more.
@@ -138,6 +148,8 @@ struct Place {
     is_continuous: bool,
     /// The schema there, and the newest id.
     snapshot: Snapshot,
+    /// After the group of this newest id, the checksums in this file don't follow from each other.
+    sound: Option<i64>,
 }
 
 impl Boundaries {
@@ -162,9 +174,11 @@ impl Boundaries {
                     last: known,
                     ..Snapshot::default()
                 },
+                sound: None,
             },
             published: Published::default(),
             aside: 0,
+            way: None,
             found: Chain::default(),
             sync_failed: false,
         })
@@ -186,7 +200,8 @@ impl Boundaries {
         })
     }
 
-    /// Waits until all that was told by now would survive a power cut; returns the newest such id.
+    /// Waits until all that was told by now would survive a power cut; returns the newest id of which that is so. It is lower than
+    /// what was told only while a program keeps a WAL from being written back that could not be read after a power cut.
     pub fn make_durable(&mut self) -> Result<i64, Error> {
         let last = self.place.snapshot.last;
         self.wal.still_there()?;
@@ -197,7 +212,16 @@ impl Boundaries {
             ));
         }
         self.wal.sync().inspect_err(|_| self.sync_failed = true)?;
-        Ok(last)
+        let Some(sound) = self.place.sound else {
+            return Ok(last);
+        };
+        // Only the database file is read for certain after a power cut. A checkpoint of everything syncs it.
+        self.step_aside(Duration::ZERO)?;
+        if self.published.written_back == self.published.frames {
+            Ok(last)
+        } else {
+            Ok(sound.min(last))
+        }
     }
 
     /// Has the WAL written back, and gets out of the way, so that the next writer starts it over. Programs that write all the
@@ -206,27 +230,35 @@ impl Boundaries {
     /// the next look.
     pub fn make_way(&mut self, writer: &Connection) -> Result<bool, Error> {
         self.wal.still_there()?;
-        // Most of the work without a lock.
-        if self.step_aside()? {
-            return Ok(true);
+        // Most of the work without a lock. That may do, unless it did not the last time: a program that had begun to
+        // write before goes on in the same file.
+        let was = self.way.take();
+        if self.step_aside(Duration::ZERO)? {
+            let is_useless = was.is_some_and(|was| {
+                was.header == self.published.header && was.frames < self.published.frames
+            });
+            if !is_useless {
+                self.way = Some(self.published);
+                return Ok(true);
+            }
         }
         let write = match Write::begin(writer) {
             Err(Error::Transient(_)) => return Ok(false),
             begun => begun?,
         };
-        let is_aside = self.step_aside();
+        let is_aside = self.step_aside(CHECKPOINT_WAIT_MAX);
         drop(write);
         is_aside
     }
 
-    /// Writes back what there is now, and begins to read after that.
-    fn step_aside(&mut self) -> Result<bool, Error> {
+    /// Writes back what there is now, and begins to read after that. A checkpoint of somebody else is waited for.
+    fn step_aside(&mut self, patience: Duration) -> Result<bool, Error> {
         // A holder on mark 0 would be in the way, and so would an old one.
         self.follow()?;
-        match reader::write_back(&self.relief) {
-            // Somebody else writes back.
-            Ok(()) | Err(Error::Transient(_)) => {}
-            Err(error) => return Err(error),
+        let began = Instant::now();
+        while !reader::write_back(&self.relief)? && began.elapsed() < patience {
+            // SQLite has no way to be woken when another process is done with it.
+            thread::park_timeout(Duration::from_millis(1));
         }
         self.follow()?;
         if self.aside == 0 {
@@ -289,22 +321,27 @@ impl Boundaries {
         let old = place.snapshot.root.filter(|_| place.is_continuous);
         let heads = [old, snapshot.root];
         let scanned = match published.header {
-            _ if published.frames == 0 => Some((place.end, Vec::new())),
+            _ if published.frames == 0 => Some((place.end, Vec::new(), None)),
             None => None,
             Some(header) => {
                 let from = place.end.filter(|end| end.is_in(&header));
+                let sound = place.sound.filter(|_| from.is_some());
                 let from = from.unwrap_or(header.start());
                 let scanned = self.wal.scan(header, from, published.frames, heads)?;
                 if self.wal.header()? != published.header {
                     return Ok(None);
                 }
                 match scanned {
-                    Scanned::Whole(end, told) => Some((Some(end), told)),
+                    Scanned::Whole { end, told, broken } => {
+                        // Of what this look found nothing counts: breaks are rare, and need no more.
+                        let sound = sound.or(broken.map(|_| place.snapshot.last));
+                        Some((Some(end), told, sound))
+                    }
                     Scanned::Broken => None,
                 }
             }
         };
-        let Some((end, told)) = scanned else {
+        let Some((end, told, sound)) = scanned else {
             tracing::warn!(
                 frames = published.frames,
                 from = place.end.map(|end| end.frame),
@@ -323,6 +360,7 @@ impl Boundaries {
                 last: chain.last,
                 ..snapshot
             },
+            sound,
         };
         Ok(Some((now, chain)))
     }
@@ -336,6 +374,8 @@ fn lost(place: Place, snapshot: Snapshot) -> (Place, Chain) {
         end: None,
         is_continuous: false,
         snapshot,
+        // The frames may be of another file than the one that they seem to be in.
+        sound: Some(0),
     };
     (place, chain)
 }
@@ -410,7 +450,8 @@ impl Chain {
             Some(Some(id)) => id,
         };
         if id > self.last {
-            if self.before != Some(self.last) {
+            // One entry is of one transaction, whatever came before.
+            if self.before != Some(self.last) && id > self.last + 1 {
                 self.doubt();
             }
             self.ends.push(id);
@@ -441,8 +482,14 @@ impl Chain {
 
     /// Compares with the newest id in a snapshot: it may be older than the last group, not newer.
     fn compare(&mut self, id: i64) {
-        if id != self.last && (id > self.last || !self.seen.contains(&id)) {
-            self.go_back(id);
+        if id > self.last {
+            self.lose();
+            self.tell(Some(Some(id)));
+        } else if id < self.last {
+            let is_earlier = self.before == Some(self.last) && self.seen.contains(&id);
+            if !is_earlier {
+                self.go_back(id);
+            }
         }
     }
 

@@ -71,8 +71,12 @@ impl Watch {
             .file_name()
             .ok_or_else(|| failed(&"it is no name of a file"))?
             .to_owned();
-        let events = AsyncFd::register_with_interest(events, Interest::READABLE)
-            .map_err(|error| failed(&error))?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe, for descriptors that do not own themselves; an OwnedFd does"
+        )]
+        let events =
+            AsyncFd::with_interest(events, Interest::READABLE).map_err(|error| failed(&error))?;
         let now = Instant::now();
         let mut watch = Watch {
             events,

@@ -129,7 +129,7 @@ mod tests {
                  INSERT INTO _anabranch_head VALUES(1, {last})"
             ))
             .unwrap();
-        let (root, cookie): (usize, u32) = connection
+        let (root, cookie): (u32, u32) = connection
             .query_row(
                 "SELECT rootpage, schema_version FROM sqlite_schema, pragma_schema_version WHERE name = '_anabranch_head'",
                 [],
@@ -138,7 +138,7 @@ mod tests {
             .unwrap();
         drop(connection);
         let file = fs::read(&path).unwrap();
-        let page_bytes = page_bytes as usize;
+        let (root, page_bytes) = (root as usize, page_bytes as usize);
         assert_eq!(super::cookie(&file), Some(cookie));
         let page = &file[(root - 1) * page_bytes..root * page_bytes];
         assert_eq!(head(page), Some(last), "{page_bytes} bytes");

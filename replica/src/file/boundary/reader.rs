@@ -4,6 +4,8 @@ use std::{
     fs, io,
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
@@ -21,9 +23,12 @@ use super::{
 /// Memory for frames on their way through the checksum; one frame may take 64 KiB.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// How often a look at the header and the length of the WAL is repeated when a writer started it over in between. Our
-/// readers let that happen once; then the file stays as it is.
-const TRIES_MAX: usize = 8;
+/// How often the length of the WAL is asked for: a writer may be just about to write it down, or start the WAL over. Both
+/// take no time, unless that process is held up just then; so after some tries each one comes a millisecond later.
+const TRIES_MAX: usize = 1_000;
+
+/// Tries without a pause.
+const TRIES_AT_ONCE: usize = 10;
 
 /// Page cache of each of our connections: they read three pages.
 const CACHE_KIB: i64 = 64;
@@ -37,6 +42,8 @@ pub(super) fn connect(path: &Path) -> Result<Connection, Error> {
     transaction::wait_for_locks(&mut connection, LOCK_WAIT_MAX)?;
     let configure = || -> rusqlite::Result<()> {
         connection.pragma_update(None, "trusted_schema", false)?;
+        // Of checkpoints: they sync with NORMAL as well, but that is not to depend on how SQLite was built.
+        connection.pragma_update(None, "synchronous", "FULL")?;
         connection.pragma_update(None, "query_only", true)?;
         connection.pragma_update(None, "cache_size", -CACHE_KIB)
     };
@@ -98,13 +105,12 @@ pub(super) fn end(connection: &Connection) -> Result<(), Error> {
         .doing("end reading")
 }
 
-/// Writes the WAL back as far as readers allow, without waiting for them.
-pub(super) fn write_back(connection: &Connection) -> Result<(), Error> {
-    let busy = |row: &rusqlite::Row<'_>| row.get::<_, bool>(0);
+/// Writes the WAL back as far as readers allow, without waiting for them. False: somebody else does just that.
+pub(super) fn write_back(connection: &Connection) -> Result<bool, Error> {
     connection
         .prepare_cached("PRAGMA wal_checkpoint(PASSIVE)")
-        .and_then(|mut checkpoint| checkpoint.query_row([], busy))
-        .map(drop)
+        .and_then(|mut checkpoint| checkpoint.query_row([], |row| row.get(0)))
+        .map(|is_busy: bool| !is_busy)
         .doing("write the WAL back")
 }
 
@@ -132,8 +138,12 @@ pub(super) struct Told {
 
 /// How a scan ended.
 pub(super) enum Scanned {
-    /// Where it was to.
-    Whole(Resume, Vec<Told>),
+    /// Where it was to. `broken`: from this frame on, the file would not be read after a power cut.
+    Whole {
+        end: Resume,
+        told: Vec<Told>,
+        broken: Option<u32>,
+    },
     /// It did not get there: the bytes are not the frames that SQLite told of.
     Broken,
 }
@@ -194,7 +204,10 @@ impl Wal {
     /// is of the file that begins with that header, or 0.
     pub(super) fn published(&self, connection: &Connection) -> Result<Published, Error> {
         let mut header = self.header()?;
-        for _ in 0..TRIES_MAX {
+        for tried in 0..TRIES_MAX {
+            if tried >= TRIES_AT_ONCE {
+                thread::park_timeout(Duration::from_millis(1));
+            }
             let (frames, written_back): (i64, i64) = connection
                 .prepare_cached("PRAGMA wal_checkpoint(NOOP)")
                 .and_then(|mut ask| ask.query_row([], |row| Ok((row.get(1)?, row.get(2)?))))
@@ -202,8 +215,8 @@ impl Wal {
             let header_before = std::mem::replace(&mut header, self.header()?);
             let (Ok(frames), Ok(written_back)) = (frames.try_into(), written_back.try_into())
             else {
-                // -1: busy, or no WAL at all, of which `check_journal` knows.
-                break;
+                // -1: busy.
+                continue;
             };
             if header == header_before {
                 return Ok(Published {
@@ -214,7 +227,7 @@ impl Wal {
             }
         }
         Err(Error::Transient(
-            "ask for the length of the WAL: it is being started over".into(),
+            "ask for the length of the WAL: another program holds it up".into(),
         ))
     }
 
@@ -253,7 +266,7 @@ impl Wal {
                 Err(error) => return Err(io_error("read", &self.path, &error)),
             }
             for frame in self.buffer.chunks_exact(frame_bytes) {
-                let group = match scan.next(frame) {
+                let group = match scan.next_published(frame) {
                     Ok(Some(group)) => group,
                     Ok(None) => continue,
                     Err(NotNext) => return Ok(Scanned::Broken),
@@ -269,7 +282,11 @@ impl Wal {
             }
         }
         if end.frame == to {
-            Ok(Scanned::Whole(end, told))
+            Ok(Scanned::Whole {
+                end,
+                told,
+                broken: scan.broken(),
+            })
         } else {
             Ok(Scanned::Broken)
         }

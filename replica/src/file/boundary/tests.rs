@@ -60,8 +60,11 @@ impl Folder {
         fs::metadata(self.wal()).unwrap().len()
     }
 
+    /// Opened, and looked at: from now on everything is exact.
     fn boundaries(&self) -> Boundaries {
-        Boundaries::open(&self.path(), 0).unwrap()
+        let mut boundaries = Boundaries::open(&self.path(), 0).unwrap();
+        assert!(exact(&mut boundaries).is_empty());
+        boundaries
     }
 
     /// The newest entry of each local transaction that was committed.
@@ -133,7 +136,6 @@ fn a_boundary_is_not_missed_or_merged_whatever_programs_do() {
     let each = transactions(400) / WRITERS;
     let folder = Folder::new("");
     let mut boundaries = folder.boundaries();
-    assert!(exact(&mut boundaries).is_empty());
     let mut children: Vec<_> = (0..WRITERS)
         .map(|n| folder.python(&format!("w{n}"), each, 2_000, seed))
         .collect();
@@ -259,8 +261,7 @@ for number in range(int(sys.argv[2])):
         assert!(look.proved);
         ends.extend(look.ends);
         longest = longest.max(look.wal_pages);
-        if look.wal_pages > PAGES_MAX {
-            assert!(boundaries.make_way(&folder.own).unwrap());
+        if look.wal_pages > PAGES_MAX && boundaries.make_way(&folder.own).unwrap() {
             ways += 1;
         }
     }
@@ -272,7 +273,8 @@ for number in range(int(sys.argv[2])):
         "{longest} pages at most, {} bytes of {written}, made way {ways} times",
         folder.wal_bytes()
     );
-    assert!(longest < 4 * PAGES_MAX, "{longest} pages");
+    // Transactions go on while the WAL is read and written back.
+    assert!(longest < 6 * PAGES_MAX, "{longest} pages");
     assert!(folder.wal_bytes() < written / 2);
 }
 
@@ -337,7 +339,6 @@ fn a_transaction_that_captures_nothing_is_no_boundary() {
 fn frames_before_their_commit_are_no_boundary() {
     let folder = Folder::new("");
     let mut boundaries = folder.boundaries();
-    assert!(exact(&mut boundaries).is_empty());
     let mut shell = Shell::open(&folder.path());
     shell.run("PRAGMA cache_size = 5; PRAGMA wal_autocheckpoint = 0;");
     let rows = "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 500)
@@ -388,7 +389,10 @@ fn a_group_that_was_written_but_never_published_is_no_boundary() {
         u32::try_from(whole).unwrap(),
         [None, None],
     );
-    assert!(matches!(scanned, Ok(Scanned::Whole(..))), "a valid group");
+    assert!(
+        matches!(scanned, Ok(Scanned::Whole { broken: None, .. })),
+        "a valid group"
+    );
     assert!(exact(&mut boundaries).is_empty());
     folder
         .own
@@ -409,8 +413,18 @@ fn a_head_table_whose_page_moves_is_followed() {
         (auto, "DROP TABLE early;"),
     ] {
         let folder = Folder::new(before);
+        if before == auto {
+            // It is the newest root page that moves, to where the dropped table was.
+            folder
+                .own
+                .execute_batch(
+                    "DROP TABLE _anabranch_head;
+                     CREATE TABLE _anabranch_head(id INTEGER PRIMARY KEY CHECK(id = 1), last INTEGER NOT NULL) STRICT;
+                     INSERT INTO _anabranch_head VALUES(1, 0)",
+                )
+                .unwrap();
+        }
         let mut boundaries = folder.boundaries();
-        assert!(exact(&mut boundaries).is_empty());
         let root = boundaries.place.snapshot.root;
         let mut shell = Shell::open(&folder.path());
         shell.run(&one("a"));
@@ -474,12 +488,17 @@ fn what_the_wal_still_tells_of_a_time_without_us_is_exact() {
         .execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")
         .unwrap();
     assert_eq!(told(3), (vec![], true));
-    assert_eq!(told(2), (vec![3], false), "3 alone, or with others");
-    write(&["d", "e"]);
-    assert_eq!(told(4), (vec![5], true));
-    assert_eq!(told(3), (vec![4, 5], false));
+    assert_eq!(told(2), (vec![3], true), "one entry is one transaction");
+    assert_eq!(told(1), (vec![3], false), "two may be one or two");
+    folder
+        .own
+        .execute_batch("INSERT INTO work(tag) VALUES('d'), ('d')")
+        .unwrap();
+    write(&["e"]);
+    assert_eq!(told(5), (vec![6], true));
+    assert_eq!(told(3), (vec![5, 6], false));
     // The file is older than what is known.
-    assert_eq!(told(9), (vec![5], false));
+    assert_eq!(told(9), (vec![6], false));
 }
 
 #[test]
@@ -521,17 +540,18 @@ fn a_wal_that_was_damaged_is_told_as_a_gap_and_followed_again_later() {
     assert_eq!(exact(&mut boundaries), [1]);
     folder.own.execute_batch(&one("b")).unwrap();
     folder.own.execute_batch(&one("c")).unwrap();
-    // A byte of a frame's checksum, which SQLite does not look at while its index is there.
+    // A byte of a frame's salts, which SQLite does not look at while its index is there.
     let header = boundaries.published.header.unwrap();
     let offset = usize::try_from(header.frame_offset(boundaries.published.frames + 1)).unwrap();
     let mut wal = fs::read(folder.wal()).unwrap();
-    wal[offset + 16] ^= 1;
+    wal[offset + 8] ^= 1;
     fs::write(folder.wal(), &wal).unwrap();
     let look = boundaries.look().unwrap();
     assert_eq!((look.ends, look.proved), (vec![3], false));
-    folder.own.execute_batch(&one("d")).unwrap();
+    let two = "INSERT INTO work(tag) VALUES('d'), ('d')";
+    folder.own.execute_batch(two).unwrap();
     let look = boundaries.look().unwrap();
-    assert_eq!((look.ends, look.proved), (vec![4], false));
+    assert_eq!((look.ends, look.proved), (vec![5], false));
     assert!(boundaries.make_way(&folder.own).unwrap_or(true));
     boundaries.look().unwrap();
     folder
@@ -542,7 +562,7 @@ fn a_wal_that_was_damaged_is_told_as_a_gap_and_followed_again_later() {
     folder.own.execute_batch(&one("e")).unwrap();
     boundaries.look().unwrap();
     folder.own.execute_batch(&one("f")).unwrap();
-    assert_eq!(exact(&mut boundaries), [6]);
+    assert_eq!(exact(&mut boundaries), [7]);
 }
 
 #[test]

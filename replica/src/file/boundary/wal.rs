@@ -151,6 +151,7 @@ pub(super) struct Scan {
     at: Resume,
     wanted: Vec<u32>,
     pages: Vec<(u32, Vec<u8>)>,
+    broken: Option<u32>,
 }
 
 impl Scan {
@@ -161,6 +162,7 @@ impl Scan {
             at: from,
             wanted,
             pages: Vec::new(),
+            broken: None,
         }
     }
 
@@ -170,23 +172,40 @@ impl Scan {
     }
 
     /// Takes the next frame, as long as [`Header::frame_bytes`] says. Tells a group at its end.
-    pub(super) fn next(&mut self, frame: &[u8]) -> Result<Option<Group>, NotNext> {
+    #[cfg(test)]
+    fn next(&mut self, frame: &[u8]) -> Result<Option<Group>, NotNext> {
+        let at = self.at;
+        let group = self.next_published(frame)?;
+        if self.broken.is_some() {
+            self.at = at;
+            return Err(NotNext);
+        }
+        Ok(group)
+    }
+
+    /// The same for a frame that SQLite has published, so that it *is* the next one. Its checksum may be wrong, or salts and checksum
+    /// may be left out: older SQLites (3.40 for one) forget to fill them in where a transaction spilled its cache, wrote to a page
+    /// again and then rolled back a savepoint. Nobody notices until the WAL is read after a power cut, which then ends there.
+    pub(super) fn next_published(&mut self, frame: &[u8]) -> Result<Option<Group>, NotNext> {
         if frame.len() != self.header.frame_bytes() {
             return Err(NotNext);
         }
         let (head, page) = frame.split_at(FRAME_HEADER_BYTES);
         let word = |offset| word(head, offset).ok_or(NotNext);
         let (number, database_pages) = (word(0)?, word(4)?);
-        let order = self.header.order;
-        let checksum = order.add(order.add(self.at.checksum, &head[..8]), page);
-        let is_next = number != 0
-            && [word(8)?, word(12)?] == self.at.salts
-            && [word(16)?, word(20)?] == checksum;
-        if !is_next {
+        let is_left_out = head[8..].iter().all(|byte| *byte == 0);
+        let is_of_file = is_left_out || [word(8)?, word(12)?] == self.at.salts;
+        if number == 0 || !is_of_file {
             return Err(NotNext);
         }
+        let order = self.header.order;
+        let checksum = order.add(order.add(self.at.checksum, &head[..8]), page);
+        let told = [word(16)?, word(20)?];
+        if told != checksum && self.broken.is_none() {
+            self.broken = Some(self.at.frame);
+        }
         self.at.frame = self.at.frame.checked_add(1).ok_or(NotNext)?;
-        self.at.checksum = checksum;
+        self.at.checksum = told;
         if self.wanted.contains(&number) {
             // A transaction can write a page twice when it spills its cache: what counts is the last one.
             self.pages.retain(|(of, _)| *of != number);
@@ -197,6 +216,11 @@ impl Scan {
             end: self.at,
             pages: std::mem::take(&mut self.pages),
         }))
+    }
+
+    /// The last frame before the first whose checksum does not follow.
+    pub(super) fn broken(&self) -> Option<u32> {
+        self.broken
     }
 }
 
@@ -299,6 +323,25 @@ pub(super) mod tests {
         let (all, _) = groups(&file, None, &[5]);
         assert_eq!(all.len(), 1);
         assert_eq!(all[0].pages, [(5, vec![2; 512])]);
+    }
+
+    #[test]
+    fn a_published_frame_without_checksum_is_followed_and_told() {
+        let mut file = header(0, 512, [7, 8]);
+        for fill in [1, 2, 3] {
+            push(&mut file, 0, 2, 3, &[fill; 512]);
+        }
+        let header = Header::parse(&file).unwrap();
+        let second = usize::try_from(header.frame_offset(2)).unwrap();
+        file[second + 8..second + FRAME_HEADER_BYTES].fill(0);
+        let mut scan = Scan::new(header, header.start(), vec![2]);
+        let told: Vec<_> = file[HEADER_BYTES..]
+            .chunks(header.frame_bytes())
+            .map(|frame| scan.next_published(frame).unwrap().unwrap())
+            .map(|group| group.page(2).unwrap()[0])
+            .collect();
+        assert_eq!((told, scan.broken()), (vec![1, 2, 3], Some(1)));
+        assert_eq!(groups(&file, None, &[2]).1, 1);
     }
 
     #[test]
