@@ -261,11 +261,6 @@ impl Wal {
             match self.file.read_exact_at(&mut self.buffer, offset) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    eprintln!(
-                        "EOF {} to {to} wal {}",
-                        scan.frame(),
-                        fs::metadata(&self.path).unwrap().len() / 4120
-                    );
                     return Ok(Scanned::Broken);
                 }
                 Err(error) => return Err(io_error("read", &self.path, &error)),
@@ -274,15 +269,7 @@ impl Wal {
                 let group = match scan.next_published(frame) {
                     Ok(Some(group)) => group,
                     Ok(None) => continue,
-                    Err(NotNext) => {
-                        eprintln!(
-                            "SALTS {:?} to {to} {header:?} {:?} wal {}",
-                            scan.frame(),
-                            &frame[..24],
-                            fs::metadata(&self.path).unwrap().len() / 4120
-                        );
-                        return Ok(Scanned::Broken);
-                    }
+                    Err(NotNext) => return Ok(Scanned::Broken),
                 };
                 end = group.end;
                 let one = Told {
@@ -301,7 +288,6 @@ impl Wal {
                 broken: scan.broken(),
             })
         } else {
-            eprintln!("NOEND {end:?} {to}");
             Ok(Scanned::Broken)
         }
     }

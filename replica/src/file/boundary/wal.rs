@@ -183,9 +183,9 @@ impl Scan {
         Ok(group)
     }
 
-    /// The same for a frame that SQLite has published, so that it *is* the next one. Then only its salts must be right: SQLite before 3.41
-    /// at times goes on with a wrong checksum after a transaction that spilled its cache and rolled back a savepoint.
-    /// Nobody notices until the WAL is read after a power cut, which then ends there.
+    /// The same for a frame that SQLite has published, so that it *is* the next one. Its checksum may be wrong, or salts and checksum
+    /// may be left out: older SQLites (3.40 for one) forget to fill them in where a transaction spilled its cache, wrote to a page
+    /// again and then rolled back a savepoint. Nobody notices until the WAL is read after a power cut, which then ends there.
     pub(super) fn next_published(&mut self, frame: &[u8]) -> Result<Option<Group>, NotNext> {
         if frame.len() != self.header.frame_bytes() {
             return Err(NotNext);
@@ -193,7 +193,9 @@ impl Scan {
         let (head, page) = frame.split_at(FRAME_HEADER_BYTES);
         let word = |offset| word(head, offset).ok_or(NotNext);
         let (number, database_pages) = (word(0)?, word(4)?);
-        if number == 0 || [word(8)?, word(12)?] != self.at.salts {
+        let is_left_out = head[8..].iter().all(|byte| *byte == 0);
+        let is_of_file = is_left_out || [word(8)?, word(12)?] == self.at.salts;
+        if number == 0 || !is_of_file {
             return Err(NotNext);
         }
         let order = self.header.order;
@@ -321,6 +323,25 @@ pub(super) mod tests {
         let (all, _) = groups(&file, None, &[5]);
         assert_eq!(all.len(), 1);
         assert_eq!(all[0].pages, [(5, vec![2; 512])]);
+    }
+
+    #[test]
+    fn a_published_frame_without_checksum_is_followed_and_told() {
+        let mut file = header(0, 512, [7, 8]);
+        for fill in [1, 2, 3] {
+            push(&mut file, 0, 2, 3, &[fill; 512]);
+        }
+        let header = Header::parse(&file).unwrap();
+        let second = usize::try_from(header.frame_offset(2)).unwrap();
+        file[second + 8..second + FRAME_HEADER_BYTES].fill(0);
+        let mut scan = Scan::new(header, header.start(), vec![2]);
+        let told: Vec<_> = file[HEADER_BYTES..]
+            .chunks(header.frame_bytes())
+            .map(|frame| scan.next_published(frame).unwrap().unwrap())
+            .map(|group| group.page(2).unwrap()[0])
+            .collect();
+        assert_eq!((told, scan.broken()), (vec![1, 2, 3], Some(1)));
+        assert_eq!(groups(&file, None, &[2]).1, 1);
     }
 
     #[test]
