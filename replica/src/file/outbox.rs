@@ -116,9 +116,7 @@ impl File {
     /// `_anabranch_rejected`.
     pub fn answered(&self) -> Result<(u64, Option<[u8; 32]>), Error> {
         let answered = receipts::answered(&self.connection).doing("read local transactions")?;
-        Ok(answered.map_or((0, None), |(seq, hash)| {
-            (seq as u64, hash.try_into().ok())
-        }))
+        Ok(answered.map_or((0, None), |(seq, hash)| (seq as u64, hash.try_into().ok())))
     }
 
     /// The hash of a local transaction, as long as it is kept.
@@ -150,7 +148,8 @@ fn assign(connection: &Connection, ends: &[i64], merged: bool) -> Result<(), Err
             Some(newest) => (newest.seq, newest.last, newest.hash),
             None => (0, 0, NO_HASH.to_vec()),
         };
-        let entries = Entries::new(connection)?;
+        let furthest = ends.iter().copied().max().unwrap_or(last);
+        let entries = Entries::new(connection, last, furthest)?;
         for &end in ends {
             if end <= last {
                 continue;
@@ -184,7 +183,8 @@ fn outgoing(
 ) -> rusqlite::Result<Vec<v1::LocalTransaction>> {
     let mut pieces = Vec::new();
     let mut bytes = 0;
-    let entries = Entries::new(connection)?;
+    let before = receipts::last_of(connection, from.seq as i64)?;
+    let entries = Entries::new(connection, before, i64::MAX)?;
     while bytes < bytes_max {
         let next = local(
             connection,
@@ -200,7 +200,11 @@ fn outgoing(
             None => (after, Bytes::new(), true),
         };
         let mut encoder = entries.read(after, read, next.last)?;
-        let mut tables = if is_first { encoder.tables() } else { Vec::new() };
+        let mut tables = if is_first {
+            encoder.tables()
+        } else {
+            Vec::new()
+        };
         let mut at = read;
         // A piece is handed out when the first byte of the next is there, which tells that it is not the last.
         let mut piece: Vec<u8> = Vec::new();
@@ -216,7 +220,12 @@ fn outgoing(
             }
             if piece.len() >= MESSAGE_BYTES_TARGET {
                 bytes += piece.len();
-                pieces.push(message(&next, &mut tables, std::mem::take(&mut piece), true));
+                pieces.push(message(
+                    &next,
+                    &mut tables,
+                    std::mem::take(&mut piece),
+                    true,
+                ));
                 if bytes >= bytes_max {
                     from.within = Some(Within { entry: at, rest });
                     return Ok(pieces);

@@ -83,8 +83,7 @@ pub(super) fn finish(
                 }
             } else {
                 if overlaid {
-                    overlay::reset_base_rows(connection, table, stage)
-                        .doing("reset base rows")?;
+                    overlay::reset_base_rows(connection, table, stage).doing("reset base rows")?;
                 }
                 differ(connection, table, stage, overlaid, keys).map_err(ResetError::Rows)?;
                 let watched = programs.iter().any(Obstacle::is_trigger);
@@ -247,7 +246,9 @@ fn is_equal(
     let Some(stage) = stage else {
         let name = quote(&table.name);
         return connection
-            .prepare(&format!("SELECT 1 FROM {name} WHERE true{in_table} LIMIT 1"))
+            .prepare(&format!(
+                "SELECT 1 FROM {name} WHERE true{in_table} LIMIT 1"
+            ))
             .and_then(|mut first| first.exists([]))
             .map(|exists| !exists)
             .doing("look whether a table is empty");

@@ -338,14 +338,17 @@ impl Synced {
         if !columns.is_empty() {
             let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
             let key: Vec<String> = connection
-                .prepare_cached(
-                    "SELECT name FROM pragma_table_info(?1) WHERE pk > 0 ORDER BY pk",
-                )?
+                .prepare_cached("SELECT name FROM pragma_table_info(?1) WHERE pk > 0 ORDER BY pk")?
                 .query_map([&self.name], |row| row.get(0))?
                 .collect::<Result<_, _>>()?;
             let key: Vec<&str> = key.iter().map(String::as_str).collect();
             self.overlaid = layout::has_base_rows(connection, &self.name)?;
-            make_base_view(connection, &self.name, &columns, self.overlaid.then_some(&key))?;
+            make_base_view(
+                connection,
+                &self.name,
+                &columns,
+                self.overlaid.then_some(&key),
+            )?;
         }
         index::inspect(connection, &self.name)
     }
@@ -423,7 +426,9 @@ fn make_base_view(
         names::quote(table)
     );
     if let Some(key) = key {
-        let values: Vec<String> = (0..columns.len()).map(|place| format!("v{place}")).collect();
+        let values: Vec<String> = (0..columns.len())
+            .map(|place| format!("v{place}"))
+            .collect();
         sql.push_str(&format!(
             " WHERE {} UNION ALL SELECT {} FROM {} WHERE present = 1",
             overlay::is_base(table, table, key),

@@ -206,7 +206,10 @@ impl Table {
             Purpose::Receipts => &names::RECEIPTS_COLUMNS,
             Purpose::Rejections => &names::REJECTIONS_COLUMNS,
         };
-        if !needed.iter().all(|name| columns.iter().any(|c| c.name == *name)) {
+        if !needed
+            .iter()
+            .all(|name| columns.iter().any(|c| c.name == *name))
+        {
             return Err(wrong("without the columns that its purpose needs"));
         }
         let mut table = Table {

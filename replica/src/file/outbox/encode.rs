@@ -43,9 +43,14 @@ struct Cursor<'e> {
 }
 
 impl<'c> Entries<'c> {
-    pub(super) fn new(connection: &'c Connection) -> rusqlite::Result<Entries<'c>> {
+    /// To read entries above `after` and up to `last`.
+    pub(super) fn new(
+        connection: &'c Connection,
+        after: i64,
+        last: i64,
+    ) -> rusqlite::Result<Entries<'c>> {
         Ok(Entries {
-            sources: layout::all(connection)?,
+            sources: layout::having(connection, after, last)?,
             connection,
         })
     }
@@ -141,7 +146,10 @@ fn encode(entry: &Entry, layout: &Layout, place: u64, record: &mut Builder) -> V
     let is_compared = |place: usize| layout.columns[place].conflict != Conflict::LastWrite;
     let kind = match entry.operation {
         Operation::Insert => {
-            entry.new.iter().for_each(|value| record.push(in_record(value)));
+            entry
+                .new
+                .iter()
+                .for_each(|value| record.push(in_record(value)));
             0
         }
         Operation::Update => {
@@ -167,7 +175,10 @@ fn encode(entry: &Entry, layout: &Layout, place: u64, record: &mut Builder) -> V
                 record.push(in_record(&entry.old[place]));
             }
             if (0..layout.columns.len()).any(is_compared) {
-                entry.old.iter().for_each(|value| record.push(in_record(value)));
+                entry
+                    .old
+                    .iter()
+                    .for_each(|value| record.push(in_record(value)));
             }
             2
         }

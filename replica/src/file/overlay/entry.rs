@@ -9,7 +9,10 @@ use rusqlite::{
     types::{Value, ValueRef},
 };
 
-use super::super::{layout::Layout, table::{Storage, Table}};
+use super::super::{
+    layout::Layout,
+    table::{Storage, Table},
+};
 
 /// The values of a row, by place.
 pub(in crate::file) type Row = Vec<Value>;
@@ -22,6 +25,17 @@ pub(in crate::file) enum Operation {
     Insert,
     Update,
     Delete,
+}
+
+impl Operation {
+    /// As it is stored.
+    pub(in crate::file) fn name(self) -> &'static str {
+        match self {
+            Operation::Insert => "insert",
+            Operation::Update => "update",
+            Operation::Delete => "delete",
+        }
+    }
 }
 
 /// Its values by place, in those of the layout that it was captured with or those of a table that it is shown in.

@@ -74,7 +74,11 @@ impl<'c, 'k> Rebuilder<'c, 'k> {
             let layout = source.layout;
             let by = |side: char| {
                 let key = &layout.key;
-                numbered(&|i| format!("{side}{} = ?{}", key[i], i + 1), width, " AND ")
+                numbered(
+                    &|i| format!("{side}{} = ?{}", key[i], i + 1),
+                    width,
+                    " AND ",
+                )
             };
             let select = format!(
                 "SELECT {} FROM {} WHERE id > ?{} AND",

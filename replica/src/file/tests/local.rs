@@ -89,9 +89,8 @@ impl Sheet {
     }
 
     fn names(&self) -> Vec<String> {
-        let quote = |(name, ..): &(&str, v1::Storage, u32, v1::Conflict)| {
-            crate::file::names::quote(name)
-        };
+        let quote =
+            |(name, ..): &(&str, v1::Storage, u32, v1::Conflict)| crate::file::names::quote(name);
         self.columns.iter().map(quote).collect()
     }
 
@@ -115,7 +114,11 @@ impl Sheet {
         let mut statement = connection.prepare(&sql).unwrap();
         let mut rows = statement.query(params_from_iter(key)).unwrap();
         let row = rows.next().unwrap()?;
-        Some((0..self.columns.len()).map(|i| row.get(i).unwrap()).collect())
+        Some(
+            (0..self.columns.len())
+                .map(|i| row.get(i).unwrap())
+                .collect(),
+        )
     }
 
     fn save(&self, connection: &Connection, key: &[Value]) {
@@ -198,7 +201,11 @@ impl Sheet {
             self.save(connection, &new_key);
         }
         self.save(connection, key);
-        let set: Vec<String> = self.names().iter().map(|name| format!("{name} = ?")).collect();
+        let set: Vec<String> = self
+            .names()
+            .iter()
+            .map(|name| format!("{name} = ?"))
+            .collect();
         let sql = format!(
             "UPDATE {} SET {} WHERE {}",
             self.quoted(),
@@ -296,7 +303,10 @@ pub fn receipts() -> [v1::Element; 2] {
 /// All up to `seq` is answered.
 pub fn receipt(file: &File, seq: u64) -> v1::Element {
     let hash = file.hash_of(seq).unwrap().unwrap_or([0; 32]);
-    upserts(RECEIPTS, &[&[T(file.replica_id()), I(seq as i64), B(&hash)]])
+    upserts(
+        RECEIPTS,
+        &[&[T(file.replica_id()), I(seq as i64), B(&hash)]],
+    )
 }
 
 pub fn rejection(file: &File, seq: u64, entry: Option<i64>) -> v1::Element {

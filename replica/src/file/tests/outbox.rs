@@ -46,7 +46,11 @@ fn varint(bytes: &mut &[u8]) -> u64 {
 fn decoded(mut entries: &[u8]) -> Vec<String> {
     let mut all = Vec::new();
     while !entries.is_empty() {
-        let (table, kind, length) = (varint(&mut entries), varint(&mut entries), varint(&mut entries));
+        let (table, kind, length) = (
+            varint(&mut entries),
+            varint(&mut entries),
+            varint(&mut entries),
+        );
         let (record, rest) = entries.split_at(length as usize);
         let values: Vec<String> = record::values(record)
             .unwrap()
@@ -75,11 +79,21 @@ fn entries_travel_as_the_protocol_says() {
     let wide = Sheet::composite();
     let (folder, mut file) = start_with(&wide);
     let row = |x: f64, k2: &str, i: i64, k1: i64, blob: &[u8]| -> Vec<Value> {
-        vec![x.into(), text(k2), i.into(), k1.into(), blob.to_vec().into()]
+        vec![
+            x.into(),
+            text(k2),
+            i.into(),
+            k1.into(),
+            blob.to_vec().into(),
+        ]
     };
     folder.write(|program| wide.insert(program, &row(1.0, "a", 5, 1, b"abc")));
     folder.write(|program| {
-        wide.update(program, &[1.into(), text("a")], &row(2.5, "a", 7, 1, b"abc"));
+        wide.update(
+            program,
+            &[1.into(), text("a")],
+            &row(2.5, "a", 7, 1, b"abc"),
+        );
         wide.update(program, &[1.into(), text("a")], &row(2.5, "b", 7, 1, b"x"));
         wide.delete(program, &[1.into(), text("b")]);
     });
@@ -98,13 +112,19 @@ fn entries_travel_as_the_protocol_says() {
         ]
     );
     let table = &sent[0].tables[0];
-    assert_eq!((table.schema.as_str(), table.name.as_str()), ("s", "wide one"));
+    assert_eq!(
+        (table.schema.as_str(), table.name.as_str()),
+        ("s", "wide one")
+    );
     assert_eq!(table.columns, ["x", "k\"2", "i", "k1", "blob"]);
     assert_eq!(table.key, [3, 1]);
     assert_eq!([sent[0].merged, sent[1].merged], [false, true]);
     let first = sha(&[&[0; 32], &1u64.to_be_bytes(), &sent[0].entries]);
     assert_eq!(sent[0].hash, first);
-    assert_eq!(sent[1].hash, sha(&[&first, &2u64.to_be_bytes(), &sent[1].entries]));
+    assert_eq!(
+        sent[1].hash,
+        sha(&[&first, &2u64.to_be_bytes(), &sent[1].entries])
+    );
     assert_eq!(all(&file, 1, 1 << 20), sent[1..]);
     assert_eq!(file.assigned().unwrap(), (2, 4));
 }
@@ -116,8 +136,18 @@ fn a_large_transaction_travels_in_pieces_that_are_the_same_each_time() {
     folder.write(|program| {
         for i in 0..3_000i64 {
             // One row is larger than several messages.
-            let bytes = if i == 1_500 { 3_000_000 } else { (i as usize * 7) % 900 };
-            let row = vec![0.5.into(), text("k"), i.into(), i.into(), vec![i as u8; bytes].into()];
+            let bytes = if i == 1_500 {
+                3_000_000
+            } else {
+                (i as usize * 7) % 900
+            };
+            let row = vec![
+                0.5.into(),
+                text("k"),
+                i.into(),
+                i.into(),
+                vec![i as u8; bytes].into(),
+            ];
             wide.insert(program, &row);
         }
     });
@@ -133,7 +163,10 @@ fn a_large_transaction_travels_in_pieces_that_are_the_same_each_time() {
         assert_eq!(piece.continued, i + 1 < large.len());
         assert_eq!(piece.tables.len(), usize::from(i == 0));
     }
-    let entries: Vec<u8> = large.iter().flat_map(|piece| piece.entries.to_vec()).collect();
+    let entries: Vec<u8> = large
+        .iter()
+        .flat_map(|piece| piece.entries.to_vec())
+        .collect();
     assert_eq!(decoded(&entries).len(), 3_000);
     let hash = sha(&[&[0; 32], &1u64.to_be_bytes(), &entries]);
     assert!(large.iter().all(|piece| piece.hash == hash));
@@ -155,7 +188,8 @@ fn a_large_transaction_travels_in_pieces_that_are_the_same_each_time() {
 fn tables_of_one_transaction_are_in_the_order_of_their_first_entries() {
     let (wide, simple) = (Sheet::composite(), Sheet::simple());
     let (folder, mut file) = start_with(&wide);
-    file.apply(&down(vec![begin(&[]), simple.declare(), commit(20)])).unwrap();
+    file.apply(&down(vec![begin(&[]), simple.declare(), commit(20)]))
+        .unwrap();
     let insert = |program: &Connection, id: i64| {
         simple.insert(program, &vec![id.into(), text("a"), Value::Null, text("1")]);
     };
@@ -167,14 +201,24 @@ fn tables_of_one_transaction_are_in_the_order_of_their_first_entries() {
     });
     folder.assign(&mut file);
     let sent = all(&file, 0, 1 << 20);
-    let names: Vec<&str> = sent[0].tables.iter().map(|table| table.name.as_str()).collect();
+    let names: Vec<&str> = sent[0]
+        .tables
+        .iter()
+        .map(|table| table.name.as_str())
+        .collect();
     assert_eq!(names, ["t", "wide one"]);
     assert_eq!(
         decoded(&sent[0].entries),
-        ["0 0 1|'a'|NULL|'1'", "1 0 0.5|'k'|1|1|NULL", "0 0 2|'a'|NULL|'1'"]
+        [
+            "0 0 1|'a'|NULL|'1'",
+            "1 0 0.5|'k'|1|1|NULL",
+            "0 0 2|'a'|NULL|'1'"
+        ]
     );
     assert_eq!(
-        folder.query("SELECT id, txn, table_name, key, changes, state FROM _anabranch_outbox ORDER BY id"),
+        folder.query(
+            "SELECT id, txn, table_name, key, changes, state FROM _anabranch_outbox ORDER BY id"
+        ),
         [
             r#"1|1|'t'|'[1]'|'{"id":1,"a":"a","b":null,"n":"1"}'|'assigned'"#,
             r#"2|1|'s.wide one'|'[1,"k"]'|'{"x":0.5,"k\"2":"k","i":1,"k1":1,"blob":null}'|'assigned'"#,
@@ -189,14 +233,24 @@ fn the_outbox_of_hundreds_of_tables_can_be_read() {
     let mut file = folder.open();
     let mut elements = vec![first(&[])];
     for id in 0..450 {
-        let mut table = declared(id, &format!("t{id}"), &[("id", Integer, 1), ("it's", Text, 0)]);
+        let mut table = declared(
+            id,
+            &format!("t{id}"),
+            &[("id", Integer, 1), ("it's", Text, 0)],
+        );
         table.writable = true;
         elements.push(element(Kind::Table(table)));
     }
     elements.push(commit(10));
     file.apply(&down(elements)).unwrap();
-    assert_eq!(folder.query("SELECT count(*) FROM _anabranch_outbox"), ["0"]);
-    assert_eq!(sqlite3(folder.path(), "SELECT count(*) FROM _anabranch_outbox"), "0\n");
+    assert_eq!(
+        folder.query("SELECT count(*) FROM _anabranch_outbox"),
+        ["0"]
+    );
+    assert_eq!(
+        sqlite3(folder.path(), "SELECT count(*) FROM _anabranch_outbox"),
+        "0\n"
+    );
 }
 
 #[test]
@@ -211,8 +265,25 @@ fn the_widest_table_can_be_written() {
         .collect();
     let mut table = declared(1, "t", &columns);
     table.writable = true;
-    file.apply(&down(vec![first(&[]), element(Kind::Table(table)), commit(10)])).unwrap();
-    assert_eq!(folder.query("SELECT count(*) FROM _anabranch_outbox"), ["0"]);
-    assert_eq!(sqlite3(folder.path(), "SELECT count(changes) FROM _anabranch_outbox"), "0\n");
-    assert_eq!(folder.query("SELECT count(*) FROM _anabranch_base_t"), ["0"]);
+    file.apply(&down(vec![
+        first(&[]),
+        element(Kind::Table(table)),
+        commit(10),
+    ]))
+    .unwrap();
+    assert_eq!(
+        folder.query("SELECT count(*) FROM _anabranch_outbox"),
+        ["0"]
+    );
+    assert_eq!(
+        sqlite3(
+            folder.path(),
+            "SELECT count(changes) FROM _anabranch_outbox"
+        ),
+        "0\n"
+    );
+    assert_eq!(
+        folder.query("SELECT count(*) FROM _anabranch_base_t"),
+        ["0"]
+    );
 }

@@ -72,13 +72,19 @@ fn base_rows(folder: &Folder) -> String {
 fn a_change_of_postgres_to_a_pending_row_is_seen_where_nothing_is_pending() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "10")]);
     folder.write(|program| t.set(program, 1, &[("a", text("mine")), ("n", text("12"))]));
-    file.apply(&live(20, &[upsert_all(&[(1, "theirs", "theirs", "100.50")])])).unwrap();
+    file.apply(&live(
+        20,
+        &[upsert_all(&[(1, "theirs", "theirs", "100.50")])],
+    ))
+    .unwrap();
     shows(&folder, &["1|'mine'|'theirs'|'102.50'"]);
     base_is(&folder, &["1|'theirs'|'theirs'|'100.50'"]);
     assert_eq!(pending(&folder), "1|0");
     assert_eq!(
         folder.query("SELECT * FROM _anabranch_outbox"),
-        [r#"1|NULL|'t'|'update'|'[1]'|'{"a":"mine","n":"12"}'|'2026-01-01 00:00:00.000000Z'|'captured'"#]
+        [
+            r#"1|NULL|'t'|'update'|'[1]'|'{"a":"mine","n":"12"}'|'2026-01-01 00:00:00.000000Z'|'captured'"#
+        ]
     );
 }
 
@@ -86,10 +92,15 @@ fn a_change_of_postgres_to_a_pending_row_is_seen_where_nothing_is_pending() {
 fn a_row_that_postgres_deleted_is_gone_although_an_update_is_pending() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "1")]);
     folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
-    file.apply(&live(20, &[deletes(1, &[&[I(1)], &[I(2)]])])).unwrap();
+    file.apply(&live(20, &[deletes(1, &[&[I(1)], &[I(2)]])]))
+        .unwrap();
     shows(&folder, &[]);
     let seq = folder.assign(&mut file);
-    file.apply(&live(30, &[rejection(&file, seq, Some(0)), receipt(&file, seq)])).unwrap();
+    file.apply(&live(
+        30,
+        &[rejection(&file, seq, Some(0)), receipt(&file, seq)],
+    ))
+    .unwrap();
     shows(&folder, &[]);
     assert_eq!(pending(&folder), "0|1");
     assert_eq!(
@@ -123,7 +134,8 @@ fn an_own_echo_never_shows_an_older_value() {
             lsn += 1;
             file.apply(&live(lsn, &[receipt(&file, i + 1)])).unwrap();
         } else {
-            file.apply(&live(lsn, &[echo, receipt(&file, i + 1)])).unwrap();
+            file.apply(&live(lsn, &[echo, receipt(&file, i + 1)]))
+                .unwrap();
         }
     }
     seen("mine 4");
@@ -139,7 +151,8 @@ fn what_postgres_made_of_an_insert_is_seen_with_the_receipt() {
     let (folder, mut file, t) = start_with(&[]);
     folder.write(|program| t.insert(program, &row(7, "mine", "b", "1")));
     let seq = folder.assign(&mut file);
-    file.apply(&live(20, &[upsert_all(&[(7, "trigger", "b", "1")])])).unwrap();
+    file.apply(&live(20, &[upsert_all(&[(7, "trigger", "b", "1")])]))
+        .unwrap();
     shows(&folder, &["7|'mine'|'b'|'1'"]);
     file.apply(&live(30, &[receipt(&file, seq)])).unwrap();
     shows(&folder, &["7|'trigger'|'b'|'1'"]);
@@ -155,7 +168,11 @@ fn a_rejection_restores_and_tells_what_was_wanted() {
     });
     let seq = folder.assign(&mut file);
     folder.write(|program| t.set(program, 1, &[("b", text("later"))]));
-    file.apply(&live(20, &[receipt(&file, seq), rejection(&file, seq, Some(2))])).unwrap();
+    file.apply(&live(
+        20,
+        &[receipt(&file, seq), rejection(&file, seq, Some(2))],
+    ))
+    .unwrap();
     shows(&folder, &["1|'a'|'later'|'1'", "2|'a'|'b'|'2'"]);
     assert_eq!(pending(&folder), "1|3");
     assert_eq!(
@@ -175,10 +192,15 @@ fn dependents_of_a_rejected_insert_are_judged_on_their_own() {
     let seq = folder.assign(&mut file);
     folder.write(|program| t.set(program, 1, &[("a", text("later"))]));
     shows(&folder, &["1|'later'|'b'|'1'"]);
-    file.apply(&live(20, &[receipt(&file, seq), rejection(&file, seq, None)])).unwrap();
+    file.apply(&live(
+        20,
+        &[receipt(&file, seq), rejection(&file, seq, None)],
+    ))
+    .unwrap();
     shows(&folder, &[]);
     // Somebody else's row of that key: the update is of that now.
-    file.apply(&live(30, &[upsert_all(&[(1, "theirs", "theirs", "9")])])).unwrap();
+    file.apply(&live(30, &[upsert_all(&[(1, "theirs", "theirs", "9")])]))
+        .unwrap();
     shows(&folder, &["1|'later'|'theirs'|'9'"]);
 }
 
@@ -194,19 +216,29 @@ fn chains_and_swaps_of_keys_keep_what_postgres_changes_on_the_way() {
     });
     shows(&folder, &["2|'one'|'b'|'1'", "5|'two'|'b'|'2'"]);
     base_is(&folder, &["1|'one'|'b'|'1'", "2|'two'|'b'|'2'"]);
-    file.apply(&live(20, &[upsert_all(&[(2, "two", "theirs", "22")])])).unwrap();
+    file.apply(&live(20, &[upsert_all(&[(2, "two", "theirs", "22")])]))
+        .unwrap();
     shows(&folder, &["2|'one'|'b'|'1'", "5|'two'|'theirs'|'22'"]);
-    file.apply(&live(30, &[deletes(1, &[&[I(1)]]), upsert_all(&[(5, "five", "x", "5")])])).unwrap();
+    file.apply(&live(
+        30,
+        &[deletes(1, &[&[I(1)]]), upsert_all(&[(5, "five", "x", "5")])],
+    ))
+    .unwrap();
     shows(&folder, &["5|'two'|'theirs'|'22'"]);
     let seq = folder.assign(&mut file);
-    file.apply(&live(40, &[receipt(&file, seq), rejection(&file, seq, Some(0))])).unwrap();
+    file.apply(&live(
+        40,
+        &[receipt(&file, seq), rejection(&file, seq, Some(0))],
+    ))
+    .unwrap();
     shows(&folder, &["2|'two'|'theirs'|'22'", "5|'five'|'x'|'5'"]);
     assert_eq!(base_rows(&folder), "0");
 }
 
 #[test]
 fn a_reset_leaves_pending_changes_on_top_at_every_moment() {
-    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "2"), (3, "c", "c", "3")]);
+    let (folder, mut file, t) =
+        start_with(&[(1, "a", "b", "1"), (2, "a", "b", "2"), (3, "c", "c", "3")]);
     folder.write(|program| {
         t.set(program, 1, &[("a", text("mine"))]);
         t.set(program, 2, &[("a", text("mine"))]);
@@ -214,15 +246,38 @@ fn a_reset_leaves_pending_changes_on_top_at_every_moment() {
     });
     file.begin_stream().unwrap();
     // Row 2 is gone, 3 changed, 4 is new.
-    let message = full(&[(1, "theirs", "theirs", "1"), (3, "x", "y", "3"), (4, "d", "d", "4")], 20, &[]);
-    let expected = ["1|'mine'|'theirs'|'1'", "3|'x'|'y'|'3'", "4|'d'|'d'|'4'", "8|'new'|'b'|'8'"];
+    let message = full(
+        &[
+            (1, "theirs", "theirs", "1"),
+            (3, "x", "y", "3"),
+            (4, "d", "d", "4"),
+        ],
+        20,
+        &[],
+    );
+    let expected = [
+        "1|'mine'|'theirs'|'1'",
+        "3|'x'|'y'|'3'",
+        "4|'d'|'d'|'4'",
+        "8|'new'|'b'|'8'",
+    ];
     // Stages first, then the rest.
     let (head, tail) = message.elements.split_at(5);
     file.apply(&down(head.to_vec())).unwrap();
-    assert_eq!(folder.query("SELECT a FROM t WHERE id IN (1, 8) ORDER BY id"), ["'mine'", "'new'"]);
-    file.apply(&v1::Down { elements: tail.to_vec(), ..message.clone() }).unwrap();
+    assert_eq!(
+        folder.query("SELECT a FROM t WHERE id IN (1, 8) ORDER BY id"),
+        ["'mine'", "'new'"]
+    );
+    file.apply(&v1::Down {
+        elements: tail.to_vec(),
+        ..message.clone()
+    })
+    .unwrap();
     shows(&folder, &expected);
-    base_is(&folder, &["1|'theirs'|'theirs'|'1'", "3|'x'|'y'|'3'", "4|'d'|'d'|'4'"]);
+    base_is(
+        &folder,
+        &["1|'theirs'|'theirs'|'1'", "3|'x'|'y'|'3'", "4|'d'|'d'|'4'"],
+    );
     assert_eq!(pending(&folder), "3|0");
 }
 
@@ -235,7 +290,8 @@ fn an_answer_in_a_reset_counts() {
     folder.assign(&mut file);
     file.begin_stream().unwrap();
     let answers = [receipt(&file, 2), rejection(&file, 2, Some(0))];
-    file.apply(&full(&[(1, "mine", "b", "1")], 20, &answers)).unwrap();
+    file.apply(&full(&[(1, "mine", "b", "1")], 20, &answers))
+        .unwrap();
     shows(&folder, &["1|'mine'|'b'|'1'"]);
     assert_eq!(pending(&folder), "0|1");
     assert_eq!(base_rows(&folder), "0");
@@ -243,7 +299,8 @@ fn an_answer_in_a_reset_counts() {
     // The same again, as after a restart, lists nothing twice.
     file.begin_stream().unwrap();
     let answers = [receipt(&file, 2), rejection(&file, 2, Some(0))];
-    file.apply(&full(&[(1, "mine", "b", "1")], 30, &answers)).unwrap();
+    file.apply(&full(&[(1, "mine", "b", "1")], 30, &answers))
+        .unwrap();
     assert_eq!(pending(&folder), "0|1");
 }
 
@@ -252,10 +309,21 @@ fn a_receipt_that_goes_back_makes_answered_changes_pending_again() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
     folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
     let seq = folder.assign(&mut file);
-    file.apply(&live(20, &[upsert_all(&[(1, "mine", "b", "1")]), receipt(&file, seq)])).unwrap();
+    file.apply(&live(
+        20,
+        &[upsert_all(&[(1, "mine", "b", "1")]), receipt(&file, seq)],
+    ))
+    .unwrap();
     assert_eq!(pending(&folder), "0|0");
     // A failover lost both.
-    file.apply(&live(30, &[upsert_all(&[(1, "a", "c", "1")]), deletes(RECEIPTS, &[&[T(file.replica_id())]])])).unwrap();
+    file.apply(&live(
+        30,
+        &[
+            upsert_all(&[(1, "a", "c", "1")]),
+            deletes(RECEIPTS, &[&[T(file.replica_id())]]),
+        ],
+    ))
+    .unwrap();
     shows(&folder, &["1|'mine'|'c'|'1'"]);
     base_is(&folder, &["1|'a'|'c'|'1'"]);
     assert_eq!(pending(&folder), "1|0");
@@ -286,33 +354,63 @@ fn entries_survive_a_changed_definition_and_a_dropped_table() {
     let sent = file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap();
     // Column `a` goes, `c` comes.
     let mut changed = t.clone();
-    changed.columns = vec![t.columns[3], t.columns[0], t.columns[2], ("c", Text, 0, v1::Conflict::LastWrite)];
+    changed.columns = vec![
+        t.columns[3],
+        t.columns[0],
+        t.columns[2],
+        ("c", Text, 0, v1::Conflict::LastWrite),
+    ];
     file.begin_stream().unwrap();
     let mut elements = vec![first(&[1]), changed.declare()];
     elements.extend(receipts());
-    elements.extend([upserts(1, &[&[T("5"), I(1), T("theirs"), T("c")]]), commit(20)]);
+    elements.extend([
+        upserts(1, &[&[T("5"), I(1), T("theirs"), T("c")]]),
+        commit(20),
+    ]);
     file.apply(&down(elements)).unwrap();
     let dump = "SELECT id, b, c, n FROM t ORDER BY id";
     assert_eq!(folder.query(dump), ["1|'mine'|'c'|'5'", "2|'b'|NULL|'2'"]);
     assert_eq!(pending(&folder), "2|0");
-    assert_eq!(folder.query("SELECT count(*) FROM _anabranch_outbox"), ["2"]);
+    assert_eq!(
+        folder.query("SELECT count(*) FROM _anabranch_outbox"),
+        ["2"]
+    );
     folder.write(|program| changed.set(program, 2, &[("c", text("mine too"))]));
-    assert_eq!(folder.query("SELECT count(*) FROM _anabranch_outbox"), ["3"]);
-    assert_eq!(file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap(), sent, "resent as it was");
+    assert_eq!(
+        folder.query("SELECT count(*) FROM _anabranch_outbox"),
+        ["3"]
+    );
+    assert_eq!(
+        file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap(),
+        sent,
+        "resent as it was"
+    );
     // It leaves the shapes, and comes back.
     file.begin_stream().unwrap();
     let mut elements = vec![first(&[])];
     elements.extend(receipts());
     elements.push(commit(30));
     file.apply(&down(elements)).unwrap();
-    assert_eq!(folder.query("SELECT count(*) FROM _anabranch_outbox"), ["3"]);
-    assert_eq!(file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap(), sent);
+    assert_eq!(
+        folder.query("SELECT count(*) FROM _anabranch_outbox"),
+        ["3"]
+    );
+    assert_eq!(
+        file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap(),
+        sent
+    );
     file.begin_stream().unwrap();
     let mut elements = vec![first(&[1]), changed.declare()];
     elements.extend(receipts());
-    elements.extend([upserts(1, &[&[T("6"), I(1), T("theirs"), T("c")]]), commit(40)]);
+    elements.extend([
+        upserts(1, &[&[T("6"), I(1), T("theirs"), T("c")]]),
+        commit(40),
+    ]);
     file.apply(&down(elements)).unwrap();
-    assert_eq!(folder.query(dump), ["1|'mine'|'c'|'6'", "2|'b'|'mine too'|'2'"]);
+    assert_eq!(
+        folder.query(dump),
+        ["1|'mine'|'c'|'6'", "2|'b'|'mine too'|'2'"]
+    );
     let seq = folder.assign(&mut file);
     file.apply(&live(50, &[receipt(&file, seq)])).unwrap();
     assert_eq!(folder.query(dump), ["1|'theirs'|'c'|'6'"]);
@@ -322,7 +420,11 @@ fn entries_survive_a_changed_definition_and_a_dropped_table() {
     changed.columns[3].3 = v1::Conflict::FirstWrite;
     file.apply(&live(60, &[changed.declare()])).unwrap();
     folder.write(|program| changed.set(program, 1, &[("b", text("y"))]));
-    file.apply(&live(70, &[upserts(1, &[&[T("7"), I(1), T("theirs"), T("c")]])])).unwrap();
+    file.apply(&live(
+        70,
+        &[upserts(1, &[&[T("7"), I(1), T("theirs"), T("c")]])],
+    ))
+    .unwrap();
     assert_eq!(folder.query(dump), ["1|'y'|'x'|'7'"]);
     assert_eq!(pending(&folder), "2|0");
 }
@@ -333,7 +435,11 @@ fn a_table_that_a_program_dropped_comes_back_with_what_is_pending() {
     folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
     folder.program("DROP TABLE t");
     assert!(matches!(
-        file.apply(&down(vec![begin(&[]), upsert_all(&[(1, "x", "y", "1")]), commit(20)])),
+        file.apply(&down(vec![
+            begin(&[]),
+            upsert_all(&[(1, "x", "y", "1")]),
+            commit(20)
+        ])),
         Err(Error::Stream(_))
     ));
     file.begin_stream().unwrap();
@@ -363,6 +469,115 @@ fn many_dirty_keys_are_rebuilt_in_pages() {
 }
 
 #[test]
+fn a_rejected_write_that_is_retried_is_made_again_and_one_that_is_deleted_is_not() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "10"), (2, "a", "b", "2")]);
+    folder.write(|program| {
+        t.set(program, 1, &[("a", text("mine")), ("n", text("15"))]);
+        t.set(program, 2, &[("a", text("mine"))]);
+        t.insert(program, &row(3, "new", "b", "3"));
+    });
+    let seq = folder.assign(&mut file);
+    let rejected = live(20, &[receipt(&file, seq), rejection(&file, seq, Some(1))]);
+    file.apply(&rejected).unwrap();
+    file.apply(&live(30, &[upsert_all(&[(1, "theirs", "theirs", "100")])]))
+        .unwrap();
+    shows(&folder, &["1|'theirs'|'theirs'|'100'", "2|'a'|'b'|'2'"]);
+    assert_eq!(file.retry_rejected().unwrap(), 0);
+    folder.program("UPDATE _anabranch_rejected SET action = 'retry' WHERE id <> 2");
+    folder.program("DELETE FROM _anabranch_rejected WHERE id = 2");
+    assert_eq!(file.retry_rejected().unwrap(), 2);
+    shows(
+        &folder,
+        &[
+            "1|'mine'|'theirs'|'105'",
+            "2|'a'|'b'|'2'",
+            "3|'new'|'b'|'3'",
+        ],
+    );
+    base_is(&folder, &["1|'theirs'|'theirs'|'100'", "2|'a'|'b'|'2'"]);
+    assert_eq!(pending(&folder), "2|0");
+    let seq = folder.assign(&mut file);
+    let sent = file.outgoing(&mut Outgoing::after(1), 1 << 20).unwrap();
+    assert_eq!((sent.len(), sent[0].seq), (1, 2));
+    let echo = upsert_all(&[(1, "mine", "theirs", "105"), (3, "new", "b", "3")]);
+    file.apply(&live(40, &[echo, receipt(&file, seq)])).unwrap();
+    shows(
+        &folder,
+        &[
+            "1|'mine'|'theirs'|'105'",
+            "2|'a'|'b'|'2'",
+            "3|'new'|'b'|'3'",
+        ],
+    );
+    assert_eq!(pending(&folder), "0|0");
+    assert_eq!(base_rows(&folder), "0");
+}
+
+#[test]
+fn what_was_forgotten_is_not_pending_again_and_what_was_rejected_can_still_be_retried() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    for a in ["1", "2", "3", "4"] {
+        folder.write(|program| t.set(program, 1, &[("a", text(a))]));
+        folder.assign(&mut file);
+    }
+    file.apply(&live(20, &[receipt(&file, 1)])).unwrap();
+    let second = live(30, &[receipt(&file, 2), rejection(&file, 2, None)]);
+    file.apply(&second).unwrap();
+    let third = live(40, &[upsert_all(&[(1, "3", "b", "1")]), receipt(&file, 3)]);
+    file.apply(&third).unwrap();
+    let kept = "SELECT (SELECT group_concat(seq) FROM _anabranch_local), \
+                (SELECT group_concat(id) FROM _anabranch_entries_t)";
+    file.forget_answered(Lsn(20)).unwrap();
+    assert_eq!(folder.query(kept), ["'1,2,3,4'|'1,2,3,4'"]);
+    file.forget_answered(Lsn(39)).unwrap();
+    assert_eq!(folder.query(kept), ["'2,3,4'|'2,3,4'"]);
+    // A failover to before all of it.
+    let gone = live(50, &[deletes(RECEIPTS, &[&[T(file.replica_id())]])]);
+    file.apply(&gone).unwrap();
+    assert_eq!(pending(&folder), "2|1");
+    assert_eq!(file.answered().unwrap().0, 2);
+    file.apply(&live(60, &[receipt(&file, 4)])).unwrap();
+    file.forget_answered(Lsn(1_000)).unwrap();
+    assert_eq!(folder.query(kept), ["'4'|'2'"]);
+    assert_eq!(pending(&folder), "0|1");
+    folder.program("UPDATE _anabranch_rejected SET action = 'retry'");
+    assert_eq!(file.retry_rejected().unwrap(), 1);
+    shows(&folder, &["1|'2'|'b'|'1'"]);
+    assert_eq!(folder.assign(&mut file), 5);
+    let sent = file.outgoing(&mut Outgoing::after(4), 1 << 20).unwrap();
+    assert_eq!(sent.len(), 1);
+}
+
+#[test]
+fn only_what_is_seen_to_change_is_told() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "1")]);
+    file.set_report_changes(true);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    let seq = folder.assign(&mut file);
+    let told = |applied: super::super::Applied| {
+        let keys = applied
+            .changes
+            .into_iter()
+            .map(|change| (change.table, change.keys));
+        keys.collect::<Vec<_>>()
+    };
+    let t_changed = |key: i64| vec![("t".to_owned(), Some(vec![serde_json::json!([key])]))];
+    let echo = live(20, &[upsert_all(&[(1, "mine", "b", "1")])]);
+    assert_eq!(told(file.apply(&echo).unwrap()), vec![]);
+    let other = live(30, &[upsert_all(&[(1, "x", "theirs", "1")])]);
+    assert_eq!(told(file.apply(&other).unwrap()), t_changed(1));
+    let answer = live(40, &[receipt(&file, seq)]);
+    assert_eq!(told(file.apply(&answer).unwrap()), t_changed(1));
+    let plain = live(50, &[upsert_all(&[(2, "x", "theirs", "1")])]);
+    assert_eq!(told(file.apply(&plain).unwrap()), t_changed(2));
+    assert_eq!(
+        file.tables().unwrap().len(),
+        1,
+        "receipts are not for programs"
+    );
+}
+
+#[test]
 fn lookups_go_by_index() {
     let (folder, ..) = start_with(&[]);
     let plan = |sql: &str| {
@@ -372,14 +587,22 @@ fn lookups_go_by_index() {
     let status = plan("SELECT pending FROM _anabranch_status");
     assert!(status.contains("_anabranch_local_answered"), "{status}");
     let outbox = plan("SELECT * FROM _anabranch_outbox");
-    assert!(outbox.contains("_anabranch_local_last (last>?)"), "{outbox}");
+    assert!(
+        outbox.contains("_anabranch_local_last (last>?)"),
+        "{outbox}"
+    );
     let base = plan("SELECT * FROM _anabranch_base_t");
     assert!(base.contains("PRIMARY KEY (k0=?)"), "{base}");
     let base = plan("SELECT * FROM _anabranch_base_t WHERE id = 7");
-    assert!(base.contains("SEARCH t USING INTEGER PRIMARY KEY"), "{base}");
+    assert!(
+        base.contains("SEARCH t USING INTEGER PRIMARY KEY"),
+        "{base}"
+    );
     let new = plan("SELECT * FROM _anabranch_entries_t WHERE id > 5 AND n0 = 7");
     assert!(new.contains("(n0=? AND rowid>?)"), "{new}");
-    let old = plan("SELECT * FROM _anabranch_entries_t WHERE id > 5 AND o0 = 7 AND o0 IS NOT NULL AND (o0 IS NOT n0)");
+    let old = plan(
+        "SELECT * FROM _anabranch_entries_t WHERE id > 5 AND o0 = 7 AND o0 IS NOT NULL AND (o0 IS NOT n0)",
+    );
     assert!(old.contains("(o0=? AND rowid>?)"), "{old}");
 }
 
@@ -395,14 +618,16 @@ fn cost_of_a_million_upserts() {
         if let Some(Kind::Table(table)) = &mut declare.kind {
             table.writable = writable;
         }
-        file.apply(&down(vec![first(&[1]), declare, commit(10)])).unwrap();
+        file.apply(&down(vec![first(&[1]), declare, commit(10)]))
+            .unwrap();
         if base_row {
             folder.write(|program| t.insert(program, &row(-1, "mine", "b", "1")));
         }
         let messages: Vec<v1::Down> = (0..100)
             .map(|i| {
-                let rows: Vec<(i64, &str, &str, &str)> =
-                    (0..10_000).map(|j| (i * 10_000 + j, "some text", "b", "1.50")).collect();
+                let rows: Vec<(i64, &str, &str, &str)> = (0..10_000)
+                    .map(|j| (i * 10_000 + j, "some text", "b", "1.50"))
+                    .collect();
                 down(vec![begin(&[]), upsert_all(&rows), commit(20 + i as u64)])
             })
             .collect();
@@ -413,7 +638,10 @@ fn cost_of_a_million_upserts() {
         began.elapsed()
     };
     for round in 0..3 {
-        let [plain, writable, pending] = [(false, false), (true, false), (true, true)].map(|(w, b)| run(w, b));
-        println!("round {round}: not writable {plain:?}, writable {writable:?}, with one base row {pending:?}");
+        let [plain, writable, pending] =
+            [(false, false), (true, false), (true, true)].map(|(w, b)| run(w, b));
+        println!(
+            "round {round}: not writable {plain:?}, writable {writable:?}, with one base row {pending:?}"
+        );
     }
 }

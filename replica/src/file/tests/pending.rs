@@ -71,7 +71,11 @@ fn make(sheet: &Sheet, rows: &mut Rows, change: &Change) -> bool {
             for (place, column) in columns.iter().enumerate() {
                 if let Some((old, new)) = column {
                     let adds = sheet.columns[place].3 == v1::Conflict::Add;
-                    row[place] = if adds { sum(&row[place], old, new) } else { new.clone() };
+                    row[place] = if adds {
+                        sum(&row[place], old, new)
+                    } else {
+                        new.clone()
+                    };
                 }
             }
             rows.insert(name(new_key), row).is_none()
@@ -146,10 +150,10 @@ impl World {
                     }
                     Some(old) => {
                         let mut new = old.clone();
-                        for place in 0..new.len() {
+                        for (place, value) in new.iter_mut().enumerate() {
                             let is_key = sheet.columns[place].2 > 0;
                             if self.one_in(if is_key { 4 } else { 2 }) {
-                                new[place] = self.value(at, place);
+                                *value = self.value(at, place);
                             }
                         }
                         if new == old {
@@ -236,9 +240,9 @@ impl World {
     fn check(&self, folder: &Folder, what: &str) {
         let reader = reader(folder.path());
         for (at, sheet) in self.sheets.iter().enumerate() {
-            let table = names_in_file(sheet);
+            let table = sheet.name;
             assert_eq!(
-                sheet.all(&reader, &table),
+                sheet.all(&reader, table),
                 dump(&self.shown(at)),
                 "{what}: {table}"
             );
@@ -258,10 +262,6 @@ impl World {
             "{what}"
         );
     }
-}
-
-fn names_in_file(sheet: &Sheet) -> String {
-    sheet.name.to_owned()
 }
 
 fn value(value: &Value) -> ValueRef<'_> {
@@ -353,7 +353,9 @@ fn run(seed: u64) {
     }
     assert_eq!(world.pending.len(), 0, "seed {seed}");
     for sheet in ["t", "s.wide one"] {
-        let left = folder.query(&format!("SELECT count(*) FROM \"_anabranch_base_rows_{sheet}\""));
+        let left = folder.query(&format!(
+            "SELECT count(*) FROM \"_anabranch_base_rows_{sheet}\""
+        ));
         assert_eq!(left, ["0"], "seed {seed}");
     }
     assert_tidy(&folder);
@@ -365,7 +367,10 @@ impl Folder {
         let (seq, _) = file.assigned().unwrap();
         let mut last: i64 = query(
             &reader(self.path()),
-            &format!("SELECT coalesce(max(last), 0) FROM _anabranch_local WHERE seq <= {}", world.answered),
+            &format!(
+                "SELECT coalesce(max(last), 0) FROM _anabranch_local WHERE seq <= {}",
+                world.answered
+            ),
         )[0]
         .parse()
         .unwrap();
