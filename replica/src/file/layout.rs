@@ -264,7 +264,7 @@ pub(super) fn declare(connection: &Connection, table: &Table) -> Result<(bool, b
                 changed = true;
             }
         }
-        let overlaid = !shown_in(connection, table)?.is_empty();
+        let overlaid = !read(connection, "WHERE table_name = ?1", Some(&table.name))?.is_empty();
         if overlaid {
             wanted.create_base_rows(connection, &table.name)?;
         }
@@ -344,11 +344,26 @@ pub(super) fn drop_empty(connection: &Connection) -> rusqlite::Result<bool> {
     Ok(dropped)
 }
 
+/// A program dropped the entries or the base rows of a table, so what its rows show can't be told from what Postgres has.
+pub(super) fn is_damaged(connection: &Connection, table: &str) -> rusqlite::Result<bool> {
+    for source in read(connection, "WHERE table_name = ?1", Some(table))? {
+        if object(connection, &source.entries)?.is_none() || !has_base_rows(connection, table)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Makes again what a program dropped of the tables for local writes.
 pub(super) fn inspect(connection: &Connection) -> rusqlite::Result<()> {
-    all(connection)?
-        .iter()
-        .try_for_each(|source| source.layout.create_entries(connection, &source.entries))
+    for source in all(connection)? {
+        let layout = &source.layout;
+        layout.create_entries(connection, &source.entries)?;
+        if source.entries == names::entries(&source.table) {
+            layout.create_base_rows(connection, &source.table)?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether there may be base rows of a table.

@@ -449,6 +449,34 @@ fn a_table_that_a_program_dropped_comes_back_with_what_is_pending() {
 }
 
 #[test]
+fn base_rows_and_entries_that_a_program_dropped_are_told_from_what_postgres_has_by_a_reset() {
+    for dropped in ["base_rows", "entries"] {
+        let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "2")]);
+        folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+        folder.program(&format!("DROP TABLE _anabranch_{dropped}_t"));
+        let applied = file.apply(&live(20, &[upsert_all(&[(2, "x", "y", "2")])]));
+        assert!(matches!(applied, Err(Error::Stream(_))));
+        assert!(file.resume_token().is_empty());
+        file.begin_stream().unwrap();
+        file.apply(&full(&[(1, "x", "y", "1"), (2, "x", "y", "2")], 30, &[]))
+            .unwrap();
+        let a = match dropped {
+            "entries" => "x",
+            _ => "mine",
+        };
+        shows(&folder, &[&format!("1|'{a}'|'y'|'1'"), "2|'x'|'y'|'2'"]);
+        base_is(&folder, &["1|'x'|'y'|'1'", "2|'x'|'y'|'2'"]);
+        folder.write(|program| t.set(program, 2, &[("a", text("mine"))]));
+        file.apply(&live(40, &[upsert_all(&[(2, "z", "z", "2")])]))
+            .unwrap();
+        assert_eq!(
+            folder.query("SELECT a, b FROM t WHERE id = 2"),
+            ["'mine'|'z'"]
+        );
+    }
+}
+
+#[test]
 fn many_dirty_keys_are_rebuilt_in_pages() {
     let count = 12_000;
     let rows: Vec<(i64, &str, &str, &str)> = (0..count).map(|id| (id, "a", "b", "1")).collect();
@@ -644,4 +672,54 @@ fn cost_of_a_million_upserts() {
             "round {round}: not writable {plain:?}, writable {writable:?}, with one base row {pending:?}"
         );
     }
+}
+
+/// Prints what it takes where many entries hang together.
+#[test]
+#[ignore = "prints figures"]
+fn cost_of_long_chains() {
+    let measure = |what: &str, file: &mut File, message: &v1::Down| {
+        let began = std::time::Instant::now();
+        file.apply(message).unwrap();
+        println!("{what}: {:?}", began.elapsed());
+    };
+    let count = 20_000;
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "0")]);
+    folder.write(|program| {
+        for i in 0..count {
+            t.set(program, 1, &[("n", text(&(i + 1).to_string()))]);
+        }
+    });
+    let change = live(20, &[upsert_all(&[(1, "x", "y", "5")])]);
+    measure("a row with 20,000 pending updates", &mut file, &change);
+    let rows: Vec<(i64, &str, &str, &str)> = (0..count).map(|id| (id, "a", "b", "1")).collect();
+    let (folder, mut file, t) = start_with(&rows);
+    folder.write(|program| {
+        for id in (0..count).rev() {
+            t.set(program, id, &[("id", (id + 1).into())]);
+        }
+    });
+    let change = live(20, &[upsert_all(&[(5, "x", "y", "5")])]);
+    measure("20,000 rows that moved on by one", &mut file, &change);
+    let seq = folder.assign(&mut file);
+    let answer = live(30, &[receipt(&file, seq)]);
+    measure("their answer", &mut file, &answer);
+    folder.write(|program| {
+        for id in 0..count {
+            t.set(program, id, &[("a", text("mine"))]);
+        }
+    });
+    let began = std::time::Instant::now();
+    let seq = folder.assign(&mut file);
+    println!(
+        "to make a transaction of 20,000 updates: {:?}",
+        began.elapsed()
+    );
+    let began = std::time::Instant::now();
+    let sent = file
+        .outgoing(&mut Outgoing::after(seq - 1), 1 << 30)
+        .unwrap();
+    println!("to encode it: {:?}, {} pieces", began.elapsed(), sent.len());
+    let answer = live(40, &[receipt(&file, seq)]);
+    measure("its answer", &mut file, &answer);
 }
