@@ -135,6 +135,9 @@ pub(super) fn create_shared(connection: &Connection) -> rusqlite::Result<()> {
             |row| row.get(0),
         )?;
         for source in layout::all(connection)? {
+            if object(connection, &source.entries)?.is_none() {
+                continue;
+            }
             let newest = format!(
                 "SELECT coalesce(max(id), 0) FROM {}",
                 quote(&source.entries)

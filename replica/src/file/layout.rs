@@ -83,7 +83,7 @@ impl Layout {
 
     /// For each column of the table, where it is in here. `None`: the keys are not of one kind, so that what happened to
     /// one row can't be told of a row of the other.
-    fn places_for(&self, table: &Table) -> Option<Vec<Option<usize>>> {
+    pub(super) fn places_for(&self, table: &Table) -> Option<Vec<Option<usize>>> {
         let places: Vec<Option<usize>> = table
             .columns
             .iter()
@@ -168,6 +168,32 @@ fn index_names(entries: &str) -> (String, String) {
     )
 }
 
+/// The entries tables that have entries above `after` and up to `last`. Only their layouts are read: there may be
+/// hundreds, and this is done for each answer.
+pub(super) fn having(
+    connection: &Connection,
+    after: i64,
+    last: i64,
+) -> rusqlite::Result<Vec<Source>> {
+    let names: Vec<String> = connection
+        .prepare_cached("SELECT entries FROM _anabranch_layouts ORDER BY entries")?
+        .query_map([], |row| row.get(0))?
+        .collect::<Result<_, _>>()?;
+    let mut sources = Vec::new();
+    for name in names {
+        let has_some = connection
+            .prepare_cached(&format!(
+                "SELECT 1 FROM {} WHERE id > ?1 AND id <= ?2 LIMIT 1",
+                quote(&name)
+            ))?
+            .exists([after, last])?;
+        if has_some {
+            sources.extend(read(connection, "WHERE entries = ?1", Some(&name))?);
+        }
+    }
+    Ok(sources)
+}
+
 fn read(
     connection: &Connection,
     condition: &str,
@@ -238,7 +264,7 @@ pub(super) fn declare(connection: &Connection, table: &Table) -> Result<(bool, b
                 changed = true;
             }
         }
-        let overlaid = !shown_in(connection, table)?.is_empty();
+        let overlaid = !read(connection, "WHERE table_name = ?1", Some(&table.name))?.is_empty();
         if overlaid {
             wanted.create_base_rows(connection, &table.name)?;
         }
@@ -296,11 +322,48 @@ fn retire_entries(connection: &Connection, source: &Source) -> rusqlite::Result<
         .map(drop)
 }
 
+/// Drops retired entries tables that nothing is left in. Says whether there were any.
+pub(super) fn drop_empty(connection: &Connection) -> rusqlite::Result<bool> {
+    let mut dropped = false;
+    for source in all(connection)? {
+        let entries = quote(&source.entries);
+        if source.entries == names::entries(&source.table)
+            || connection
+                .prepare(&format!("SELECT 1 FROM {entries}"))?
+                .exists([])?
+        {
+            continue;
+        }
+        connection.execute_batch(&format!("DROP TABLE {entries}"))?;
+        connection.execute(
+            "DELETE FROM _anabranch_layouts WHERE entries = ?1",
+            [&source.entries],
+        )?;
+        dropped = true;
+    }
+    Ok(dropped)
+}
+
+/// A program dropped the entries or the base rows of a table, so what its rows show can't be told from what Postgres has.
+pub(super) fn is_damaged(connection: &Connection, table: &str) -> rusqlite::Result<bool> {
+    for source in read(connection, "WHERE table_name = ?1", Some(table))? {
+        if object(connection, &source.entries)?.is_none() || !has_base_rows(connection, table)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Makes again what a program dropped of the tables for local writes.
 pub(super) fn inspect(connection: &Connection) -> rusqlite::Result<()> {
-    all(connection)?
-        .iter()
-        .try_for_each(|source| source.layout.create_entries(connection, &source.entries))
+    for source in all(connection)? {
+        let layout = &source.layout;
+        layout.create_entries(connection, &source.entries)?;
+        if source.entries == names::entries(&source.table) {
+            layout.create_base_rows(connection, &source.table)?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether there may be base rows of a table.

@@ -148,7 +148,8 @@ fn assign(connection: &Connection, ends: &[i64], merged: bool) -> Result<(), Err
             Some(newest) => (newest.seq, newest.last, newest.hash),
             None => (0, 0, NO_HASH.to_vec()),
         };
-        let entries = Entries::new(connection)?;
+        let furthest = ends.iter().copied().max().unwrap_or(last);
+        let entries = Entries::new(connection, last, furthest)?;
         for &end in ends {
             if end <= last {
                 continue;
@@ -182,7 +183,8 @@ fn outgoing(
 ) -> rusqlite::Result<Vec<v1::LocalTransaction>> {
     let mut pieces = Vec::new();
     let mut bytes = 0;
-    let entries = Entries::new(connection)?;
+    let before = receipts::last_of(connection, from.seq as i64)?;
+    let entries = Entries::new(connection, before, i64::MAX)?;
     while bytes < bytes_max {
         let next = local(
             connection,

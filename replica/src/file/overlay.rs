@@ -278,6 +278,35 @@ pub(super) fn rebase(connection: &Connection, table: &Arc<Table>) -> Result<(), 
     })
 }
 
+/// Puts one more entry behind all others, in places of the table that it is for.
+pub(super) fn enter(
+    connection: &Connection,
+    table: &Table,
+    entry: &Entry,
+    time: &str,
+) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("UPDATE _anabranch_head SET last = last + 1")?
+        .execute([])?;
+    let values = vec![", ?"; 2 * table.columns.len()].concat();
+    let changed: String = entry
+        .changed
+        .iter()
+        .map(|changed| if *changed { '1' } else { '0' })
+        .collect();
+    let mut insert = connection.prepare_cached(&format!(
+        "INSERT INTO {} VALUES((SELECT last FROM _anabranch_head), ?, ?, ?{values})",
+        quote(&names::entries(&table.name))
+    ))?;
+    insert.raw_bind_parameter(1, entry.operation.name())?;
+    insert.raw_bind_parameter(2, time)?;
+    insert.raw_bind_parameter(3, changed)?;
+    for (i, value) in entry.old.iter().chain(&entry.new).enumerate() {
+        insert.raw_bind_parameter(4 + i, value)?;
+    }
+    insert.raw_execute().map(drop)
+}
+
 /// The keys of entries above `after` and up to `last`, some of them several times.
 pub(super) fn each_key(
     connection: &Connection,

@@ -6,7 +6,7 @@
 //! of rejected transactions are listed in `_anabranch_rejected` with what they wanted to do.
 //!
 //! Answered entries stay for a while: after a failover that lost commits the receipt goes back, they are pending again,
-//! and are sent again. [`forget_answered`] removes what is old enough.
+//! and are sent again. [`File::forget_answered`] removes what is old enough.
 //!
 //! A receipt is only taken if its hash is the one that we know of that `seq`: otherwise this file is not the one that sent
 //! it (it was copied, or restored from a backup), and its entries are not answered by it.
@@ -17,11 +17,18 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde_json::{Map, Value as Json};
 
 use super::{
+    Error, File,
+    error::{self, Doing},
     grammar::Tables,
     layout::{self, Layout, Source},
     names::{self, quote},
+    outbox,
     overlay::{self, Entry, Operation, Overlay},
+    schema,
+    state::replace_view,
     status::time_text,
+    table::Table,
+    transaction::Write,
     write::{self, RowError},
 };
 
@@ -69,6 +76,9 @@ CREATE TABLE IF NOT EXISTS _anabranch_rejected(
 pub(super) const BOUNDARY: &str =
     "(SELECT coalesce(max(last), 0) FROM _anabranch_local WHERE answered_lsn IS NOT NULL)";
 
+/// Entries that are removed in one write transaction.
+const FORGET_ROWS: usize = 10_000;
+
 /// What an entry of a rejected transaction is that was not itself the reason.
 const ROLLED_BACK: &str = "rolled_back";
 
@@ -98,6 +108,14 @@ pub(super) fn last_of(connection: &Connection, seq: i64) -> rusqlite::Result<i64
         .query_row([seq], |row| row.get(0))
         .optional()
         .map(|last| last.unwrap_or(0))
+}
+
+/// Up to which local transaction the entries are forgotten. Its row stays, so that it is known where the next begins.
+fn forgotten(connection: &Connection) -> rusqlite::Result<i64> {
+    let first: Option<i64> = connection
+        .prepare_cached("SELECT min(seq) FROM _anabranch_local")?
+        .query_row([], |row| row.get(0))?;
+    Ok(first.filter(|first| *first > 1).unwrap_or(0))
 }
 
 /// What the receipt says, if it speaks of this file.
@@ -143,6 +161,8 @@ pub(super) fn take(
     let Some(now) = receipt(connection, replica_id)? else {
         return Ok(());
     };
+    // What was forgotten can't be pending again.
+    let now = now.max(forgotten(connection)?);
     let before = answered(connection)?.map_or(0, |(seq, _)| seq);
     if now == before {
         return Ok(());
@@ -167,7 +187,14 @@ pub(super) fn take(
             connection.execute(sql, [now])?;
         }
     }
-    for (id, table) in tables {
+    let concerned: Vec<String> = layout::having(connection, after, last)?
+        .into_iter()
+        .map(|source| source.table)
+        .collect();
+    for (id, table) in tables
+        .iter()
+        .filter(|(_, table)| concerned.contains(&table.name))
+    {
         overlay::each_key(connection, table, after, last, |key| {
             overlay.touch(*id, key);
             Ok(())
@@ -232,7 +259,7 @@ fn list_rejected(
             "DELETE FROM _anabranch_rejected WHERE txn = ?1",
             [rejection.seq],
         )?;
-        for source in layout::all(connection)? {
+        for source in layout::having(connection, after, last)? {
             list_entries(connection, &source, after, last, rejection, &time)?;
         }
         mark_guilty(connection, rejection)?;
@@ -294,13 +321,177 @@ fn mark_guilty(connection: &Connection, rejection: &Rejection) -> rusqlite::Resu
         .map(drop)
 }
 
+impl File {
+    /// Removes answered entries whose answers came up to `up_to`, in steps: they can't be lost any more, since that is on
+    /// all standbys, or so long ago that nobody would fail over to before it. Those of rejected transactions stay until
+    /// their rows in `_anabranch_rejected` are gone, to be tried again.
+    pub fn forget_answered(&mut self, up_to: Lsn) -> Result<(), Error> {
+        let connection = &self.connection;
+        let (newest, last) = forgettable(connection, up_to).doing("look for answered entries")?;
+        if newest == 0 {
+            return Ok(());
+        }
+        // Transactions first: one that is not whole any more must not be sent again.
+        let mut steps = vec![(
+            format!(
+                "DELETE FROM _anabranch_local WHERE seq IN \
+                 (SELECT seq FROM _anabranch_local WHERE seq < ?1 ORDER BY seq DESC LIMIT {FORGET_ROWS})"
+            ),
+            newest,
+        )];
+        for source in layout::having(connection, 0, last).doing("look for answered entries")? {
+            let entries = quote(&source.entries);
+            let step = format!(
+                "DELETE FROM {entries} WHERE id IN (SELECT id FROM {entries} WHERE id <= ?1 \
+                 AND id NOT IN (SELECT id FROM _anabranch_rejected) LIMIT {FORGET_ROWS})"
+            );
+            steps.push((step, last));
+        }
+        for (step, up_to) in &steps {
+            loop {
+                let write = Write::begin(connection)?;
+                let deleted = connection
+                    .execute(step, [up_to])
+                    .doing("forget answered entries")?;
+                write.commit()?;
+                if deleted < FORGET_ROWS {
+                    break;
+                }
+            }
+        }
+        self.drop_empty_layouts()
+    }
+
+    fn drop_empty_layouts(&mut self) -> Result<(), Error> {
+        let connection = &self.connection;
+        let write = Write::begin(connection)?;
+        self.version.look(connection)?;
+        let drop_empty = || {
+            if layout::drop_empty(connection)? {
+                replace_view(connection, "_anabranch_outbox", &outbox::view(connection)?)?;
+            }
+            Ok(())
+        };
+        drop_empty().doing("drop entries tables that are not used any more")?;
+        let moved = schema::read_version(connection)?;
+        write.commit()?;
+        self.version.moved(moved);
+        Ok(())
+    }
+
+    /// Makes the changes again of which a program said so (`UPDATE _anabranch_rejected SET action = 'retry'`): they
+    /// become new entries, behind all others, and their rows go. Those of tables that can't be written now wait. Says how
+    /// many it were.
+    pub fn retry_rejected(&mut self) -> Result<u64, Error> {
+        let connection = &self.connection;
+        let wanted = "SELECT id FROM _anabranch_rejected WHERE action = 'retry' ORDER BY id";
+        let any = connection
+            .prepare_cached(wanted)
+            .and_then(|mut wanted| wanted.exists([]))
+            .doing("look for writes that are to be tried again")?;
+        if !any {
+            return Ok(0);
+        }
+        let write = Write::begin(connection)?;
+        let mut overlay = Overlay::new(connection);
+        let retry = || -> Result<u64, RowError> {
+            let ids: Vec<i64> = connection
+                .prepare_cached(wanted)?
+                .query_map([], |row| row.get(0))?
+                .collect::<Result<_, _>>()?;
+            let mut count = 0;
+            for id in ids {
+                count += u64::from(retry(connection, id, &self.stream.tables, &mut overlay)?);
+            }
+            let catalog = &self.catalog;
+            let watched = |table: &Table| {
+                let synced = catalog.get(&table.name);
+                synced.is_some_and(|synced| synced.has_triggers)
+            };
+            overlay
+                .rebuild(&self.stream.tables, watched, None)
+                .map_err(|(_, error)| error)?;
+            Ok(count)
+        };
+        let count = retry().map_err(|error| match error {
+            RowError::Sqlite(error) => error::sqlite("make rejected writes again", error),
+            RowError::Malformed(_) | RowError::Ignored => Error::Definite(
+                "a program's trigger made SQLite skip a rejected write that is made again".into(),
+            ),
+        })?;
+        write.commit()?;
+        if count > 0 {
+            tracing::info!(count, "rejected writes are made again");
+        }
+        Ok(count)
+    }
+}
+
+/// The newest local transaction that can be forgotten, and its last entry.
+fn forgettable(connection: &Connection, up_to: Lsn) -> rusqlite::Result<(i64, i64)> {
+    let mut answered = connection
+        .prepare_cached("SELECT seq, last, answered_lsn FROM _anabranch_local ORDER BY seq")?;
+    let mut rows = answered.query([])?;
+    let mut newest = (0, 0);
+    while let Some(row) = rows.next()? {
+        let lsn: Option<String> = row.get(2)?;
+        if lsn
+            .and_then(|lsn| lsn.parse::<Lsn>().ok())
+            .is_none_or(|lsn| lsn > up_to)
+        {
+            break;
+        }
+        newest = (row.get(0)?, row.get(1)?);
+    }
+    // The first would look as if nothing was forgotten.
+    Ok(if newest.0 > 1 { newest } else { (0, 0) })
+}
+
+/// Makes one entry again. False: its table is not there, or has another key, or its values are gone.
+fn retry(
+    connection: &Connection,
+    id: i64,
+    tables: &Tables,
+    overlay: &mut Overlay<'_>,
+) -> Result<bool, RowError> {
+    let Some(source) = layout::having(connection, id - 1, id)?.pop() else {
+        return Ok(false);
+    };
+    let Some((table_id, table)) = tables
+        .iter()
+        .find(|(_, table)| table.name == source.table && table.writable)
+    else {
+        return Ok(false);
+    };
+    let Some(places) = source.layout.places_for(table) else {
+        return Ok(false);
+    };
+    let entry = connection
+        .prepare_cached(&format!(
+            "SELECT {} FROM {} WHERE id = ?1",
+            Entry::columns(&source.layout),
+            quote(&source.entries)
+        ))?
+        .query_row([id], |row| Entry::read(row, &source.layout))?
+        .placed(&places);
+    overlay::enter(connection, table, &entry, &time_text(Timestamp::now()))?;
+    for key in [entry.old_key(table), entry.new_key(table)] {
+        key.into_iter()
+            .for_each(|key| overlay.touch(*table_id, key));
+    }
+    connection
+        .prepare_cached("DELETE FROM _anabranch_rejected WHERE id = ?1")?
+        .execute([id])?;
+    Ok(true)
+}
+
 /// An entry's operation, the key as it was, as an array, and the new values of what changed (of a delete: the row as it
 /// was), as an object.
 pub(super) fn in_json(entry: &Entry, layout: &Layout) -> (&'static str, Json, Json) {
-    let (operation, key_row, values) = match entry.operation {
-        Operation::Insert => ("insert", &entry.new, &entry.new),
-        Operation::Update => ("update", &entry.old, &entry.new),
-        Operation::Delete => ("delete", &entry.old, &entry.old),
+    let (key_row, values) = match entry.operation {
+        Operation::Insert => (&entry.new, &entry.new),
+        Operation::Update => (&entry.old, &entry.new),
+        Operation::Delete => (&entry.old, &entry.old),
     };
     let value = |value: &rusqlite::types::Value| match value {
         rusqlite::types::Value::Real(real) if real.is_infinite() => {
@@ -317,5 +508,5 @@ pub(super) fn in_json(entry: &Entry, layout: &Layout) -> (&'static str, Json, Js
         .filter(|(place, _)| entry.operation != Operation::Update || entry.changed[*place])
         .map(|(place, field)| (field.name.clone(), value(&values[place])))
         .collect();
-    (operation, key.collect(), changes.into())
+    (entry.operation.name(), key.collect(), changes.into())
 }

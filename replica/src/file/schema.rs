@@ -179,7 +179,7 @@ impl Catalog {
                 .inspect(connection)
                 .doing("look at the schema that a program changed")?;
         }
-        Ok(())
+        layout::inspect(connection).doing("make the tables for local writes again")
     }
 
     /// What is in the file where this table belongs. Something that is not ours is never touched; an index of ours makes
@@ -321,14 +321,16 @@ impl Synced {
         let expected = create_table(&self.name, &self.definition);
         let view = names::base_view(&self.name);
         let what = match object(connection, &self.name)? {
-            Some((_, sql)) if sql == expected => None,
+            Some((_, sql)) if sql == expected => {
+                layout::is_damaged(connection, &self.name)?.then_some("dropped what belongs to")
+            }
             Some(_) => Some("altered"),
             None => Some("dropped or renamed"),
         };
         self.has_triggers = !obstacle::triggers(connection, &self.name)?.is_empty();
         if let Some(what) = what {
             let reason = format!("a program {what} it; the streamer will send it again");
-            tracing::warn!(table = self.name, "a synced table was {what} by a program");
+            tracing::warn!(table = self.name, "a program {what} a synced table");
             connection.execute(
                 "UPDATE _anabranch_synced SET state = 'stopped', reason = ?2, \
                  lsn = (SELECT lsn FROM _anabranch_state) WHERE table_name = ?1 AND state = 'live'",

@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::{
     Error, capture,
     error::{self, Doing},
-    layout, outbox, receipts,
+    outbox, receipts,
     status::{self, micros_text, time_text},
 };
 
@@ -96,7 +96,6 @@ pub(super) struct State {
 pub(super) fn create(connection: &Connection, replica_id: &str) -> rusqlite::Result<()> {
     connection.execute_batch(TABLES)?;
     connection.execute_batch(receipts::TABLES)?;
-    layout::inspect(connection)?;
     capture::create_shared(connection)?;
     for (name, sql) in [
         ("_anabranch_status", status::view()),

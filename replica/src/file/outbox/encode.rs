@@ -43,9 +43,14 @@ struct Cursor<'e> {
 }
 
 impl<'c> Entries<'c> {
-    pub(super) fn new(connection: &'c Connection) -> rusqlite::Result<Entries<'c>> {
+    /// To read entries above `after` and up to `last`.
+    pub(super) fn new(
+        connection: &'c Connection,
+        after: i64,
+        last: i64,
+    ) -> rusqlite::Result<Entries<'c>> {
         Ok(Entries {
-            sources: layout::all(connection)?,
+            sources: layout::having(connection, after, last)?,
             connection,
         })
     }

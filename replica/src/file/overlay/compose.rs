@@ -82,3 +82,157 @@ fn is_storable(column: &Column, value: &Value) -> bool {
         Value::Blob(_) => column.storage == Storage::Blob,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::v1;
+
+    use super::*;
+
+    /// `t(k, a, n)`: `n` is added.
+    fn table() -> Table {
+        let column =
+            |name: &str, storage: v1::Storage, key_position, conflict: v1::Conflict| v1::Column {
+                name: name.into(),
+                postgres_type: "t".into(),
+                storage: storage.into(),
+                not_null: false,
+                key_position,
+                conflict: conflict.into(),
+            };
+        Table::new(&v1::Table {
+            id: 1,
+            schema: "public".into(),
+            name: "t".into(),
+            columns: vec![
+                column("k", v1::Storage::Integer, 1, v1::Conflict::LastWrite),
+                column("a", v1::Storage::Text, 0, v1::Conflict::LastWrite),
+                column("n", v1::Storage::Integer, 0, v1::Conflict::Add),
+            ],
+            writable: true,
+            ..v1::Table::default()
+        })
+        .unwrap()
+    }
+
+    /// `1 a 5`; a blank is NULL in `-`.
+    fn row(text: &str) -> Row {
+        let value = |(i, word): (usize, &str)| match word {
+            "-" => Value::Null,
+            word if i == 1 => Value::Text(word.into()),
+            word => Value::Integer(word.parse().unwrap()),
+        };
+        text.split(' ').enumerate().map(value).collect()
+    }
+
+    /// `+ 1 a 5`, `- 1 a 5`, or `1 a 5 > 1 b 5`.
+    fn entry(id: usize, text: &str) -> Entry {
+        let none = vec![Value::Null; 3];
+        let (operation, old, new) = match text.split_at(2) {
+            ("+ ", new) => (Operation::Insert, none, row(new)),
+            ("- ", old) => (Operation::Delete, row(old), none),
+            _ => {
+                let (old, new) = text.split_once(" > ").unwrap();
+                (Operation::Update, row(old), row(new))
+            }
+        };
+        Entry {
+            id: id as i64,
+            operation,
+            changed: old.iter().zip(&new).map(|(old, new)| old != new).collect(),
+            old,
+            new,
+        }
+    }
+
+    #[test]
+    fn what_is_pending_is_on_top_of_what_postgres_has() {
+        let table = table();
+        let check = |base: &[&str], pending: &[&str], upstream: &[&str], expected: &[&str]| {
+            let key = |row: &Row| super::super::entry::key_of(row, &table.key);
+            // What Postgres changed is what it has.
+            let mut rows: HashMap<Key, Option<Row>> = HashMap::new();
+            for text in base.iter().chain(upstream) {
+                match text.strip_prefix("- ") {
+                    Some(gone) => rows.insert(key(&row(gone)), None),
+                    None => rows.insert(key(&row(text)), Some(row(text))),
+                };
+            }
+            let entries: Vec<Entry> = (1..).zip(pending).map(|(i, text)| entry(i, text)).collect();
+            compose(&table, &mut rows, &entries);
+            let mut shown: Vec<Row> = rows.into_values().flatten().collect();
+            shown.sort_by_key(|row| format!("{row:?}"));
+            let expected: Vec<Row> = expected.iter().map(|text| row(text)).collect();
+            assert_eq!(shown, expected, "{base:?} {pending:?} {upstream:?}");
+        };
+        check(&["1 a 5"], &[], &[], &["1 a 5"]);
+        check(&["1 a 5"], &["1 a 5 > 1 b 5"], &[], &["1 b 5"]);
+        check(&["1 a 5"], &["1 a 5 > 1 b 5"], &["1 x 9"], &["1 b 9"]);
+        check(&["1 a 5"], &["1 a 5 > 1 a 7"], &["1 x 9"], &["1 x 11"]);
+        check(
+            &["1 a 5"],
+            &["1 a 5 > 1 a 7", "1 a 7 > 1 a 4"],
+            &["1 a 100"],
+            &["1 a 99"],
+        );
+        check(&["1 a 5"], &["1 a 5 > 1 a 7"], &["1 a -"], &["1 a 7"]);
+        check(&["1 a 5"], &["1 a 5 > 1 a -"], &["1 a 9"], &["1 a -"]);
+        check(&["1 a 5"], &["1 a 5 > 1 b 5"], &["- 1 a 5"], &[]);
+        check(&["1 a 5"], &["- 1 a 5"], &["1 x 9"], &[]);
+        check(&["1 a 5"], &["- 1 a 5", "+ 1 b 6"], &["1 x 9"], &["1 b 6"]);
+        check(&["- 1 a 5"], &["+ 1 a 5"], &[], &["1 a 5"]);
+        check(&["- 1 a 5"], &["+ 1 a 5"], &["1 a 5"], &["1 a 5"]);
+        check(
+            &["- 1 a 5"],
+            &["+ 1 a 5", "1 a 5 > 1 b 5"],
+            &["1 x 6"],
+            &["1 b 5"],
+        );
+        // An update whose insert is not there.
+        check(&["- 1 a 5"], &["1 a 5 > 1 b 5"], &[], &[]);
+        check(
+            &["- 1 a 5", "- 2 a 5"],
+            &["1 a 5 > 2 a 5", "2 a 5 > 2 b 5"],
+            &[],
+            &[],
+        );
+        // Moved, and on; swapped.
+        check(
+            &["1 a 5"],
+            &["1 a 5 > 2 a 5", "2 a 5 > 3 b 5"],
+            &["1 x 6"],
+            &["3 b 6"],
+        );
+        check(
+            &["1 a 5", "2 b 6"],
+            &["1 a 5 > 9 a 5", "2 b 6 > 1 b 6", "9 a 5 > 2 a 5"],
+            &["2 x 60"],
+            &["1 x 60", "2 a 5"],
+        );
+        // Onto a row that is replaced: a delete, then the update.
+        check(
+            &["1 a 5", "2 b 6"],
+            &["- 2 b 6", "1 a 5 > 2 a 5"],
+            &["2 x 7"],
+            &["2 a 5"],
+        );
+        // Nothing moves: what is at the new key stays.
+        check(&["- 1 a 5", "2 b 6"], &["1 a 5 > 2 a 5"], &[], &["2 b 6"]);
+    }
+
+    #[test]
+    fn a_row_without_a_value_that_the_table_demands_is_not_shown() {
+        let mut table = table();
+        table.columns[1].not_null = true;
+        let mut rows = HashMap::new();
+        compose(
+            &table,
+            &mut rows,
+            &[entry(1, "+ 1 - 5"), entry(2, "+ 2 a 5")],
+        );
+        assert_eq!(
+            rows.into_values().flatten().collect::<Vec<_>>(),
+            [row("2 a 5")]
+        );
+    }
+}

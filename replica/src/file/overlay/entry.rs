@@ -27,6 +27,17 @@ pub(in crate::file) enum Operation {
     Delete,
 }
 
+impl Operation {
+    /// As it is stored.
+    pub(in crate::file) fn name(self) -> &'static str {
+        match self {
+            Operation::Insert => "insert",
+            Operation::Update => "update",
+            Operation::Delete => "delete",
+        }
+    }
+}
+
 /// Its values by place, in those of the layout that it was captured with or those of a table that it is shown in.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::file) struct Entry {

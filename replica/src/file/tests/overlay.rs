@@ -449,6 +449,34 @@ fn a_table_that_a_program_dropped_comes_back_with_what_is_pending() {
 }
 
 #[test]
+fn base_rows_and_entries_that_a_program_dropped_are_told_from_what_postgres_has_by_a_reset() {
+    for dropped in ["base_rows", "entries"] {
+        let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "2")]);
+        folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+        folder.program(&format!("DROP TABLE _anabranch_{dropped}_t"));
+        let applied = file.apply(&live(20, &[upsert_all(&[(2, "x", "y", "2")])]));
+        assert!(matches!(applied, Err(Error::Stream(_))));
+        assert!(file.resume_token().is_empty());
+        file.begin_stream().unwrap();
+        file.apply(&full(&[(1, "x", "y", "1"), (2, "x", "y", "2")], 30, &[]))
+            .unwrap();
+        let a = match dropped {
+            "entries" => "x",
+            _ => "mine",
+        };
+        shows(&folder, &[&format!("1|'{a}'|'y'|'1'"), "2|'x'|'y'|'2'"]);
+        base_is(&folder, &["1|'x'|'y'|'1'", "2|'x'|'y'|'2'"]);
+        folder.write(|program| t.set(program, 2, &[("a", text("mine"))]));
+        file.apply(&live(40, &[upsert_all(&[(2, "z", "z", "2")])]))
+            .unwrap();
+        assert_eq!(
+            folder.query("SELECT a, b FROM t WHERE id = 2"),
+            ["'mine'|'z'"]
+        );
+    }
+}
+
+#[test]
 fn many_dirty_keys_are_rebuilt_in_pages() {
     let count = 12_000;
     let rows: Vec<(i64, &str, &str, &str)> = (0..count).map(|id| (id, "a", "b", "1")).collect();
@@ -466,6 +494,115 @@ fn many_dirty_keys_are_rebuilt_in_pages() {
     file.apply(&live(30, &[receipt(&file, seq)])).unwrap();
     assert_eq!(folder.query(groups), ["'x'|'y'|12000"]);
     assert_eq!(base_rows(&folder), "0");
+}
+
+#[test]
+fn a_rejected_write_that_is_retried_is_made_again_and_one_that_is_deleted_is_not() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "10"), (2, "a", "b", "2")]);
+    folder.write(|program| {
+        t.set(program, 1, &[("a", text("mine")), ("n", text("15"))]);
+        t.set(program, 2, &[("a", text("mine"))]);
+        t.insert(program, &row(3, "new", "b", "3"));
+    });
+    let seq = folder.assign(&mut file);
+    let rejected = live(20, &[receipt(&file, seq), rejection(&file, seq, Some(1))]);
+    file.apply(&rejected).unwrap();
+    file.apply(&live(30, &[upsert_all(&[(1, "theirs", "theirs", "100")])]))
+        .unwrap();
+    shows(&folder, &["1|'theirs'|'theirs'|'100'", "2|'a'|'b'|'2'"]);
+    assert_eq!(file.retry_rejected().unwrap(), 0);
+    folder.program("UPDATE _anabranch_rejected SET action = 'retry' WHERE id <> 2");
+    folder.program("DELETE FROM _anabranch_rejected WHERE id = 2");
+    assert_eq!(file.retry_rejected().unwrap(), 2);
+    shows(
+        &folder,
+        &[
+            "1|'mine'|'theirs'|'105'",
+            "2|'a'|'b'|'2'",
+            "3|'new'|'b'|'3'",
+        ],
+    );
+    base_is(&folder, &["1|'theirs'|'theirs'|'100'", "2|'a'|'b'|'2'"]);
+    assert_eq!(pending(&folder), "2|0");
+    let seq = folder.assign(&mut file);
+    let sent = file.outgoing(&mut Outgoing::after(1), 1 << 20).unwrap();
+    assert_eq!((sent.len(), sent[0].seq), (1, 2));
+    let echo = upsert_all(&[(1, "mine", "theirs", "105"), (3, "new", "b", "3")]);
+    file.apply(&live(40, &[echo, receipt(&file, seq)])).unwrap();
+    shows(
+        &folder,
+        &[
+            "1|'mine'|'theirs'|'105'",
+            "2|'a'|'b'|'2'",
+            "3|'new'|'b'|'3'",
+        ],
+    );
+    assert_eq!(pending(&folder), "0|0");
+    assert_eq!(base_rows(&folder), "0");
+}
+
+#[test]
+fn what_was_forgotten_is_not_pending_again_and_what_was_rejected_can_still_be_retried() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    for a in ["1", "2", "3", "4"] {
+        folder.write(|program| t.set(program, 1, &[("a", text(a))]));
+        folder.assign(&mut file);
+    }
+    file.apply(&live(20, &[receipt(&file, 1)])).unwrap();
+    let second = live(30, &[receipt(&file, 2), rejection(&file, 2, None)]);
+    file.apply(&second).unwrap();
+    let third = live(40, &[upsert_all(&[(1, "3", "b", "1")]), receipt(&file, 3)]);
+    file.apply(&third).unwrap();
+    let kept = "SELECT (SELECT group_concat(seq) FROM _anabranch_local), \
+                (SELECT group_concat(id) FROM _anabranch_entries_t)";
+    file.forget_answered(Lsn(20)).unwrap();
+    assert_eq!(folder.query(kept), ["'1,2,3,4'|'1,2,3,4'"]);
+    file.forget_answered(Lsn(39)).unwrap();
+    assert_eq!(folder.query(kept), ["'2,3,4'|'2,3,4'"]);
+    // A failover to before all of it.
+    let gone = live(50, &[deletes(RECEIPTS, &[&[T(file.replica_id())]])]);
+    file.apply(&gone).unwrap();
+    assert_eq!(pending(&folder), "2|1");
+    assert_eq!(file.answered().unwrap().0, 2);
+    file.apply(&live(60, &[receipt(&file, 4)])).unwrap();
+    file.forget_answered(Lsn(1_000)).unwrap();
+    assert_eq!(folder.query(kept), ["'4'|'2'"]);
+    assert_eq!(pending(&folder), "0|1");
+    folder.program("UPDATE _anabranch_rejected SET action = 'retry'");
+    assert_eq!(file.retry_rejected().unwrap(), 1);
+    shows(&folder, &["1|'2'|'b'|'1'"]);
+    assert_eq!(folder.assign(&mut file), 5);
+    let sent = file.outgoing(&mut Outgoing::after(4), 1 << 20).unwrap();
+    assert_eq!(sent.len(), 1);
+}
+
+#[test]
+fn only_what_is_seen_to_change_is_told() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "1")]);
+    file.set_report_changes(true);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    let seq = folder.assign(&mut file);
+    let told = |applied: super::super::Applied| {
+        let keys = applied
+            .changes
+            .into_iter()
+            .map(|change| (change.table, change.keys));
+        keys.collect::<Vec<_>>()
+    };
+    let t_changed = |key: i64| vec![("t".to_owned(), Some(vec![serde_json::json!([key])]))];
+    let echo = live(20, &[upsert_all(&[(1, "mine", "b", "1")])]);
+    assert_eq!(told(file.apply(&echo).unwrap()), vec![]);
+    let other = live(30, &[upsert_all(&[(1, "x", "theirs", "1")])]);
+    assert_eq!(told(file.apply(&other).unwrap()), t_changed(1));
+    let answer = live(40, &[receipt(&file, seq)]);
+    assert_eq!(told(file.apply(&answer).unwrap()), t_changed(1));
+    let plain = live(50, &[upsert_all(&[(2, "x", "theirs", "1")])]);
+    assert_eq!(told(file.apply(&plain).unwrap()), t_changed(2));
+    assert_eq!(
+        file.tables().unwrap().len(),
+        1,
+        "receipts are not for programs"
+    );
 }
 
 #[test]
@@ -535,4 +672,54 @@ fn cost_of_a_million_upserts() {
             "round {round}: not writable {plain:?}, writable {writable:?}, with one base row {pending:?}"
         );
     }
+}
+
+/// Prints what it takes where many entries hang together.
+#[test]
+#[ignore = "prints figures"]
+fn cost_of_long_chains() {
+    let measure = |what: &str, file: &mut File, message: &v1::Down| {
+        let began = std::time::Instant::now();
+        file.apply(message).unwrap();
+        println!("{what}: {:?}", began.elapsed());
+    };
+    let count = 20_000;
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "0")]);
+    folder.write(|program| {
+        for i in 0..count {
+            t.set(program, 1, &[("n", text(&(i + 1).to_string()))]);
+        }
+    });
+    let change = live(20, &[upsert_all(&[(1, "x", "y", "5")])]);
+    measure("a row with 20,000 pending updates", &mut file, &change);
+    let rows: Vec<(i64, &str, &str, &str)> = (0..count).map(|id| (id, "a", "b", "1")).collect();
+    let (folder, mut file, t) = start_with(&rows);
+    folder.write(|program| {
+        for id in (0..count).rev() {
+            t.set(program, id, &[("id", (id + 1).into())]);
+        }
+    });
+    let change = live(20, &[upsert_all(&[(5, "x", "y", "5")])]);
+    measure("20,000 rows that moved on by one", &mut file, &change);
+    let seq = folder.assign(&mut file);
+    let answer = live(30, &[receipt(&file, seq)]);
+    measure("their answer", &mut file, &answer);
+    folder.write(|program| {
+        for id in 0..count {
+            t.set(program, id, &[("a", text("mine"))]);
+        }
+    });
+    let began = std::time::Instant::now();
+    let seq = folder.assign(&mut file);
+    println!(
+        "to make a transaction of 20,000 updates: {:?}",
+        began.elapsed()
+    );
+    let began = std::time::Instant::now();
+    let sent = file
+        .outgoing(&mut Outgoing::after(seq - 1), 1 << 30)
+        .unwrap();
+    println!("to encode it: {:?}, {} pieces", began.elapsed(), sent.len());
+    let answer = live(40, &[receipt(&file, seq)]);
+    measure("its answer", &mut file, &answer);
 }

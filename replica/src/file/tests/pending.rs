@@ -150,10 +150,10 @@ impl World {
                     }
                     Some(old) => {
                         let mut new = old.clone();
-                        for place in 0..new.len() {
+                        for (place, value) in new.iter_mut().enumerate() {
                             let is_key = sheet.columns[place].2 > 0;
                             if self.one_in(if is_key { 4 } else { 2 }) {
-                                new[place] = self.value(at, place);
+                                *value = self.value(at, place);
                             }
                         }
                         if new == old {
@@ -240,9 +240,9 @@ impl World {
     fn check(&self, folder: &Folder, what: &str) {
         let reader = reader(folder.path());
         for (at, sheet) in self.sheets.iter().enumerate() {
-            let table = names_in_file(sheet);
+            let table = sheet.name;
             assert_eq!(
-                sheet.all(&reader, &table),
+                sheet.all(&reader, table),
                 dump(&self.shown(at)),
                 "{what}: {table}"
             );
@@ -262,10 +262,6 @@ impl World {
             "{what}"
         );
     }
-}
-
-fn names_in_file(sheet: &Sheet) -> String {
-    sheet.name.to_owned()
 }
 
 fn value(value: &Value) -> ValueRef<'_> {
