@@ -236,7 +236,14 @@ fn triggers_of_an_earlier_program_are_no_work_of_somebody_who_meddled() {
 
 #[test]
 fn entries_are_read_from_one_id_to_another_and_what_statements_left_is_removed() {
-    let table = synced("t", &[("id", "bigint", v1::Storage::Integer, 1), ("v", "text", v1::Storage::Text, 0)], true);
+    let table = synced(
+        "t",
+        &[
+            ("id", "bigint", v1::Storage::Integer, 1),
+            ("v", "text", v1::Storage::Text, 0),
+        ],
+        true,
+    );
     let fixture = Fixture::new(vec![table], "INSERT INTO t VALUES(1, 'one')");
     let connection = open(&fixture.path);
     connection
@@ -250,9 +257,15 @@ fn entries_are_read_from_one_id_to_another_and_what_statements_left_is_removed()
         let all = super::super::entries(&connection, table, after, upto).unwrap();
         all.iter().map(|entry| entry.id).collect()
     };
-    assert_eq!([ids(0, 9), ids(1, 2), ids(3, 9)], [vec![1, 2, 3], vec![2], vec![]]);
+    assert_eq!(
+        [ids(0, 9), ids(1, 2), ids(3, 9)],
+        [vec![1, 2, 3], vec![2], vec![]]
+    );
     let second = super::super::entries(&connection, table, 1, 2).unwrap();
-    assert_eq!(second[0].new, [SqlValue::Integer(2), SqlValue::Blob(vec![0xff])]);
+    assert_eq!(
+        second[0].new,
+        [SqlValue::Integer(2), SqlValue::Blob(vec![0xff])]
+    );
     let prior = || super::query(&connection, "SELECT count(*) FROM _anabranch_prior_t").concat();
     assert_eq!(prior(), "1");
     super::super::tidy(&connection, "t").unwrap();
