@@ -56,9 +56,14 @@ CREATE TABLE IF NOT EXISTS _anabranch_capture(
 ) STRICT, WITHOUT ROWID;
 ";
 
+/// Version of the SQL of the triggers, to be raised with each change to it: those that an earlier program made are no
+/// work of somebody who meddled.
+const VERSION: u32 = 1;
+
 /// What of a table's declaration its triggers are made of, and its entries are to be read with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Captured {
+    version: u32,
     /// As in the file.
     pub table: String,
     /// As in Postgres.
@@ -191,6 +196,10 @@ pub(super) fn inspect(connection: &Connection, table: &str) -> rusqlite::Result<
     let Some(captured) = load(connection, table)? else {
         return Ok(false);
     };
+    if captured.version != VERSION {
+        // Those that the streamer's next declaration replaces still capture.
+        return Ok(false);
+    }
     let is_whole = make_tables(connection, &captured)? & are_made(connection, &captured)?;
     make_triggers(connection, &captured)?;
     Ok(!is_whole)
@@ -312,6 +321,7 @@ impl Source {
 impl Captured {
     pub(super) fn new(table: &Table) -> Captured {
         let mut captured = Captured {
+            version: VERSION,
             table: table.name.clone(),
             schema: table.schema.clone(),
             postgres_name: table.postgres_name.clone(),

@@ -3,9 +3,12 @@
 //! `boundary` tells which entries were one transaction of a program, `outbox` numbers them, `receipts` says what became of
 //! them; here is the order in which that happens: found, durable, numbered, sent.
 
+use anabranch_proto::Lsn;
 use rusqlite::OptionalExtension;
 
-use super::{Boundaries, Error, File, error::Doing, names, open};
+use super::{
+    Boundaries, Error, File, capture, error::Doing, names, open, schema, transaction::Write,
+};
 
 /// Where local writes stand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,6 +74,41 @@ impl File {
             self.found.ends = ends;
         }
         numbered.map(|()| true)
+    }
+
+    /// To be called now and then: makes rejected writes again of which a program said so, forgets answered ones up to
+    /// `forget`, and removes what statements left behind.
+    pub fn tidy(&mut self, forget: Option<Lsn>) -> Result<(), Error> {
+        self.retry_rejected()?;
+        if let Some(up_to) = forget {
+            self.forget_answered(up_to)?;
+        }
+        let untidy = self.untidy().doing("look for what statements left")?;
+        if untidy.is_empty() {
+            return Ok(());
+        }
+        let write = Write::begin(&self.connection)?;
+        for table in &untidy {
+            capture::tidy(&self.connection, table).doing("remove what statements left")?;
+        }
+        write.commit().map(drop)
+    }
+
+    /// Tables of which statements left prior rows.
+    fn untidy(&self) -> rusqlite::Result<Vec<String>> {
+        let mut untidy = Vec::new();
+        for table in self.catalog.names() {
+            let prior = names::prior(&table);
+            if schema::object(&self.connection, &prior)?.is_some()
+                && self
+                    .connection
+                    .prepare_cached(&format!("SELECT 1 FROM {} LIMIT 1", names::quote(&prior)))?
+                    .exists([])?
+            {
+                untidy.push(table);
+            }
+        }
+        Ok(untidy)
     }
 
     /// Where they stand.

@@ -406,7 +406,9 @@ impl File {
             let catalog = &self.catalog;
             let watched = |table: &Table| {
                 let synced = catalog.get(&table.name);
-                synced.is_some_and(|synced| synced.has_triggers)
+                synced
+                    .is_some_and(|synced| synced.has_triggers)
+                    .then(|| self.quiet.clone())
             };
             overlay
                 .rebuild(&self.stream.tables, watched, None)

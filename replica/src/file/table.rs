@@ -416,7 +416,12 @@ mod tests {
     #[test]
     fn the_replicas_own_rows_have_names_that_no_table_of_postgres_can_take() {
         let name = |purpose: v1::Purpose| {
-            let mut declared = table(vec![column("a", v1::Storage::Integer, 1)]);
+            let needed = names::RECEIPTS_COLUMNS
+                .iter()
+                .chain(&names::REJECTIONS_COLUMNS[2..]);
+            let columns =
+                needed.map(|name| column(name, v1::Storage::Text, (*name == "replica") as u32));
+            let mut declared = table(columns.collect());
             declared.purpose = purpose.into();
             Table::new(&declared).unwrap().name
         };
