@@ -145,6 +145,7 @@ async fn with_server(
         publication: &postgres.publication,
         published: &usable,
         readable: &usable,
+        writing: None,
     };
     let script = setup::plan(&client, wanted).await?;
     if !script.statements.is_empty() {

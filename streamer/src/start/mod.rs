@@ -356,6 +356,7 @@ impl Start<'_> {
             publication,
             published: &published,
             readable: &readable,
+            writing: None,
         };
         setup::ensure(&self.client, wanted).await?;
         let published = setup::published(&self.client, publication)
@@ -484,6 +485,7 @@ pub async fn set_up(config: &Config, print: bool) -> Result<String, Error> {
         publication: &config.postgres.publication,
         published: &names,
         readable: &names,
+        writing: None,
     };
     let script = setup::plan(&client, wanted).await?;
     if script.statements.is_empty() {

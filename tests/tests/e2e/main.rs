@@ -20,3 +20,4 @@ mod source;
 mod tls;
 mod tokens;
 mod types;
+mod writer;
