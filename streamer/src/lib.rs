@@ -15,10 +15,15 @@
 //!  session                      a queue, or a catch-up (catchup) from the mirror
 //!  encode, rpc, serve           messages of the wire, gRPC, one port (I/O)
 //!
+//!  one write's way up
+//!
+//!  write                        bytes of a replica → local transactions (pure)
+//!  postgres/writer              a transaction of Postgres each: claim, role, effects, checks, commit (I/O)
+//!
 //!  a start                      config → postgres/check, setup → start → postgres/copy → mirror → run
 //! ```
 //!
-//! What is *not* so: `shape`, `route`, `delta`, `pgoutput` and `assemble` do no network I/O, have no clock and no
+//! What is *not* so: `shape`, `route`, `delta`, `pgoutput`, `assemble` and `write` do no network I/O, have no clock and no
 //! async. The Postgres crates occur only under `postgres`, and SQLite only under `mirror` (tests apart). Messages of
 //! the protocol are made and read only in `encode`, `session` and `rpc`; `table` takes one enum from it, the storage
 //! of a column. No consumer is ever waited for by what reports progress to Postgres.
@@ -48,3 +53,4 @@ pub mod table;
 pub mod tls;
 pub mod token;
 pub mod transaction;
+pub mod write;

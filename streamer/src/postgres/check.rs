@@ -149,6 +149,7 @@ async fn with_server(
             remedy: None,
         }));
     }
+    let named = usable.clone();
     if config.takes_writes() {
         usable.extend(receipts::names());
     }
@@ -156,7 +157,7 @@ async fn with_server(
         publication: &postgres.publication,
         published: &usable,
         readable: &usable,
-        writing: writing(config),
+        writing: writing(config, &named),
     };
     let script = setup::plan(&client, wanted).await?;
     if !script.statements.is_empty() {

@@ -16,7 +16,7 @@
 //! - **`"char"`** above 127 is a byte that is not UTF-8. Postgres 16 and later print it as `\377`; what older ones send
 //!   gets that form too.
 //!
-//! There is no way back yet: writes come later.
+//! The way back is `writer::value`.
 
 mod array;
 mod clock;

@@ -23,3 +23,4 @@ pub mod target;
 pub mod tls;
 mod wire;
 pub mod witness;
+pub mod writer;

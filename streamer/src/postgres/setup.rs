@@ -6,6 +6,10 @@
 //! application's UPDATEs, so nothing is published that was not looked at. What is published and not asked for is left
 //! alone: another streamer may need it.
 
+mod writing;
+
+pub use writing::{FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED, Writing, tables as receipts};
+
 use std::{collections::HashMap, fmt};
 
 use super::{
@@ -46,6 +50,8 @@ pub struct Wanted<'a> {
     pub published: &'a [Name],
     /// The tables that the role must be able to read: those that are to be copied.
     pub readable: &'a [Name],
+    /// Replicas may write. Then [`receipts`] are published and read too.
+    pub writing: Option<Writing<'a>>,
 }
 
 /// The SQL that makes what is missing. Its `Display` is a script for psql.
@@ -172,7 +178,19 @@ pub async fn plan(client: &Client, wanted: Wanted<'_>) -> Result<Script, sql::Er
             "GRANT SELECT, INSERT, UPDATE ON anabranch.streamers TO {quoted}"
         ));
     }
-    statements.extend(grants(client, wanted.readable, &quoted).await?);
+    if let Some(writing) = wanted.writing {
+        statements.extend(writing::plan(client, writing, &quoted).await?);
+    }
+    statements.extend(grants(client, wanted.readable, None, &quoted).await?);
+    let mut published = wanted.published.to_vec();
+    if wanted.writing.is_some() {
+        let receipts = receipts().into_iter();
+        published.extend(receipts.filter(|name| !wanted.published.contains(name)));
+    }
+    let wanted = Wanted {
+        published: &published,
+        ..wanted
+    };
     statements.extend(publication(client, wanted).await?);
     Ok(Script {
         role,
@@ -181,8 +199,13 @@ pub async fn plan(client: &Client, wanted: Wanted<'_>) -> Result<Script, sql::Er
     })
 }
 
-/// What lets the role read the tables.
-async fn grants(client: &Client, tables: &[Name], role: &str) -> Result<Vec<String>, sql::Error> {
+/// What lets a role read the tables: that of the session, or the one that is named. `role` is quoted.
+async fn grants(
+    client: &Client,
+    tables: &[Name],
+    named: Option<&str>,
+    role: &str,
+) -> Result<Vec<String>, sql::Error> {
     let (schemas, names): (Vec<_>, Vec<_>) = tables
         .iter()
         .map(|table| (&*table.schema, &*table.name))
@@ -190,14 +213,14 @@ async fn grants(client: &Client, tables: &[Name], role: &str) -> Result<Vec<Stri
     let rows = client
         .client
         .query(
-            "SELECT w.schema, w.name, has_schema_privilege(n.oid, 'USAGE'),
-                    (SELECT bool_and(has_column_privilege(c.oid, a.attnum, 'SELECT'))
+            "SELECT w.schema, w.name, has_schema_privilege(coalesce($3::text, current_user::text)::name, n.oid, 'USAGE'),
+                    (SELECT bool_and(has_column_privilege(coalesce($3::text, current_user::text)::name, c.oid, a.attnum, 'SELECT'))
                        FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
                FROM unnest($1::text[], $2::text[]) WITH ORDINALITY w(schema, name, i)
                JOIN pg_namespace n ON n.nspname = w.schema
                JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = w.name
               ORDER BY i",
-            &[&schemas, &names],
+            &[&schemas, &names, &named],
         )
         .await?;
     let mut statements: Vec<String> = Vec::new();

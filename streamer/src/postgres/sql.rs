@@ -38,6 +38,39 @@ const PINNED: &[(&str, &str)] = &[
     ("idle_session_timeout", "0"),
 ];
 
+/// Otherwise in a session that writes what programs wrote.
+const PINNED_TO_WRITE: &[(&str, &str)] = &[
+    // Policies are what says what a replica's role may do.
+    ("row_security", "on"),
+    // A write behind a long lock is tried again, so that it does not hold all behind it for ever.
+    ("lock_timeout", "10s"),
+];
+
+/// Not pinned there: an answered write must be as durable as the database promises.
+const OPEN_TO_WRITE: &[&str] = &["synchronous_commit"];
+
+/// What a session is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Use {
+    /// To read tables, the stream, and catalogs; and to keep our own books.
+    Ours,
+    /// To write what programs wrote.
+    Writing,
+}
+
+fn pinned(session: Use) -> Vec<(&'static str, &'static str)> {
+    let mut settings = PINNED.to_vec();
+    if session == Use::Writing {
+        settings.retain(|(name, _)| !OPEN_TO_WRITE.contains(name));
+        for (name, value) in &mut settings {
+            if let Some((_, other)) = PINNED_TO_WRITE.iter().find(|(given, _)| given == name) {
+                *value = other;
+            }
+        }
+    }
+    settings
+}
+
 /// Set after connecting, from this server version on.
 const PINNED_LATER: &[(u32, &str, &str)] = &[
     // A database may be read-only by default, but `anabranch` is ours to write. Not before connecting: the server
@@ -83,6 +116,20 @@ impl Client {
         let login = Login {
             target,
             application_name,
+            session: Use::Ours,
+        };
+        dial::connect(target, &login).await
+    }
+
+    /// The same, to write what programs wrote: under row-level security, and with the durability that the database has.
+    pub async fn connect_to_write(
+        target: &Target,
+        application_name: &str,
+    ) -> Result<Client, Error> {
+        let login = Login {
+            target,
+            application_name,
+            session: Use::Writing,
         };
         dial::connect(target, &login).await
     }
@@ -92,14 +139,14 @@ impl Client {
         self.server_version
     }
 
-    async fn pin(&mut self) -> Result<(), Error> {
-        let row = self.client.simple_query(&verification()).await?;
+    async fn pin(&mut self, session: Use) -> Result<(), Error> {
+        let row = self.client.simple_query(&verification(session)).await?;
         let row = row.iter().find_map(|message| match message {
             tokio_postgres::SimpleQueryMessage::Row(row) => Some(row),
             _ => None,
         });
         let value = |place| row.and_then(|row| row.get(place));
-        self.server_version = verify(value)?;
+        self.server_version = verify(session, value)?;
         let later = pin_later(self.server_version);
         if !later.is_empty() {
             self.client.batch_execute(&later).await?;
@@ -130,6 +177,7 @@ async fn drive(
 struct Login<'a> {
     target: &'a Target,
     application_name: &'a str,
+    session: Use,
 }
 
 impl dial::Login for Login<'_> {
@@ -139,6 +187,7 @@ impl dial::Login for Login<'_> {
         let Login {
             target,
             application_name,
+            session,
         } = self;
         let mut config = tokio_postgres::Config::new();
         config
@@ -150,7 +199,7 @@ impl dial::Login for Login<'_> {
                     .as_deref()
                     .unwrap_or(application_name),
             )
-            .options(options(target, &[]))
+            .options(options(target, *session, &[]))
             .channel_binding(match target.channel_binding {
                 ChannelBinding::Disable => tokio_postgres::config::ChannelBinding::Disable,
                 ChannelBinding::Prefer => tokio_postgres::config::ChannelBinding::Prefer,
@@ -179,25 +228,29 @@ impl dial::Login for Login<'_> {
             server_version: 0,
             _driver: dropped.drop_guard(),
         };
-        client.pin().await.map_err(dial::Failed::Broken)?;
+        client.pin(*session).await.map_err(dial::Failed::Broken)?;
         Ok(client)
     }
 }
 
 /// The `options` of a session. The last one wins: `suggested` ones, those of the URL, and what is pinned.
-pub(super) fn options(target: &Target, suggested: &[(&str, &str)]) -> String {
+pub(super) fn options(target: &Target, session: Use, suggested: &[(&str, &str)]) -> String {
     let written = |settings: &[(&str, &str)]| -> String {
         let settings = settings.iter();
         let settings = settings.map(|(name, value)| format!(" -c {name}={value}"));
         settings.collect()
     };
     let options = &target.options;
-    format!("{} {options}{}", written(suggested), written(PINNED))
+    format!(
+        "{} {options}{}",
+        written(suggested),
+        written(&pinned(session))
+    )
 }
 
 /// Asks for the server's version and the pinned settings, in one row.
-pub(super) fn verification() -> String {
-    let settings: Vec<_> = PINNED
+pub(super) fn verification(session: Use) -> String {
+    let settings: Vec<_> = pinned(session)
         .iter()
         .map(|(name, _)| format!("pg_catalog.current_setting('{name}')"))
         .collect();
@@ -208,12 +261,15 @@ pub(super) fn verification() -> String {
 }
 
 /// Checks the row that [`verification`] asked for; the server's version.
-pub(super) fn verify<'a>(value: impl Fn(usize) -> Option<&'a str>) -> Result<u32, Error> {
+pub(super) fn verify<'a>(
+    session: Use,
+    value: impl Fn(usize) -> Option<&'a str>,
+) -> Result<u32, Error> {
     let version = value(0)
         .and_then(|version| version.parse().ok())
         .ok_or_else(|| Error::Definite("the server does not tell its version".into()))?;
     let expected = [("client_encoding", "UTF8")];
-    for (i, (name, expected)) in expected.iter().chain(PINNED).enumerate() {
+    for (i, (name, expected)) in expected.iter().chain(&pinned(session)).enumerate() {
         // Postgres prints lists with a blank after the comma.
         let found = value(i + 1).map(|value| value.replace(", ", ","));
         if found.as_deref() != Some(*expected) {
@@ -340,10 +396,15 @@ mod tests {
             })
         };
         let answers: Vec<_> = (0..PINNED.len() + 2).map(answer).collect();
-        assert_eq!(verify(|i| answers[i].as_deref()).unwrap(), 150_018);
+        assert_eq!(
+            verify(Use::Ours, |i| answers[i].as_deref()).unwrap(),
+            150_018
+        );
         let mut wrong = answers.clone();
         wrong[3] = Some("Europe/Berlin".into());
-        let error = verify(|i| wrong[i].as_deref()).unwrap_err().to_string();
+        let error = verify(Use::Ours, |i| wrong[i].as_deref())
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("TimeZone") && error.contains("Europe/Berlin"),
             "{error}"
@@ -353,9 +414,18 @@ mod tests {
     #[test]
     fn what_is_pinned_comes_last() {
         let target = Target::parse("postgres://u@h?options=-c%20TimeZone%3DAsia/Tokyo").unwrap();
-        let options = options(&target, &[("x", "y")]);
+        let options = options(&target, Use::Ours, &[("x", "y")]);
         let expected = " -c x=y -c TimeZone=Asia/Tokyo -c DateStyle=ISO,YMD -c TimeZone=UTC ";
         assert!(options.starts_with(expected), "{options}");
+    }
+
+    #[test]
+    fn what_writes_is_under_policies_and_as_durable_as_the_database_says() {
+        let target = Target::parse("postgres://u@h").unwrap();
+        let options = options(&target, Use::Writing, &[]);
+        assert!(options.contains("row_security=on"), "{options}");
+        assert!(!options.contains("synchronous_commit"), "{options}");
+        assert!(options.contains("TimeZone=UTC"), "{options}");
     }
 
     #[test]

@@ -84,6 +84,11 @@ pub(super) enum Session {
 const ENCODE: &str = "; special characters in user and password must be percent-encoded (@ is %40, / is %2F, : is %3A)";
 
 impl Target {
+    /// The role that logs in.
+    pub fn user(&self) -> &str {
+        &self.user
+    }
+
     /// Reads `postgres://user:password@host:port/db?sslmode=…&sslrootcert=…` (also `options`, `connect_timeout`,
     /// several hosts, unix sockets as `host=/run/postgresql`), as libpq does.
     ///

@@ -144,9 +144,9 @@ impl Wire {
     }
 
     async fn pin(&mut self) -> Result<(), Error> {
-        let rows = self.query(&sql::verification()).await?;
+        let rows = self.query(&sql::verification(sql::Use::Ours)).await?;
         let row = rows.first();
-        self.server_version = sql::verify(|place| row?.get(place)?.as_deref())?;
+        self.server_version = sql::verify(sql::Use::Ours, |place| row?.get(place)?.as_deref())?;
         let later = sql::pin_later(self.server_version);
         if !later.is_empty() {
             self.query(&later).await?;
@@ -350,7 +350,7 @@ impl dial::Login for Login<'_> {
             ready: false,
         };
         let name = target.application_name.as_deref();
-        let options = sql::options(target, suggested);
+        let options = sql::options(target, sql::Use::Ours, suggested);
         let parameters = [
             ("user", target.user.as_str()),
             ("database", &target.database),

@@ -194,9 +194,17 @@ impl Call {
 
     /// Says where writes stand, and makes what comes.
     async fn work(&self, waiting: &mut mpsc::Receiver<Work>) -> Result<(), Status> {
-        let standing = self
-            .retried(async |writer| writer.standing(&self.replica).await)
-            .await?;
+        let mut patience = Patience::default();
+        let standing = loop {
+            let tried = match self.writers.take().await {
+                Ok(mut held) => held.writer().standing(&self.replica).await,
+                Err(error) => Err(error),
+            };
+            match tried {
+                Ok(standing) => break standing,
+                Err(error) => patience.after(error).await?,
+            }
+        };
         let (seq, hash) = standing.unwrap_or((0, NO_HASH));
         let mut answered = Answered { seq, hash };
         self.say(write_down::Kind::Ready(v1::WriteReady {
@@ -222,8 +230,7 @@ impl Call {
             }
             self.make(&mut answered, received).await?;
             if let Some(seq) = settled {
-                self.retried(async |writer| writer.settle(&self.replica, seq).await)
-                    .await?;
+                self.settle(seq).await?;
             }
         }
         Ok(())
@@ -258,7 +265,13 @@ impl Call {
         previous: &Hash,
         received: Received,
     ) -> Result<Result<LocalTransaction, Rejection>, Status> {
-        let (tables, entries) = match received.content {
+        let Received {
+            seq,
+            hash,
+            merged,
+            content,
+        } = received;
+        let (tables, entries) = match content {
             Ok(content) => content,
             Err(rejection) => return Ok(Err(rejection)),
         };
@@ -274,9 +287,6 @@ impl Call {
             .collect::<Result<_, _>>()
             .map_err(Invalid::from)
             .and_then(|tables| {
-                let Received {
-                    seq, hash, merged, ..
-                } = received;
                 LocalTransaction::read(previous, seq, hash, tables, entries, merged)
             });
         match read {
@@ -291,23 +301,28 @@ impl Call {
 
     async fn apply(&self, answered: &mut Answered, run: &[Read]) -> Result<(), Status> {
         let mut done = 0;
+        let mut patience = Patience::default();
         while done < run.len() {
-            let previous = answered.hash;
-            let made = self
-                .retried(async |writer| {
-                    let applied = writer
-                        .apply_many(&self.replica, &previous, &run[done..], &self.rules)
-                        .await;
-                    match applied.error {
-                        Some(error) if applied.outcomes.is_empty() => Err(error),
-                        _ => Ok(applied.outcomes),
-                    }
-                })
-                .await?;
-            for outcome in made {
+            let mut held = match self.writers.take().await {
+                Ok(held) => held,
+                Err(error) => {
+                    patience.after(error).await?;
+                    continue;
+                }
+            };
+            let applied = held
+                .writer()
+                .apply_many(&self.replica, &answered.hash, &run[done..], &self.rules)
+                .await;
+            drop(held);
+            for outcome in applied.outcomes {
                 let transaction = &run[done].0;
                 self.answered(answered, transaction.seq, transaction.hash, &outcome);
                 done += 1;
+                patience = Patience::default();
+            }
+            if let Some(error) = applied.error {
+                patience.after(error).await?;
             }
         }
         Ok(())
@@ -320,16 +335,40 @@ impl Call {
         hash: Hash,
         rejection: Rejection,
     ) -> Result<(), Status> {
-        let previous = answered.hash;
-        let outcome = self
-            .retried(async |writer| {
-                writer
-                    .reject(&self.replica, &previous, seq, &hash, rejection.clone())
-                    .await
-            })
-            .await?;
-        self.answered(answered, seq, hash, &outcome);
-        Ok(())
+        let mut patience = Patience::default();
+        loop {
+            let tried = match self.writers.take().await {
+                Ok(mut held) => {
+                    let writer = held.writer();
+                    let previous = &answered.hash;
+                    writer
+                        .reject(&self.replica, previous, seq, &hash, rejection.clone())
+                        .await
+                }
+                Err(error) => Err(error),
+            };
+            match tried {
+                Ok(outcome) => {
+                    self.answered(answered, seq, hash, &outcome);
+                    return Ok(());
+                }
+                Err(error) => patience.after(error).await?,
+            }
+        }
+    }
+
+    async fn settle(&self, seq: u64) -> Result<(), Status> {
+        let mut patience = Patience::default();
+        loop {
+            let tried = match self.writers.take().await {
+                Ok(mut held) => held.writer().settle(&self.replica, seq).await,
+                Err(error) => Err(error),
+            };
+            match tried {
+                Ok(()) => return Ok(()),
+                Err(error) => patience.after(error).await?,
+            }
+        }
     }
 
     fn answered(&self, answered: &mut Answered, seq: u64, hash: Hash, outcome: &Outcome) {
@@ -353,44 +392,6 @@ impl Call {
         }
     }
 
-    /// With a connection; again and again while what fails may pass.
-    async fn retried<T>(
-        &self,
-        work: impl AsyncFn(&mut Writer) -> Result<T, writer::Error>,
-    ) -> Result<T, Status> {
-        let mut pause = RETRY.0;
-        let mut said = false;
-        loop {
-            let tried = match self.writers.take().await {
-                Ok(mut held) => work(held.writer()).await,
-                Err(error) => Err(error),
-            };
-            match tried {
-                Ok(done) => return Ok(done),
-                Err(writer::Error::Transient(reason)) => {
-                    if !std::mem::replace(&mut said, true) {
-                        tracing::warn!(reason, "local writes wait");
-                    }
-                }
-                Err(writer::Error::Definite(reason)) => {
-                    tracing::error!(reason, "local writes can't be made");
-                    return Err(Status::failed_precondition(
-                        "the streamer can't write to Postgres; see its log",
-                    ));
-                }
-                Err(error @ writer::Error::OtherSubject) => {
-                    return Err(Status::permission_denied(error.to_string()));
-                }
-                // Another call was faster, or the file is another one: what stands is told at the begin of a call.
-                Err(error @ (writer::Error::OutOfOrder { .. } | writer::Error::Forked { .. })) => {
-                    return Err(Status::aborted(error.to_string()));
-                }
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RETRY.1);
-        }
-    }
-
     async fn say_alive(&self) -> Status {
         loop {
             tokio::time::sleep(HEARTBEAT_EVERY).await;
@@ -404,6 +405,42 @@ impl Call {
         let message = v1::WriteDown { kind: Some(kind) };
         let gone = |_| Status::ok("the replica disconnected");
         self.down.send(message).await.map_err(gone)
+    }
+}
+
+/// Waits between attempts, while what fails may pass.
+#[derive(Default)]
+struct Patience {
+    attempts: u32,
+}
+
+impl Patience {
+    /// Waits, or says why trying again is of no use in this call.
+    async fn after(&mut self, error: writer::Error) -> Result<(), Status> {
+        match error {
+            writer::Error::Transient(reason) => {
+                if self.attempts == 0 {
+                    tracing::warn!(reason, "local writes wait");
+                }
+            }
+            writer::Error::Definite(reason) => {
+                tracing::error!(reason, "local writes can't be made");
+                return Err(Status::failed_precondition(
+                    "the streamer can't write to Postgres; see its log",
+                ));
+            }
+            error @ writer::Error::OtherSubject => {
+                return Err(Status::permission_denied(error.to_string()));
+            }
+            // Another call was faster, or the file is another one: what stands is told as a call begins.
+            error @ (writer::Error::OutOfOrder { .. } | writer::Error::Forked { .. }) => {
+                return Err(Status::aborted(error.to_string()));
+            }
+        }
+        let pause = RETRY.0.saturating_mul(1 << self.attempts.min(16));
+        self.attempts += 1;
+        tokio::time::sleep(pause.min(RETRY.1)).await;
+        Ok(())
     }
 }
 

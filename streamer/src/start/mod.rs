@@ -184,7 +184,7 @@ pub async fn start(
             publication: &postgres.publication,
             published: &[],
             readable: &[],
-            writing: writing(config),
+            writing: writing(config, &names),
         };
         setup::ensure(&client, wanted).await?;
         let ours = receipts::names();
@@ -371,11 +371,12 @@ impl Start<'_> {
         let followed = resolved.followed();
         let published: Vec<_> = followed.iter().map(|table| name(table)).collect();
         let readable: Vec<_> = resolved.copy.iter().map(|table| name(table)).collect();
+        let named = names(self.config)?;
         let wanted = Wanted {
             publication,
             published: &published,
             readable: &readable,
-            writing: writing(self.config),
+            writing: writing(self.config, &named),
         };
         setup::ensure(&self.client, wanted).await?;
         let published = setup::published(&self.client, publication)
@@ -503,15 +504,15 @@ pub async fn set_up(config: &Config, print: bool) -> Result<String, Error> {
     }
     refuse(check::errors(findings))?;
     shape::compile(&config.shapes, &tables).map_err(|refused| refused_shapes(config, &refused))?;
-    let mut names = names;
+    let mut all = names.clone();
     if config.takes_writes() {
-        names.extend(receipts::names());
+        all.extend(receipts::names());
     }
     let wanted = Wanted {
         publication: &config.postgres.publication,
-        published: &names,
-        readable: &names,
-        writing: writing(config),
+        published: &all,
+        readable: &all,
+        writing: writing(config, &names),
     };
     let script = setup::plan(&client, wanted).await?;
     if script.statements.is_empty() {
@@ -535,10 +536,12 @@ fn names(config: &Config) -> Result<Vec<Name>, Error> {
     }
 }
 
-/// Who makes local writes, if any are taken.
-pub fn writing(config: &Config) -> Option<Writing<'_>> {
+/// Who makes local writes, if any are taken. `tables`: those that the shapes of the config name.
+pub fn writing<'a>(config: &'a Config, tables: &'a [Name]) -> Option<Writing<'a>> {
     config.takes_writes().then(|| Writing {
         role: config.postgres.write_target.user(),
+        roles: (config.auth.role.as_ref()).map_or(&[], |role| &role.allowed),
+        tables,
     })
 }
 

@@ -20,4 +20,5 @@ mod source;
 mod tls;
 mod tokens;
 mod types;
+mod writer;
 mod writes;

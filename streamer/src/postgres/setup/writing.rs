@@ -1,0 +1,371 @@
+//! What writes need in the database: two published tables, which are the receipts, and the functions that are the only way
+//! to them.
+//!
+//! The functions run with the rights of whoever set the database up, so each names every object with its schema, has a
+//! fixed `search_path`, and refuses inside a trigger: a trigger of the application could otherwise become the login role
+//! again (`RESET ROLE`) and claim what it likes. Errors of ours are of class `AB`, which Postgres does not use; what a
+//! program has to know is in the field COLUMN of the error, never only in its text.
+
+use super::{super::catalog::Name, grants, identifier, sql};
+use crate::postgres::sql::Client;
+
+/// The local transaction is not the next one. COLUMN: the last that is there.
+pub const OUT_OF_ORDER: &str = "AB001";
+/// The local transaction follows another one than the one that is there. COLUMN: the last that is there.
+pub const FORKED: &str = "AB002";
+/// The replica's id belongs to somebody else.
+pub const OTHER_SUBJECT: &str = "AB003";
+/// An effect was refused. COLUMN: the outcome; DATATYPE: which entry, if the statement is of several.
+pub const REFUSED: &str = "AB100";
+
+/// What writes need.
+#[derive(Clone, Copy, Debug)]
+pub struct Writing<'a> {
+    /// The role that logs in to write.
+    pub role: &'a str,
+    /// The roles that it becomes to write. Empty: it writes as itself.
+    pub roles: &'a [String],
+    /// The tables that are written. The login role reads them, to see whether a replica may see what it wrote.
+    pub tables: &'a [Name],
+}
+
+/// One row for each replica that ever wrote: its receipt.
+const REPLICAS: &str = "\
+CREATE TABLE IF NOT EXISTS anabranch.replicas (
+  replica text PRIMARY KEY,
+  subject text NOT NULL,
+  seq     bigint NOT NULL,
+  hash    bytea NOT NULL,
+  seen    timestamptz NOT NULL DEFAULT now()
+)";
+
+/// One row for each local transaction that was rejected, until its replica has it.
+const REJECTIONS: &str = "\
+CREATE TABLE IF NOT EXISTS anabranch.rejections (
+  replica         text NOT NULL,
+  subject         text NOT NULL,
+  seq             bigint NOT NULL,
+  entry           int,
+  outcome         text NOT NULL,
+  sqlstate        text NOT NULL,
+  message         text NOT NULL,
+  constraint_name text,
+  PRIMARY KEY (replica, seq)
+)";
+
+/// A function of the schema `anabranch`.
+struct Function {
+    name: &'static str,
+    /// Names and types of its arguments.
+    arguments: &'static str,
+    /// Types alone, as `oidvectortypes` prints them.
+    types: &'static str,
+    /// Runs with the rights of its owner, and for the login role only; else for those that write too.
+    trusted: bool,
+    body: &'static str,
+}
+
+/// What every trusted one begins with.
+macro_rules! body {
+    ($declared:literal, $body:literal) => {
+        concat!(
+            "\n#variable_conflict use_column\n",
+            $declared,
+            "BEGIN
+  IF pg_catalog.pg_trigger_depth() > 0 THEN
+    RAISE EXCEPTION 'anabranch: not within a trigger' USING ERRCODE = '42501';
+  END IF;
+",
+            $body,
+            "END\n"
+        )
+    };
+}
+
+const FUNCTIONS: [Function; 4] = [
+    Function {
+        name: "claim",
+        arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea",
+        types: "text, text, bigint, bytea, bytea",
+        trusted: true,
+        // The UPDATE waits for another claim of the replica that is under way, and then finds that it is too late.
+        body: body!(
+            "DECLARE\n  stored record;\n",
+            "\
+  IF $3 = 1 AND $4 = pg_catalog.decode(pg_catalog.repeat('00', 32), 'hex') THEN
+    INSERT INTO anabranch.replicas (replica, subject, seq, hash) VALUES ($1, $2, $3, $5) ON CONFLICT DO NOTHING;
+    IF FOUND THEN
+      RETURN;
+    END IF;
+  ELSE
+    UPDATE anabranch.replicas r SET seq = $3, hash = $5, seen = pg_catalog.now()
+     WHERE r.replica = $1 AND r.subject = $2 AND r.seq = $3 - 1 AND r.hash = $4;
+    IF FOUND THEN
+      RETURN;
+    END IF;
+  END IF;
+  SELECT r.subject, r.seq, r.hash INTO stored FROM anabranch.replicas r WHERE r.replica = $1;
+  IF FOUND AND stored.subject <> $2 THEN
+    RAISE EXCEPTION 'anabranch: this replica id belongs to another subject' USING ERRCODE = 'AB003';
+  END IF;
+  IF stored.seq = $3 AND stored.hash <> $5
+     OR stored.seq = $3 - 1 AND stored.hash <> $4
+     OR stored.seq IS NULL AND $3 = 1 THEN
+    RAISE EXCEPTION 'anabranch: local transaction % follows another one than the one that is here', $3
+      USING ERRCODE = 'AB002', COLUMN = coalesce(stored.seq, 0)::pg_catalog.text;
+  END IF;
+  RAISE EXCEPTION 'anabranch: local transaction % is not the next one', $3
+    USING ERRCODE = 'AB001', COLUMN = coalesce(stored.seq, 0)::pg_catalog.text;
+"
+        ),
+    },
+    Function {
+        name: "reject",
+        arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea, entry int, \
+                    outcome text, sqlstate text, message text, constraint_name text",
+        types: "text, text, bigint, bytea, bytea, integer, text, text, text, text",
+        trusted: true,
+        body: body!(
+            "",
+            "\
+  PERFORM anabranch.claim($1, $2, $3, $4, $5);
+  INSERT INTO anabranch.rejections (replica, subject, seq, entry, outcome, sqlstate, message, constraint_name)
+    VALUES ($1, $2, $3, $6, $7, $8, $9, $10);
+"
+        ),
+    },
+    Function {
+        name: "settle",
+        arguments: "replica text, seq bigint",
+        types: "text, bigint",
+        trusted: true,
+        body: body!(
+            "",
+            "  DELETE FROM anabranch.rejections r WHERE r.replica = $1 AND r.seq <= $2;\n"
+        ),
+    },
+    Function {
+        name: "refuse",
+        arguments: "outcome text, entry int",
+        types: "text, integer",
+        trusted: false,
+        body: "
+BEGIN
+  RAISE EXCEPTION 'anabranch: %', $1
+    USING ERRCODE = 'AB100', COLUMN = $1, DATATYPE = CASE WHEN $2 IS NULL THEN '' ELSE $2::pg_catalog.text END;
+END
+",
+    },
+];
+
+impl Function {
+    fn signature(&self) -> String {
+        format!("anabranch.{}({})", self.name, self.types)
+    }
+
+    fn create(&self) -> String {
+        format!(
+            "CREATE OR REPLACE FUNCTION anabranch.{}({}) RETURNS void\n\
+             LANGUAGE plpgsql {} SET search_path = pg_catalog, pg_temp AS $anabranch${}$anabranch$",
+            self.name,
+            self.arguments,
+            if self.trusted {
+                "SECURITY DEFINER"
+            } else {
+                "SECURITY INVOKER"
+            },
+            self.body
+        )
+    }
+}
+
+/// The two tables, to be published and read as others are.
+pub fn tables() -> [Name; 2] {
+    ["replicas", "rejections"].map(|name| Name {
+        schema: "anabranch".into(),
+        name: name.into(),
+    })
+}
+
+/// What is missing. `reader` is the role that replicates, quoted.
+pub(super) async fn plan(
+    client: &Client,
+    writing: Writing<'_>,
+    reader: &str,
+) -> Result<Vec<String>, sql::Error> {
+    let mut statements = Vec::new();
+    made(client, reader, &mut statements).await?;
+    let login = identifier(writing.role);
+    let known = client
+        .client
+        .query_opt(
+            "SELECT rolname = current_user FROM pg_roles WHERE rolname = $1",
+            &[&writing.role],
+        )
+        .await?;
+    if known.is_none() {
+        statements.push(format!("CREATE ROLE {login} LOGIN NOINHERIT"));
+    }
+    functions(client, writing, known.is_some(), &mut statements).await?;
+    if known.is_some() {
+        for role in writing.roles {
+            let member = client
+                .client
+                .query_opt(
+                    "SELECT pg_has_role($1, oid, 'MEMBER') FROM pg_roles WHERE rolname = $2",
+                    &[&writing.role, role],
+                )
+                .await?;
+            // A role that is not there is not made: nobody knows what it should be allowed.
+            if member.is_some_and(|row| !row.get::<_, bool>(0)) {
+                statements.push(format!("GRANT {} TO {login}", identifier(role)));
+            }
+        }
+    }
+    let reads = if known.is_some() {
+        grants(client, writing.tables, Some(writing.role), &login).await?
+    } else {
+        writing
+            .tables
+            .iter()
+            .map(|table| format!("GRANT SELECT ON {} TO {login}", super::qualified(table)))
+            .collect()
+    };
+    statements.extend(reads);
+    statements.extend(standing(client, writing.role, &login).await?);
+    Ok(statements)
+}
+
+/// What lets the login role see how far a replica has come.
+async fn standing(client: &Client, role: &str, quoted: &str) -> Result<Option<String>, sql::Error> {
+    let may = client
+        .client
+        .query_opt(
+            "SELECT has_table_privilege(r.oid, c.oid, 'SELECT')
+               FROM pg_roles r, pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE r.rolname = $1 AND n.nspname = 'anabranch' AND c.relname = 'replicas'",
+            &[&role],
+        )
+        .await?;
+    let may = may.is_some_and(|row| row.get(0));
+    Ok((!may).then(|| format!("GRANT SELECT ON anabranch.replicas TO {quoted}")))
+}
+
+/// The tables.
+async fn made(
+    client: &Client,
+    reader: &str,
+    statements: &mut Vec<String>,
+) -> Result<(), sql::Error> {
+    let rows = client
+        .client
+        .query(
+            "SELECT c.relname::text, has_table_privilege(c.oid, 'SELECT')
+               FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE n.nspname = 'anabranch'",
+            &[],
+        )
+        .await?;
+    for (name, create) in [("replicas", REPLICAS), ("rejections", REJECTIONS)] {
+        let found = rows.iter().find(|row| row.get::<_, &str>(0) == name);
+        if found.is_none() {
+            statements.push(create.into());
+            statements.push(format!("REVOKE ALL ON anabranch.{name} FROM PUBLIC"));
+        }
+        if !found.is_some_and(|row| row.get(1)) {
+            statements.push(format!("GRANT SELECT ON anabranch.{name} TO {reader}"));
+        }
+    }
+    Ok(())
+}
+
+/// The functions, and who may call them.
+async fn functions(
+    client: &Client,
+    writing: Writing<'_>,
+    known: bool,
+    statements: &mut Vec<String>,
+) -> Result<(), sql::Error> {
+    let sql = &client.client;
+    // Not to_regprocedure(): it fails where the role may not use the schema.
+    let found = sql
+        .query(
+            "SELECT p.oid, p.proname::text, oidvectortypes(p.proargtypes), p.prosrc, p.prosecdef, p.proconfig,
+                    EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+                             WHERE a.grantee = 0)
+               FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+              WHERE n.nspname = 'anabranch' AND p.proname = ANY ($1)",
+            &[&FUNCTIONS.map(|function| function.name).to_vec()],
+        )
+        .await?;
+    let mut writers: Vec<&str> = vec![writing.role];
+    writers.extend(writing.roles.iter().map(String::as_str));
+    let present = sql
+        .query(
+            "SELECT r.rolname::text,
+                    coalesce((SELECT has_schema_privilege(r.oid, n.oid, 'USAGE')
+                                FROM pg_namespace n WHERE n.nspname = 'anabranch'), false)
+               FROM pg_roles r WHERE r.rolname = ANY ($1)",
+            &[&writers],
+        )
+        .await?;
+    for writer in &writers {
+        let uses = present.iter().find(|row| row.get::<_, &str>(0) == *writer);
+        let exists = uses.is_some() || *writer == writing.role && !known;
+        if exists && !uses.is_some_and(|row| row.get(1)) {
+            let role = identifier(writer);
+            statements.push(format!("GRANT USAGE ON SCHEMA anabranch TO {role}"));
+        }
+    }
+    for function in &FUNCTIONS {
+        let mut as_it_is = None;
+        for row in &found {
+            if row.get::<_, &str>(1) != function.name {
+                continue;
+            }
+            let found_types: String = row.get(2);
+            if found_types == function.types {
+                as_it_is = Some(row);
+            } else {
+                let name = function.name;
+                statements.push(format!("DROP FUNCTION anabranch.{name}({found_types})"));
+            }
+        }
+        let config: Option<Vec<String>> = as_it_is.and_then(|row| row.get(5));
+        let is_same = as_it_is.is_some_and(|row| {
+            row.get::<_, &str>(3) == function.body && row.get::<_, bool>(4) == function.trusted
+        }) && config
+            .is_some_and(|config| config == ["search_path=pg_catalog, pg_temp"]);
+        if !is_same {
+            statements.push(function.create());
+        }
+        let signature = function.signature();
+        if as_it_is.is_none_or(|row| row.get(6)) {
+            statements.push(format!("REVOKE ALL ON FUNCTION {signature} FROM PUBLIC"));
+        }
+        let oid: Option<u32> = as_it_is.map(|row| row.get(0));
+        for writer in &writers {
+            let exists = present.iter().any(|row| row.get::<_, &str>(0) == *writer)
+                || *writer == writing.role;
+            let is_login = *writer == writing.role;
+            if !exists || (function.trusted && !is_login) {
+                continue;
+            }
+            let may = match oid {
+                Some(oid) if known || !is_login => sql
+                    .query_one(
+                        "SELECT has_function_privilege($1, $2::oid, 'EXECUTE')",
+                        &[writer, &oid],
+                    )
+                    .await?
+                    .get(0),
+                _ => false,
+            };
+            if !may {
+                let role = identifier(writer);
+                statements.push(format!("GRANT EXECUTE ON FUNCTION {signature} TO {role}"));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,654 @@
+//! What the streamer does with a local transaction: one transaction of Postgres, or a rejection.
+//!
+//! ```text
+//! BEGIN
+//! SELECT anabranch.claim(…), become the role, with its claims     exactly once: contiguous, and chained by hashes
+//! the effects, in order                                           as the role; of rows that the replica is shown
+//! SET CONSTRAINTS ALL IMMEDIATE; become the login role again      deferred triggers run as the role too
+//! refuse rows that the replica is not shown                       as the login role
+//! COMMIT
+//! ```
+//!
+//! **Exactly once.** The claim moves the replica's row of `anabranch.replicas` from the transaction before to this one,
+//! or fails; it commits with the effects, or not at all. So a transaction that comes again is known for one, and nothing
+//! is remembered here. A rejection is a claim too, or a transaction sent behind a rejected one would have to be held
+//! until that is recorded: instead all are sent without waiting, and those behind one that failed fail at their claim.
+//!
+//! **Shown before.** The design asks for a look at the rows before the effects. Between that look and the effect another
+//! transaction may move the row, so the condition is part of the effect itself (see [`statement`]), which saves the look
+//! too. Only the first statement that touches a row has it: later ones see what this transaction made of the row.
+//!
+//! **The role** needs rights on the tables, on the columns of the conditions (to read), and USAGE of the schema
+//! `anabranch`; the login role needs SELECT for the last look, and where it is under row-level security a policy that
+//! shows it all rows. Where a replica writes as no other role, its claims are in force as it looks, and policies count.
+//!
+//! **Errors** that are the transaction's own reject it, those of the way to Postgres are the caller's to wait out, and those
+//! of the set-up (the claim may not be called, the role is not there) are [`Error::Definite`]: no write is lost by them.
+//!
+//! What is *not* here: sessions, gRPC, and which replica may write what ([`Rules`] is given in).
+
+mod facts;
+mod flight;
+mod outcome;
+mod rules;
+mod statement;
+mod value;
+
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+    hash::{BuildHasher, Hasher, RandomState},
+    sync::Arc,
+    time::Duration,
+};
+
+use anabranch_proto::record;
+pub use outcome::{Error, Outcome, Rejection};
+pub use rules::{Rule, Rules};
+
+use self::{
+    facts::Facts,
+    flight::{Cause, Failure, Flight, Prepared, Step},
+    outcome::{Class, bounded, classify},
+    statement::{Keys, Sql, Target},
+    value::Param,
+};
+use super::{
+    setup::{FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED},
+    sql::{self, Client},
+    target::Target as Server,
+};
+use crate::{
+    table::{Oid, Table},
+    write::{Entry, Hash, Kind, LocalTransaction, WriteTable},
+};
+
+/// How often a transaction is tried that others keep from its locks.
+const ATTEMPTS_MAX: u32 = 6;
+
+/// How long the first wait between attempts is, at most; each is twice the one before.
+const WAIT_MAX: Duration = Duration::from_millis(20);
+
+/// As many rows are looked at by one statement after the effects.
+const CHECKED_AT_ONCE: usize = 1000;
+
+/// Errors that an old idea of a table's schema may be the reason of.
+const STALE: &[&str] = &[
+    "0A000", "23502", "26000", "428C9", "42703", "42704", "42804", "42846", "42883", "42P01",
+    "42P18",
+];
+
+const CLAIM: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea), \
+     pg_catalog.set_config('role', $6::pg_catalog.text, true), \
+     pg_catalog.set_config('request.jwt.claims', $7::pg_catalog.text, true)";
+
+const REJECT: &str = "SELECT anabranch.reject($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
+     $6::pg_catalog.int4, $7::pg_catalog.text, $8::pg_catalog.text, $9::pg_catalog.text, $10::pg_catalog.text)";
+
+const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.int8)";
+
+const STANDING: &str =
+    "SELECT subject, seq, hash FROM anabranch.replicas WHERE replica = $1::pg_catalog.text";
+
+/// Claims stay in force for the last look where there is no other role to come back from.
+const AFTER_ROLE: &str =
+    "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE; SET LOCAL request.jwt.claims = ''";
+const AFTER_NO_ROLE: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE";
+
+/// A connection that writes. One transaction at a time: a second replica needs a second one, or waits.
+pub struct Writer {
+    client: Client,
+    prepared: Prepared,
+    facts: HashMap<Oid, (u32, Arc<Facts>)>,
+    /// A transaction is under way, or was when its future was dropped.
+    busy: bool,
+}
+
+/// Who writes.
+#[derive(Clone)]
+pub struct Replica {
+    /// Its id.
+    pub id: String,
+    /// The subject of its token, which the id belongs to from the first claim on.
+    pub subject: String,
+    /// The role that its effects run as; `None`: the login role.
+    pub role: Option<String>,
+    /// The claims of its token, as JSON, for `current_setting('request.jwt.claims')`.
+    pub claims_json: String,
+}
+
+/// What became of transactions that were sent together.
+#[derive(Debug)]
+pub struct Applied {
+    /// Of the first ones, in order.
+    pub outcomes: Vec<Outcome>,
+    /// Why there are not as many as transactions: what stopped the next one.
+    pub error: Option<Error>,
+}
+
+/// What is to be done about a failure.
+enum Verdict {
+    Answered,
+    Retry(String),
+    Reject(Rejection),
+    Fail(Error),
+}
+
+impl Writer {
+    /// Connects.
+    pub async fn connect(server: &Server) -> Result<Writer, sql::Error> {
+        let client = Client::connect_to_write(server, "anabranch writer").await?;
+        // Compiling takes longer than any of our statements.
+        client.client.batch_execute("SET jit = off").await?;
+        Ok(Writer {
+            client,
+            prepared: Prepared::default(),
+            facts: HashMap::new(),
+            busy: false,
+        })
+    }
+
+    /// Whether it can be used: the connection is there, and no transaction was given up in its middle.
+    pub fn is_usable(&self) -> bool {
+        !self.busy && !self.client.client.is_closed()
+    }
+
+    /// The last transaction of a replica that is answered, and its hash.
+    pub async fn standing(&mut self, replica: &Replica) -> Result<Option<(u64, Hash)>, Error> {
+        self.usable()?;
+        let client = &self.client.client;
+        let statement = self.prepared.get(client, STANDING).await.map_err(failed)?;
+        let row = client.query_opt(&statement, &[&replica.id]).await;
+        let Some(row) = row.map_err(failed)? else {
+            return Ok(None);
+        };
+        if row.get::<_, &str>(0) != replica.subject {
+            return Err(Error::OtherSubject);
+        }
+        let hash = row.get::<_, &[u8]>(2).try_into();
+        let hash = hash.map_err(|_| Error::Definite("anabranch.replicas holds no hash".into()))?;
+        Ok(Some((row.get::<_, i64>(1).cast_unsigned(), hash)))
+    }
+
+    /// Applies the transaction that comes after the one with the hash `previous`, or records that it is rejected.
+    pub async fn apply(
+        &mut self,
+        replica: &Replica,
+        previous: &Hash,
+        transaction: &LocalTransaction,
+        rules: &Rules,
+    ) -> Result<Outcome, Error> {
+        let transactions = std::slice::from_ref(transaction);
+        let applied = self
+            .apply_many(replica, previous, transactions, rules)
+            .await;
+        match (applied.outcomes.into_iter().next(), applied.error) {
+            (Some(outcome), _) => Ok(outcome),
+            (None, Some(error)) => Err(error),
+            (None, None) => Err(Error::Definite("nothing to apply".into())),
+        }
+    }
+
+    /// The same for several that follow each other, sent without waiting: a round trip for all, if none fails.
+    pub async fn apply_many<T: AsRef<LocalTransaction>>(
+        &mut self,
+        replica: &Replica,
+        previous: &Hash,
+        transactions: &[T],
+        rules: &Rules,
+    ) -> Applied {
+        let mut outcomes = Vec::with_capacity(transactions.len());
+        let error = self
+            .run(replica, previous, transactions, rules, &mut outcomes)
+            .await
+            .err();
+        Applied { outcomes, error }
+    }
+
+    async fn run<T: AsRef<LocalTransaction>>(
+        &mut self,
+        replica: &Replica,
+        previous: &Hash,
+        transactions: &[T],
+        rules: &Rules,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), Error> {
+        let (mut attempt, mut looked_again) = (0, false);
+        while outcomes.len() < transactions.len() {
+            let before = |outcomes: &Vec<_>| match outcomes.len().checked_sub(1) {
+                Some(last) => transactions[last].as_ref().hash,
+                None => *previous,
+            };
+            let rest = &transactions[outcomes.len()..];
+            let sent = self.fly(replica, &before(outcomes), rest, rules).await?;
+            for (failure, transaction) in sent.into_iter().zip(rest) {
+                let transaction = transaction.as_ref();
+                let verdict = match failure {
+                    None => {
+                        outcomes.push(Outcome::Applied);
+                        (attempt, looked_again) = (0, false);
+                        continue;
+                    }
+                    Some(failure) => judge(failure, transaction.seq),
+                };
+                match verdict {
+                    Verdict::Answered => {
+                        outcomes.push(Outcome::AlreadyAnswered);
+                        continue;
+                    }
+                    Verdict::Fail(error) => return Err(error),
+                    Verdict::Retry(why) => {
+                        attempt += 1;
+                        wait(attempt, why).await?;
+                    }
+                    Verdict::Reject(rejection)
+                        if !looked_again && STALE.contains(&&*rejection.sqlstate) =>
+                    {
+                        looked_again = true;
+                        self.facts.clear();
+                        self.prepared.clear();
+                    }
+                    Verdict::Reject(rejection) => {
+                        let previous = before(outcomes);
+                        let (seq, hash) = (transaction.seq, &transaction.hash);
+                        let outcome = self
+                            .reject(replica, &previous, seq, hash, rejection)
+                            .await?;
+                        outcomes.push(outcome);
+                        (attempt, looked_again) = (0, false);
+                    }
+                }
+                // Those behind it found that it is missing.
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Claims a transaction without effects, and records why.
+    pub async fn reject(
+        &mut self,
+        replica: &Replica,
+        previous: &Hash,
+        seq: u64,
+        hash: &Hash,
+        rejection: Rejection,
+    ) -> Result<Outcome, Error> {
+        let mut attempt = 0;
+        loop {
+            self.usable()?;
+            let text = |text: &str| Param::Text(text.replace('\0', ""));
+            let optional = |text: Option<String>| text.map_or(Param::Null, Param::Text);
+            let params = vec![
+                text(&replica.id),
+                text(&replica.subject),
+                Param::Text(seq.to_string()),
+                Param::Bytes(previous.to_vec()),
+                Param::Bytes(hash.to_vec()),
+                optional(rejection.entry.map(|entry| entry.to_string())),
+                text(&rejection.outcome),
+                text(&rejection.sqlstate),
+                text(&bounded(&rejection.message)),
+                optional(rejection.constraint.as_deref().map(bounded)),
+            ];
+            let client = &self.client.client;
+            let done = match self.prepared.get(client, REJECT).await {
+                Ok(statement) => client.execute_raw(&statement, params).await,
+                Err(error) => Err(error),
+            };
+            let Err(error) = done else {
+                return Ok(Outcome::Rejected(rejection));
+            };
+            let failure = Failure {
+                step: Step::Claim,
+                cause: Cause::Sql(error),
+            };
+            match judge(failure, seq) {
+                Verdict::Answered => return Ok(Outcome::AlreadyAnswered),
+                Verdict::Fail(error) => return Err(error),
+                Verdict::Reject(why) => return Err(Error::Definite(why.message)),
+                Verdict::Retry(why) => {
+                    attempt += 1;
+                    wait(attempt, why).await?;
+                }
+            }
+        }
+    }
+
+    /// Forgets rejections up to `seq`: the replica has them.
+    pub async fn settle(&mut self, replica: &Replica, seq: u64) -> Result<(), Error> {
+        self.usable()?;
+        let client = &self.client.client;
+        let statement = self.prepared.get(client, SETTLE).await.map_err(failed)?;
+        let params = [
+            Param::Text(replica.id.clone()),
+            Param::Text(seq.to_string()),
+        ];
+        let settled = client.execute_raw(&statement, params).await;
+        settled.map(drop).map_err(failed)
+    }
+
+    fn usable(&self) -> Result<(), Error> {
+        if self.is_usable() {
+            Ok(())
+        } else {
+            Err(Error::Transient("the connection to Postgres broke".into()))
+        }
+    }
+
+    /// Sends transactions, up to the first that is known to fail. By transaction: why it failed.
+    async fn fly<T: AsRef<LocalTransaction>>(
+        &mut self,
+        replica: &Replica,
+        previous: &Hash,
+        transactions: &[T],
+        rules: &Rules,
+    ) -> Result<Vec<Option<Failure>>, Error> {
+        self.usable()?;
+        let mut found = Vec::with_capacity(transactions.len());
+        for transaction in transactions {
+            let mut targets = Vec::new();
+            for table in &transaction.as_ref().tables {
+                targets.push(self.target(table, rules).await?);
+            }
+            found.push(targets);
+        }
+        self.busy = true;
+        let mut flight = Flight::new(&self.client.client, &mut self.prepared);
+        let mut previous = *previous;
+        for (transaction, targets) in transactions.iter().zip(&found) {
+            let transaction = transaction.as_ref();
+            send(&mut flight, replica, &previous, transaction, targets).await;
+            previous = transaction.hash;
+            if flight.has_failed() {
+                break;
+            }
+        }
+        let failures = flight.finish().await;
+        self.busy = false;
+        Ok(failures)
+    }
+
+    /// A table that a transaction names; or why its entries are rejected.
+    async fn target(
+        &mut self,
+        table: &WriteTable,
+        rules: &Rules,
+    ) -> Result<Result<Target, Rejection>, Error> {
+        let not_writable = |sqlstate: &str, message: String| {
+            Ok(Err(Rejection {
+                entry: None,
+                outcome: Cow::Borrowed("not_writable"),
+                sqlstate: sqlstate.into(),
+                message: bounded(&message),
+                constraint: None,
+            }))
+        };
+        let name = format!("{}.{}", table.schema, table.name);
+        let Some(rule) = rules.of(&table.schema, &table.name) else {
+            return not_writable("42501", format!("{name} is not writable for this replica"));
+        };
+        let known = &rule.table.columns;
+        let mut places = Vec::with_capacity(table.columns.len());
+        for column in &table.columns {
+            let place = known.iter().position(|known| known.name == *column);
+            match place.filter(|place| rule.columns.contains(place)) {
+                Some(place) => places.push(place),
+                None => {
+                    let message =
+                        format!("{name} has no column {column:?} that this replica may write");
+                    return not_writable(if place.is_some() { "42501" } else { "42703" }, message);
+                }
+            }
+        }
+        let key: Vec<_> = table.key.iter().map(|column| places[*column]).collect();
+        let is_key = key.len() == rule.table.key.len()
+            && rule.table.key.iter().all(|place| key.contains(place));
+        if !is_key {
+            return not_writable("42P10", format!("{name} has another key now"));
+        }
+        Ok(Ok(Target {
+            rule: Arc::clone(rule),
+            facts: self.facts(&rule.table).await?,
+            places,
+            key,
+        }))
+    }
+
+    async fn facts(&mut self, table: &Table) -> Result<Arc<Facts>, Error> {
+        if let Some((version, facts)) = self.facts.get(&table.oid)
+            && *version == table.version
+        {
+            return Ok(Arc::clone(facts));
+        }
+        let facts = Arc::new(facts::read(&self.client.client, table).await?);
+        let kept = (table.version, Arc::clone(&facts));
+        self.facts.insert(table.oid, kept);
+        Ok(facts)
+    }
+}
+
+impl AsRef<LocalTransaction> for LocalTransaction {
+    fn as_ref(&self) -> &LocalTransaction {
+        self
+    }
+}
+
+/// Sends one transaction.
+async fn send(
+    flight: &mut Flight<'_>,
+    replica: &Replica,
+    previous: &Hash,
+    transaction: &LocalTransaction,
+    targets: &[Result<Target, Rejection>],
+) {
+    flight.next_transaction();
+    flight.simple(Step::Begin, "BEGIN READ WRITE").await;
+    let claim = Sql {
+        text: CLAIM.into(),
+        params: vec![
+            Param::Text(replica.id.clone()),
+            Param::Text(replica.subject.clone()),
+            Param::Text(transaction.seq.to_string()),
+            Param::Bytes(previous.to_vec()),
+            Param::Bytes(transaction.hash.to_vec()),
+            Param::Text(replica.role.clone().unwrap_or_else(|| "none".into())),
+            Param::Text(replica.claims_json.clone()),
+        ],
+    };
+    flight.statement(Step::Claim, claim).await;
+    let checks = effects(flight, transaction, targets).await;
+    if !flight.has_failed() {
+        let after = if replica.role.is_some() {
+            AFTER_ROLE
+        } else {
+            AFTER_NO_ROLE
+        };
+        flight.simple(Step::Constraints, after).await;
+        for check in checks {
+            flight.statement(Step::Check, check).await;
+        }
+    }
+    // What fails unnoticed makes a ROLLBACK of the COMMIT; what we found ourselves Postgres knows nothing of.
+    let end = if flight.has_failed() {
+        "ROLLBACK"
+    } else {
+        "COMMIT"
+    };
+    flight.simple(Step::Commit, end).await;
+}
+
+/// Sends what the entries do, until one is known to fail. What is to be looked at afterwards.
+async fn effects(
+    flight: &mut Flight<'_>,
+    transaction: &LocalTransaction,
+    targets: &[Result<Target, Rejection>],
+) -> Vec<Sql> {
+    let mut left: Vec<Keys> = targets.iter().map(|_| Keys::default()).collect();
+    let mut touched = HashSet::new();
+    for (i, entry) in (0..).zip(&transaction.entries) {
+        if flight.has_failed() {
+            break;
+        }
+        match effect(transaction, entry, targets, &mut touched) {
+            Ok((sql, key)) => {
+                if let Some(key) = key {
+                    left[entry.table()].0.push((i, key));
+                }
+                if let Some(sql) = sql {
+                    let facts = targets[entry.table()].as_ref().ok();
+                    let facts = facts.filter(|_| entry.kind() == Kind::Insert);
+                    let facts = facts.map(|target| Arc::clone(&target.facts));
+                    flight.statement(Step::Effect(i, facts), sql).await;
+                }
+            }
+            Err(mut rejection) => {
+                rejection.entry = Some(i);
+                flight.reject(Step::Effect(i, None), rejection).await;
+            }
+        }
+    }
+    let mut checks = Vec::new();
+    for (target, Keys(keys)) in targets.iter().zip(left) {
+        let Ok(target) = target else { continue };
+        let mut keys = keys.into_iter();
+        loop {
+            let some = Keys(keys.by_ref().take(CHECKED_AT_ONCE).collect());
+            if some.0.is_empty() {
+                break;
+            }
+            checks.extend(target.check(&some));
+        }
+    }
+    checks
+}
+
+/// The statement for an entry, and the key to be looked at afterwards.
+fn effect(
+    transaction: &LocalTransaction,
+    entry: &Entry,
+    targets: &[Result<Target, Rejection>],
+    touched: &mut HashSet<(usize, bytes::Bytes)>,
+) -> Result<(Option<Sql>, Option<Vec<String>>), Rejection> {
+    let rejected = |sqlstate: &str, message: &str| Rejection {
+        entry: None,
+        outcome: Cow::Borrowed("error"),
+        sqlstate: sqlstate.into(),
+        message: message.into(),
+        constraint: None,
+    };
+    let target = match &targets[entry.table()] {
+        Ok(target) => target,
+        Err(rejection) => return Err(rejection.clone()),
+    };
+    let table = &transaction.tables[entry.table()];
+    let change = transaction.change(entry);
+    let change = change.map_err(|malformed| rejected("08P01", malformed.0))?;
+    let mut first = true;
+    let is_checked = target.rule.shown().is_some();
+    if is_checked && transaction.entries.len() > 1 {
+        let before = match &change {
+            crate::write::Change::Insert { .. } => None,
+            crate::write::Change::Update { key, .. } | crate::write::Change::Delete { key, .. } => {
+                Some(key)
+            }
+        };
+        let after = statement::key_after(table, &change);
+        if let Some(before) = before {
+            let before = record::build(before.iter().copied());
+            first = touched.insert((entry.table(), before));
+        }
+        if let Some(after) = after {
+            touched.insert((entry.table(), record::build(after)));
+        }
+    }
+    let unwritable =
+        |unwritable: value::Unwritable| rejected(unwritable.sqlstate, unwritable.message);
+    let sql = target
+        .statement(table, &change, first)
+        .map_err(unwritable)?;
+    let key = if is_checked {
+        target.key_after(table, &change).map_err(unwritable)?
+    } else {
+        None
+    };
+    Ok((sql, key))
+}
+
+/// What a failure of transaction `seq` means.
+fn judge(failure: Failure, seq: u64) -> Verdict {
+    let error = match failure.cause {
+        Cause::Rejected(rejection) => return Verdict::Reject(rejection),
+        Cause::Sql(error) => error,
+    };
+    let Some(said) = error.as_db_error() else {
+        return Verdict::Fail(failed(error));
+    };
+    let sqlstate = said.code().code();
+    let stored = || {
+        said.column()
+            .and_then(|column| column.parse().ok())
+            .unwrap_or(0)
+    };
+    if matches!(failure.step, Step::Claim) {
+        match sqlstate {
+            OUT_OF_ORDER if stored() >= seq => return Verdict::Answered,
+            OUT_OF_ORDER => {
+                return Verdict::Fail(Error::OutOfOrder {
+                    expected: stored() + 1,
+                });
+            }
+            FORKED => return Verdict::Fail(Error::Forked { seq: stored() }),
+            OTHER_SUBJECT => return Verdict::Fail(Error::OtherSubject),
+            _ => {}
+        }
+    }
+    match classify(sqlstate) {
+        Class::Retry => return Verdict::Retry(bounded(&failed(error).to_string())),
+        Class::Transient => return Verdict::Fail(failed(error)),
+        Class::Final => {}
+    }
+    let rejection = |entry, outcome: &str| Rejection {
+        entry,
+        outcome: Cow::Owned(outcome.to_owned()),
+        sqlstate: sqlstate.to_owned(),
+        message: bounded(said.message()),
+        constraint: said.constraint().map(bounded),
+    };
+    let outcome = said.column().unwrap_or("error");
+    Verdict::Reject(match &failure.step {
+        // Not the transaction's fault.
+        Step::Begin | Step::Claim => return Verdict::Fail(failed(error)),
+        Step::Check if sqlstate == REFUSED => {
+            let entry = said.datatype().and_then(|entry| entry.parse().ok());
+            rejection(entry, outcome)
+        }
+        Step::Check => return Verdict::Fail(failed(error)),
+        Step::Effect(entry, _) if sqlstate == REFUSED => rejection(Some(*entry), outcome),
+        Step::Effect(entry, Some(facts))
+            if sqlstate == "23505"
+                && (said.constraint())
+                    .is_some_and(|constraint| facts.keys.iter().any(|key| key == constraint)) =>
+        {
+            rejection(Some(*entry), "insert_exists")
+        }
+        Step::Effect(entry, _) => rejection(Some(*entry), "error"),
+        Step::Constraints | Step::Commit => rejection(None, "error"),
+    })
+}
+
+/// What Postgres said, or the connection.
+fn failed(error: tokio_postgres::Error) -> Error {
+    sql::Error::from(error).into()
+}
+
+/// Waits before another attempt: longer each time, and never as long as others do.
+async fn wait(attempt: u32, why: String) -> Result<(), Error> {
+    if attempt >= ATTEMPTS_MAX {
+        return Err(Error::Transient(why));
+    }
+    let longest = WAIT_MAX * 2u32.pow(attempt - 1);
+    let chance = RandomState::new().build_hasher().finish() % 1000;
+    tokio::time::sleep(longest * chance as u32 / 1000).await;
+    Ok(())
+}

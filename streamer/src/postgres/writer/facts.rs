@@ -1,0 +1,114 @@
+//! What the catalogs say of a table that is written, beyond what [`Table`] has: read when a connection first writes it,
+//! and again when its schema changed.
+
+use tokio_postgres::Client;
+
+use crate::{postgres::sql::Error, table::Table};
+
+/// A table that is written.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// By place in [`Table::columns`].
+    pub columns: Vec<ColumnFacts>,
+    /// Name of each column of its row type, in order, and whether it is generated.
+    pub row: Vec<(String, bool)>,
+    /// The unique indexes over exactly the key.
+    pub keys: Vec<String>,
+    /// A trigger may suppress an UPDATE.
+    pub suppresses: bool,
+}
+
+/// A column of it.
+#[derive(Clone, Debug, Default)]
+pub struct ColumnFacts {
+    /// Its type (a domain's base), with its schema, quoted, without typmod.
+    pub type_name: String,
+    /// It gets a value where an INSERT gives none: a default, or an identity.
+    pub has_default: bool,
+    /// Stored generated.
+    pub generated: bool,
+    /// `GENERATED ALWAYS AS IDENTITY`.
+    pub always: bool,
+}
+
+/// Reads them.
+pub async fn read(client: &Client, table: &Table) -> Result<Facts, Error> {
+    let attributes = client
+        .query(
+            "SELECT attnum, attname::text, atthasdef AND attgenerated = '' OR attidentity <> '',
+                    attgenerated <> '', attidentity = 'a'
+               FROM pg_catalog.pg_attribute
+              WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
+            &[&table.oid],
+        )
+        .await?;
+    let oids: Vec<u32> = table.columns.iter().map(|column| column.base_oid).collect();
+    let types = client
+        .query(
+            "SELECT t.oid, pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(t.typname)
+               FROM pg_catalog.pg_type t JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace
+              WHERE t.oid = ANY ($1)",
+            &[&oids],
+        )
+        .await?;
+    let indexes = client
+        .query(
+            "SELECT c.relname::text, ARRAY(SELECT k.attnum FROM pg_catalog.unnest(i.indkey) WITH ORDINALITY k(attnum, place)
+                                            WHERE k.place <= i.indnkeyatts)
+               FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+              WHERE i.indrelid = $1 AND i.indisunique",
+            &[&table.oid],
+        )
+        .await?;
+    // A policy may hide a row from an UPDATE, which then must not be taken for one that a trigger suppressed.
+    let suppresses = client
+        .query_opt(
+            "SELECT NOT c.relrowsecurity AND EXISTS (
+                 SELECT FROM pg_catalog.pg_trigger g
+                  WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND g.tgtype & 19 = 19)
+               FROM pg_catalog.pg_class c WHERE c.oid = $1",
+            &[&table.oid],
+        )
+        .await?
+        .is_some_and(|row| row.get(0));
+
+    let columns = table.columns.iter().map(|column| {
+        let row = attributes
+            .iter()
+            .find(|row| row.get::<_, i16>(0) == column.attnum);
+        let named = types
+            .iter()
+            .find(|row| row.get::<_, u32>(0) == column.base_oid);
+        let (Some(row), Some(named)) = (row, named) else {
+            let table = table.full_name();
+            return Err(Error::Transient(format!(
+                "the columns of {table} changed just now"
+            )));
+        };
+        Ok(ColumnFacts {
+            type_name: named.get(1),
+            has_default: row.get(2),
+            generated: row.get(3),
+            always: row.get(4),
+        })
+    });
+    let mut key: Vec<_> = (table.key.iter())
+        .map(|column| table.columns[*column].attnum)
+        .collect();
+    key.sort_unstable();
+    Ok(Facts {
+        columns: columns.collect::<Result<_, _>>()?,
+        row: (attributes.iter())
+            .map(|row| (row.get(1), row.get(3)))
+            .collect(),
+        keys: (indexes.iter())
+            .filter(|row| {
+                let mut columns: Vec<i16> = row.get(1);
+                columns.sort_unstable();
+                columns == key
+            })
+            .map(|row| row.get(0))
+            .collect(),
+        suppresses,
+    })
+}

@@ -1,0 +1,804 @@
+//! The writer against a real Postgres: what it promises of local transactions, whatever they do.
+
+mod fixture;
+mod load;
+mod types;
+
+use std::time::Duration;
+
+use anabranch_proto::record::ValueRef::{self, Integer, Null, Text};
+use anabranch_streamer::{
+    postgres::writer::{Error, Outcome, Rejection},
+    write::{Conflict, Kind, NO_HASH, Policy},
+};
+use anabranch_tests::{
+    postgres::Server,
+    wait::{DEADLINE, until},
+};
+
+use self::fixture::{Fixture, Program, delete, insert, update};
+
+fn rejected(outcome: &Outcome) -> &Rejection {
+    match outcome {
+        Outcome::Rejected(rejection) => rejection,
+        other => panic!("not rejected: {other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_comes_again_has_no_effect_again() {
+    let fixture = Fixture::new("CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL)").await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut program = Program::new(&rules, &["t"]);
+    let first = program.transaction(&[insert(0, &[Integer(1), Integer(1)])]);
+    let second = program.transaction(&[update(0, &[Integer(1)], "01", &[Integer(2)])]);
+    let third = program.transaction(&[update(0, &[Integer(1)], "01", &[Integer(3)])]);
+    let (mut a, mut b) = (fixture.writer().await, fixture.writer().await);
+    // Both at once: one of them waits for the other's claim.
+    let (of_a, of_b) = tokio::join!(
+        a.apply(&replica, &NO_HASH, &first, &rules.rules),
+        b.apply(&replica, &NO_HASH, &first, &rules.rules),
+    );
+    let mut both = [of_a.unwrap(), of_b.unwrap()];
+    both.sort_by_key(|outcome| *outcome == Outcome::AlreadyAnswered);
+    assert_eq!(both, [Outcome::Applied, Outcome::AlreadyAnswered]);
+    let all = [first, second, third];
+    let applied = a.apply_many(&replica, &NO_HASH, &all, &rules.rules).await;
+    assert!(applied.error.is_none(), "{:?}", applied.error);
+    let expected = [Outcome::AlreadyAnswered, Outcome::Applied, Outcome::Applied];
+    assert_eq!(applied.outcomes, expected);
+    let applied = b.apply_many(&replica, &NO_HASH, &all, &rules.rules).await;
+    assert_eq!(applied.outcomes, [const { Outcome::AlreadyAnswered }; 3]);
+    assert_eq!(
+        fixture
+            .text("SELECT string_agg(id || ':' || n, ' ') FROM t")
+            .await,
+        "1:3"
+    );
+    assert_eq!(a.standing(&replica).await, Ok(Some((3, all[2].hash))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_the_next_transaction_is_not_applied() {
+    let fixture = Fixture::new("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    assert_eq!(writer.standing(&replica).await, Ok(None));
+    let mut program = Program::new(&rules, &["t"]);
+    let all: Vec<_> = (1..=4)
+        .map(|id| program.transaction(&[insert(0, &[Integer(id)])]))
+        .collect();
+    let out_of_order = |expected| Err(Error::OutOfOrder { expected });
+    let outcome = writer
+        .apply(&replica, &all[0].hash, &all[1], &rules.rules)
+        .await;
+    assert_eq!(outcome, out_of_order(1));
+    let outcome = writer
+        .apply(&replica, &NO_HASH, &all[0], &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    let outcome = writer
+        .apply(&replica, &all[1].hash, &all[2], &rules.rules)
+        .await;
+    assert_eq!(outcome, out_of_order(2));
+
+    // The same number from a file that was restored and then written to, or one after it.
+    let mut fork = Program::new(&rules, &["t"]);
+    let other = fork.transaction(&[insert(0, &[Integer(100)])]);
+    let outcome = writer.apply(&replica, &NO_HASH, &other, &rules.rules).await;
+    assert_eq!(outcome, Err(Error::Forked { seq: 1 }));
+    let other = fork.transaction(&[insert(0, &[Integer(101)])]);
+    let outcome = writer
+        .apply(&replica, &other.hash, &other, &rules.rules)
+        .await;
+    assert_eq!(outcome, Err(Error::Forked { seq: 1 }));
+
+    // Somebody else's id.
+    let mut thief = fixture.replica("r1");
+    thief.subject = "thief".into();
+    let outcome = writer
+        .apply(&thief, &all[0].hash, &all[1], &rules.rules)
+        .await;
+    assert_eq!(outcome, Err(Error::OtherSubject));
+    assert_eq!(writer.standing(&thief).await, Err(Error::OtherSubject));
+
+    assert_eq!(
+        fixture
+            .text("SELECT string_agg(id::text, ' ') FROM t")
+            .await,
+        "1"
+    );
+    let applied = writer
+        .apply_many(&replica, &all[0].hash, &all[1..], &rules.rules)
+        .await;
+    assert_eq!(applied.outcomes, [const { Outcome::Applied }; 3]);
+}
+
+/// What Postgres refuses for whatever reason is recorded with that reason, and does not hold up what is behind it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rejected_transaction_says_why_and_blocks_nothing() {
+    let fixture = Fixture::new(
+        "CREATE TABLE parents (id int PRIMARY KEY);
+         INSERT INTO parents VALUES (1);
+         CREATE TABLE t (id int PRIMARY KEY, v varchar(3), n int NOT NULL CONSTRAINT positive CHECK (n > 0),
+             u int CONSTRAINT one_u UNIQUE, p int CONSTRAINT has_parent REFERENCES parents,
+             d int CONSTRAINT has_parent_late REFERENCES parents DEFERRABLE INITIALLY DEFERRED,
+             r int4range CONSTRAINT apart EXCLUDE USING gist (r WITH &&));
+         INSERT INTO t VALUES (1, 'one', 1, 1, 1, 1, '[1,10)');
+         CREATE FUNCTION complain() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             IF NEW.v = 'P01' THEN RAISE EXCEPTION 'not today' USING DETAIL = 'a secret'; END IF;
+             IF NEW.v = '440' THEN RAISE EXCEPTION 'outside of the view' USING ERRCODE = '44000'; END IF;
+             RETURN NEW; END $$;
+         CREATE TRIGGER complain BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION complain();
+         CREATE TABLE hidden (id int PRIMARY KEY, owner text NOT NULL);
+         ALTER TABLE hidden ENABLE ROW LEVEL SECURITY;
+         CREATE POLICY own ON hidden USING (owner = current_setting('request.jwt.claims')::json->>'sub');
+         INSERT INTO hidden VALUES (1, 'nobody');
+         CREATE TABLE closed (id int PRIMARY KEY)",
+    )
+    .await;
+    fixture
+        .grant("REVOKE ALL ON closed FROM {app}; CREATE POLICY looks ON hidden FOR SELECT TO {login} USING (true)")
+        .await;
+    let rules = fixture
+        .rules(&["t", "hidden", "closed"], &Policy::default())
+        .await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t", "hidden", "closed"]);
+    let row = |id, v: &'static str, n, u, p, d, r: &'static str| {
+        let text = |text: &'static str| if text.is_empty() { Null } else { Text(text) };
+        [Integer(id), text(v), n, u, p, d, text(r)]
+    };
+    let mut next = 10;
+    let mut previous = NO_HASH;
+    // Values; SQLSTATE, constraint, entry, outcome.
+    for (values, sqlstate, constraint, at_commit, outcome) in [
+        (
+            row(2, "long", Integer(1), Null, Null, Null, ""),
+            "22001",
+            None,
+            false,
+            "error",
+        ),
+        (
+            row(2, "a", Integer(1 << 40), Null, Null, Null, ""),
+            "22003",
+            None,
+            false,
+            "error",
+        ),
+        (
+            row(1 << 40, "a", Integer(1), Null, Null, Null, ""),
+            "22003",
+            None,
+            false,
+            "error",
+        ),
+        (
+            row(2, "a", Integer(1), Null, Null, Null, "x"),
+            "22P02",
+            None,
+            false,
+            "error",
+        ),
+        (
+            row(2, "a", Text("1"), Null, Null, Null, ""),
+            "22018",
+            None,
+            false,
+            "error",
+        ),
+        (
+            row(2, "a", Null, Null, Null, Null, ""),
+            "23502",
+            None,
+            false,
+            "error",
+        ),
+        (
+            row(2, "a", Integer(1), Null, Integer(9), Null, ""),
+            "23503",
+            Some("has_parent"),
+            false,
+            "error",
+        ),
+        (
+            row(2, "a", Integer(1), Integer(1), Null, Null, ""),
+            "23505",
+            Some("one_u"),
+            false,
+            "error",
+        ),
+        (
+            row(1, "a", Integer(1), Null, Null, Null, ""),
+            "23505",
+            Some("t_pkey"),
+            false,
+            "insert_exists",
+        ),
+        (
+            row(2, "a", Integer(-1), Null, Null, Null, ""),
+            "23514",
+            Some("positive"),
+            false,
+            "error",
+        ),
+        (
+            row(2, "a", Integer(1), Null, Null, Null, "[5,6)"),
+            "23P01",
+            Some("apart"),
+            false,
+            "error",
+        ),
+        (
+            row(2, "440", Integer(1), Null, Null, Null, ""),
+            "44000",
+            None,
+            false,
+            "error",
+        ),
+        (
+            row(2, "P01", Integer(1), Null, Null, Null, ""),
+            "P0001",
+            None,
+            false,
+            "error",
+        ),
+        (
+            row(2, "a", Integer(1), Null, Null, Integer(9), ""),
+            "23503",
+            Some("has_parent_late"),
+            true,
+            "error",
+        ),
+    ] {
+        next += 1;
+        let good = row(next, "ok", Integer(1), Null, Null, Null, "");
+        let both = [
+            // The first entry goes too.
+            program.transaction(&[
+                insert(0, &row(1000, "ok", Integer(1), Null, Null, Null, "")),
+                insert(0, &values),
+            ]),
+            program.transaction(&[insert(0, &good)]),
+        ];
+        let applied = writer
+            .apply_many(&replica, &previous, &both, &rules.rules)
+            .await;
+        assert!(applied.error.is_none(), "{sqlstate}: {:?}", applied.error);
+        let rejection = rejected(&applied.outcomes[0]);
+        assert_eq!(rejection.sqlstate, sqlstate, "{rejection:?}");
+        assert_eq!(rejection.constraint.as_deref(), constraint, "{rejection:?}");
+        assert_eq!(rejection.entry, (!at_commit).then_some(1), "{rejection:?}");
+        assert_eq!(rejection.outcome, outcome, "{rejection:?}");
+        assert!(!rejection.message.contains("secret"), "{rejection:?}");
+        assert_eq!(applied.outcomes[1], Outcome::Applied);
+        previous = both[1].hash;
+        // It is recorded as it was said, and nothing of it is there.
+        let seq = both[0].seq;
+        let recorded = format!(
+            "SELECT concat_ws('|', coalesce(entry, -1), outcome, sqlstate, coalesce(constraint_name, '-'))
+               FROM anabranch.rejections WHERE replica = 'r1' AND seq = {seq}"
+        );
+        let entry = if at_commit { -1 } else { 1 };
+        let constraint = constraint.unwrap_or("-");
+        assert_eq!(
+            fixture.text(&recorded).await,
+            format!("{entry}|{outcome}|{sqlstate}|{constraint}")
+        );
+        let count = format!("SELECT count(*)::text FROM t WHERE id IN (2, 1000) OR id = {next}");
+        assert_eq!(fixture.text(&count).await, "1");
+    }
+
+    // By grant, and by policies: INSERT says so, UPDATE finds nothing.
+    for (entry, sqlstate, outcome) in [
+        (insert(2, &[Integer(1)]), "42501", "error"),
+        (insert(1, &[Integer(2), Text("nobody")]), "42501", "error"),
+        (
+            update(1, &[Integer(1)], "01", &[Text("me")]),
+            "AB100",
+            "update_missing",
+        ),
+    ] {
+        let good = row(next + 1, "ok", Integer(1), Null, Null, Null, "");
+        next += 1;
+        let both = [
+            program.transaction(&[entry]),
+            program.transaction(&[insert(0, &good)]),
+        ];
+        let applied = writer
+            .apply_many(&replica, &previous, &both, &rules.rules)
+            .await;
+        assert!(applied.error.is_none(), "{:?}", applied.error);
+        let rejection = rejected(&applied.outcomes[0]);
+        assert_eq!(
+            (&*rejection.sqlstate, &*rejection.outcome),
+            (sqlstate, outcome)
+        );
+        assert_eq!(rejection.entry, Some(0));
+        assert_eq!(applied.outcomes[1], Outcome::Applied);
+        previous = both[1].hash;
+    }
+    let own = program.transaction(&[insert(1, &[Integer(3), Text("edge-1")])]);
+    let outcome = writer.apply(&replica, &previous, &own, &rules.rules).await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+
+    writer.settle(&replica, own.seq - 2).await.unwrap();
+    let left = "SELECT count(*)::text FROM anabranch.rejections";
+    assert_eq!(fixture.text(left).await, "0");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_replica_is_not_shown_it_can_not_write() {
+    let fixture = Fixture::new(
+        "CREATE TABLE issues (id int PRIMARY KEY, team int, title text, secret text);
+         INSERT INTO issues VALUES (1, 7, 'ours', 'x'), (2, 8, 'theirs', 'y'), (3, 7, 'ours', 'z')",
+    )
+    .await;
+    let rules = fixture
+        .rules_of(
+            &[(
+                "issues",
+                "SELECT id, team, title FROM issues WHERE team = 7",
+            )],
+            &Policy::default(),
+        )
+        .await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["issues"]);
+    let state =
+        "SELECT string_agg(concat_ws(',', id, team, title, secret), ' ' ORDER BY id) FROM issues";
+    let before = fixture.text(state).await;
+    let mut previous = NO_HASH;
+    for (entries, outcome, entry) in [
+        (
+            vec![update(0, &[Integer(2)], "001", &[Text("mine")])],
+            "out_of_shape",
+            0,
+        ),
+        (
+            vec![update(0, &[Integer(2)], "010", &[Integer(7)])],
+            "out_of_shape",
+            0,
+        ),
+        (
+            vec![update(0, &[Integer(1)], "010", &[Integer(8)])],
+            "out_of_shape",
+            0,
+        ),
+        (
+            vec![insert(0, &[Integer(9), Integer(8), Null])],
+            "out_of_shape",
+            0,
+        ),
+        (
+            vec![insert(0, &[Integer(9), Null, Null])],
+            "out_of_shape",
+            0,
+        ),
+        (vec![delete(0, &[Integer(2)])], "out_of_shape", 0),
+        (
+            vec![update(0, &[Integer(5)], "001", &[Text("x")])],
+            "update_missing",
+            0,
+        ),
+        (vec![insert(0, &[Null, Integer(7), Null])], "error", 0),
+        (
+            vec![
+                update(0, &[Integer(1)], "001", &[Text("x")]),
+                delete(0, &[Integer(3)]),
+                insert(0, &[Integer(9), Integer(9), Null]),
+            ],
+            "out_of_shape",
+            2,
+        ),
+    ] {
+        let transaction = program.transaction(&entries);
+        let answer = writer
+            .apply(&replica, &previous, &transaction, &rules.rules)
+            .await;
+        let answer = answer.unwrap();
+        let rejection = rejected(&answer);
+        assert_eq!(rejection.outcome, outcome, "{rejection:?}");
+        assert_eq!(rejection.entry, Some(entry), "{rejection:?}");
+        assert_eq!(fixture.text(state).await, before);
+        previous = transaction.hash;
+    }
+    // In and out within one transaction, and what is not there is deleted.
+    let transaction = program.transaction(&[
+        update(0, &[Integer(1)], "010", &[Integer(8)]),
+        update(0, &[Integer(1)], "110", &[Integer(4), Integer(7)]),
+        delete(0, &[Integer(3)]),
+        delete(0, &[Integer(3)]),
+        delete(0, &[Integer(77)]),
+        insert(0, &[Integer(3), Integer(7), Text("new")]),
+    ]);
+    let outcome = writer
+        .apply(&replica, &previous, &transaction, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    assert_eq!(fixture.text(state).await, "2,8,theirs,y 3,7,new 4,7,ours,x");
+    previous = transaction.hash;
+
+    // A column and a table that are in no shape of it.
+    let mut program = program.with(&[("issues", &["id", "secret"]), ("other", &["id"])]);
+    for (entry, sqlstate) in [
+        (insert(0, &[Integer(11), Text("x")]), "42501"),
+        (insert(1, &[Integer(11)]), "42501"),
+    ] {
+        let transaction = program.transaction(&[entry]);
+        let answer = writer
+            .apply(&replica, &previous, &transaction, &rules.rules)
+            .await;
+        let answer = answer.unwrap();
+        let rejection = rejected(&answer);
+        assert_eq!(
+            (&*rejection.outcome, &*rejection.sqlstate),
+            ("not_writable", sqlstate)
+        );
+        previous = transaction.hash;
+    }
+}
+
+/// Another transaction takes the row out of the shape while ours waits for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_leaves_the_shape_meanwhile_is_not_pulled_back() {
+    let fixture = Fixture::new(
+        "CREATE TABLE issues (id int PRIMARY KEY, team int, title text);
+         INSERT INTO issues VALUES (1, 7, 'ours')",
+    )
+    .await;
+    let select = "SELECT * FROM issues WHERE team = 7";
+    let rules = fixture
+        .rules_of(&[("issues", select)], &Policy::default())
+        .await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["issues"]);
+    let transaction = program.transaction(&[update(0, &[Integer(1)], "010", &[Integer(7)])]);
+    let other = fixture.database.connect().await;
+    let take = "BEGIN; UPDATE issues SET team = 8, title = 'theirs'";
+    other.batch_execute(take).await.unwrap();
+    let applying = writer.apply(&replica, &NO_HASH, &transaction, &rules.rules);
+    let commit = async {
+        fixture.until_somebody_waits().await;
+        other.batch_execute("COMMIT").await.unwrap();
+    };
+    let (outcome, ()) = tokio::join!(applying, commit);
+    rejected(&outcome.unwrap());
+    let state = "SELECT concat_ws(',', id, team, title) FROM issues";
+    assert_eq!(fixture.text(state).await, "1,8,theirs");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn role_and_claims_are_in_force_for_the_effects_and_nothing_else() {
+    let fixture = Fixture::new(
+        "CREATE TABLE seen (n serial, at text, who text, claims text);
+         CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql SECURITY INVOKER AS $$ BEGIN
+             INSERT INTO seen (at, who, claims) VALUES (TG_NAME, current_user, current_setting('request.jwt.claims'));
+             RETURN NULL; END $$;
+         CREATE TABLE t (id int PRIMARY KEY);
+         CREATE TRIGGER soon AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION see();
+         CREATE CONSTRAINT TRIGGER late AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW EXECUTE FUNCTION see();
+         CREATE FUNCTION see_claim() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             INSERT INTO public.seen (at, who, claims) VALUES ('claim', pg_catalog.session_user, ''); RETURN NULL; END $$",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[insert(0, &[Integer(1)])]);
+    let outcome = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    let app = fixture.app();
+    let seen = "SELECT string_agg(concat_ws(' ', at, who, claims), '|' ORDER BY n) FROM seen";
+    let claims = &replica.claims_json;
+    assert_eq!(
+        fixture.text(seen).await,
+        format!("soon {app} {claims}|late {app} {claims}")
+    );
+
+    // Not the role's, and not within a trigger, whoever calls.
+    let zeros = "'\\x00'::bytea";
+    let claim = format!("SELECT anabranch.claim('r9', 's', 1, {zeros}, {zeros})");
+    let other = fixture.database.connect().await;
+    let as_app = format!("BEGIN; SET LOCAL ROLE \"{app}\"; {claim}");
+    let denied = other.batch_execute(&as_app).await.unwrap_err();
+    assert_eq!(denied.code().unwrap().code(), "42501");
+    other.batch_execute("ROLLBACK").await.unwrap();
+    let nobody = "SELECT count(*)::text FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace,
+        aclexplode(coalesce(proacl, acldefault('f', proowner))) a WHERE nspname = 'anabranch' AND a.grantee = 0";
+    assert_eq!(fixture.text(nobody).await, "0");
+    fixture
+        .database
+        .execute(&format!(
+            "CREATE TABLE forging (id int PRIMARY KEY);
+             CREATE FUNCTION forge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 RESET ROLE; PERFORM * FROM (SELECT anabranch.settle('r1', 1)) s; RETURN NULL; END $$;
+             CREATE TRIGGER forge AFTER INSERT ON forging FOR EACH ROW EXECUTE FUNCTION forge();
+             GRANT ALL ON forging TO \"{app}\""
+        ))
+        .await;
+    let rules = fixture.rules(&["t", "forging"], &Policy::default()).await;
+    let mut program = program.over(&rules, &["t", "forging"]);
+    let forged = program.transaction(&[insert(1, &[Integer(1)])]);
+    let answer = writer
+        .apply(&replica, &transaction.hash, &forged, &rules.rules)
+        .await;
+    let answer = answer.unwrap();
+    let rejection = rejected(&answer);
+    assert_eq!(rejection.sqlstate, "42501", "{rejection:?}");
+    assert!(
+        rejection.message.contains("within a trigger"),
+        "{rejection:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn conflicts_end_as_the_policy_says() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, last text, first text, hits numeric(6,1), f float8, j json);
+         CREATE TABLE m (id int PRIMARY KEY, a text, b int, c text GENERATED ALWAYS AS (a || b) STORED);
+         CREATE FUNCTION merge_m(old m, new m, now m) RETURNS m LANGUAGE plpgsql AS $$ BEGIN
+             IF new.a = 'keep' THEN RETURN NULL; END IF;
+             now.a := concat_ws('/', old.a, new.a, now.a); now.b := now.b + 1; RETURN now; END $$;
+         INSERT INTO t VALUES (1, 'l', 'f', 10.5, 'NaN', '{\"a\": 1}');
+         INSERT INTO m VALUES (1, 'now', 5)",
+    )
+    .await;
+    let mut policy = Policy::default();
+    for (column, conflict) in [
+        ("first", Conflict::FirstWrite),
+        ("f", Conflict::FirstWrite),
+        ("j", Conflict::FirstWrite),
+        ("hits", Conflict::Add),
+    ] {
+        policy.columns.insert(column.into(), conflict);
+    }
+    let rules = fixture.rules(&["t"], &policy).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let mut previous = NO_HASH;
+    let key = [Integer(1)];
+    for (entry, expected) in [
+        (update(0, &key, "010000", &[Text("L")]), None),
+        (update(0, &key, "001000", &[Text("F"), Text("f")]), None),
+        (
+            update(0, &key, "001000", &[Text("G"), Text("f")]),
+            Some("conflict"),
+        ),
+        (
+            update(0, &key, "011000", &[Text("x"), Text("G"), Null]),
+            Some("conflict"),
+        ),
+        (update(0, &key, "000100", &[Text("3.5"), Text("1.5")]), None),
+        (
+            update(0, &key, "000100", &[Text("99999"), Text("1")]),
+            Some("error"),
+        ),
+        // The program saw NaN as NULL.
+        (
+            update(0, &key, "000010", &[ValueRef::Real(2.5), Null]),
+            None,
+        ),
+        (
+            update(0, &key, "000001", &[Text("[]"), Text("{\"a\": 1}")]),
+            None,
+        ),
+        (
+            update(0, &key, "000001", &[Text("[1]"), Text("{\"a\": 1}")]),
+            Some("conflict"),
+        ),
+        (
+            (
+                0,
+                Kind::Delete,
+                vec![Integer(1), Integer(1), Null, Text("old"), Null, Null, Null],
+            ),
+            Some("conflict"),
+        ),
+    ] {
+        let transaction = program.transaction(&[entry]);
+        let answer = writer
+            .apply(&replica, &previous, &transaction, &rules.rules)
+            .await;
+        let outcome = match answer.unwrap() {
+            Outcome::Applied => None,
+            Outcome::Rejected(rejection) => Some(rejection.outcome.into_owned()),
+            Outcome::AlreadyAnswered => panic!("new"),
+        };
+        assert_eq!(
+            outcome.as_deref(),
+            expected,
+            "transaction {}",
+            transaction.seq
+        );
+        previous = transaction.hash;
+    }
+    let state = "SELECT concat_ws(',', id, last, first, hits, f, j) FROM t";
+    assert_eq!(fixture.text(state).await, "1,L,F,12.5,2.5,[]");
+
+    let policy = Policy {
+        table: Conflict::Function("public.merge_m".into()),
+        ..Policy::default()
+    };
+    let rules = fixture.rules(&["m"], &policy).await;
+    let mut program = program.over(&rules, &["m"]);
+    for (entry, expected) in [
+        (
+            update(0, &key, "010", &[Text("new"), Text("old")]),
+            "1,old/new/now,6,old/new/now6",
+        ),
+        (
+            update(0, &key, "010", &[Text("keep"), Text("x")]),
+            "1,old/new/now,6,old/new/now6",
+        ),
+        (
+            update(0, &key, "100", &[Integer(2), Integer(1)]),
+            "2,old/new/now/old/new/now/old/new/now,7,old/new/now/old/new/now/old/new/now7",
+        ),
+    ] {
+        let transaction = program.transaction(&[entry]);
+        let outcome = writer
+            .apply(&replica, &previous, &transaction, &rules.rules)
+            .await;
+        assert_eq!(outcome, Ok(Outcome::Applied));
+        assert_eq!(
+            fixture
+                .text("SELECT concat_ws(',', id, a, b, c) FROM m")
+                .await,
+            expected
+        );
+        previous = transaction.hash;
+    }
+    let missing = program.transaction(&[update(0, &key, "010", &[Text("new"), Text("old")])]);
+    let answer = writer
+        .apply(&replica, &previous, &missing, &rules.rules)
+        .await;
+    assert_eq!(rejected(&answer.unwrap()).outcome, "update_missing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_that_a_program_left_out_get_their_defaults() {
+    let fixture = Fixture::new(
+        "CREATE SEQUENCE numbers;
+         CREATE TABLE t (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, n int NOT NULL DEFAULT nextval('numbers') + 40,
+             o int DEFAULT 7, i int GENERATED BY DEFAULT AS IDENTITY, w text);
+         GRANT USAGE ON SEQUENCE numbers TO PUBLIC",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let first = program.transaction(&[insert(0, &[Integer(5), Null, Null, Null, Null])]);
+    let outcome = writer.apply(&replica, &NO_HASH, &first, &rules.rules).await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    let state = "SELECT string_agg(concat_ws(',', id, n, coalesce(o::text, '-'), i, w), ' ' ORDER BY id) FROM t";
+    assert_eq!(fixture.text(state).await, "5,41,-,1");
+    // The default came after the writer looked: it looks again before it rejects.
+    fixture
+        .database
+        .execute("ALTER TABLE t ALTER w SET DEFAULT 'w'; UPDATE t SET w = 'x'; ALTER TABLE t ALTER w SET NOT NULL")
+        .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let second = program.transaction(&[insert(
+        0,
+        &[Integer(6), Integer(1), Integer(2), Integer(3), Null],
+    )]);
+    let outcome = writer
+        .apply(&replica, &first.hash, &second, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    assert_eq!(fixture.text(state).await, "5,41,-,1,x 6,1,2,3,w");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deadlock_is_tried_again() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0), (2, 0)",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[
+        update(0, &[Integer(2)], "01", &[Integer(5)]),
+        update(0, &[Integer(1)], "01", &[Integer(5)]),
+    ]);
+    let other = fixture.database.connect().await;
+    // Whoever waits first gives up first.
+    let hold = "BEGIN; SET LOCAL deadlock_timeout = '60s'; UPDATE t SET n = n + 1 WHERE id = 1";
+    other.batch_execute(hold).await.unwrap();
+    let applying = writer.apply(&replica, &NO_HASH, &transaction, &rules.rules);
+    let crossing = async {
+        fixture.until_somebody_waits().await;
+        let rest = "UPDATE t SET n = n + 1 WHERE id = 2; COMMIT";
+        other.batch_execute(rest).await.unwrap();
+    };
+    let (outcome, ()) = tokio::join!(applying, crossing);
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    assert_eq!(
+        fixture.text("SELECT string_agg(n::text, ' ') FROM t").await,
+        "5 5"
+    );
+    until("the deadlock is counted", DEADLINE, || async {
+        let sql = "SELECT deadlocks::text FROM pg_stat_database WHERE datname = current_database()";
+        fixture.text(sql).await != "0"
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_writer_that_was_given_up_in_the_middle_is_not_used_again() {
+    let fixture = Fixture::new("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[insert(0, &[Integer(1)])]);
+    let other = fixture.database.connect().await;
+    other.batch_execute("BEGIN; LOCK t").await.unwrap();
+    let given_up = tokio::select! {
+        _ = writer.apply(&replica, &NO_HASH, &transaction, &rules.rules) => false,
+        () = fixture.until_somebody_waits() => true,
+    };
+    assert!(given_up && !writer.is_usable());
+    let again = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    assert!(matches!(again, Err(Error::Transient(_))), "{again:?}");
+    drop(writer);
+    other.batch_execute("COMMIT").await.unwrap();
+    let mut writer = fixture.writer().await;
+    let again = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    again.unwrap();
+    assert_eq!(fixture.text("SELECT count(*)::text FROM t").await, "1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_goes_away_loses_nothing() {
+    let server = Server::start(anabranch_tests::postgres::Options::new()).await;
+    let fixture = Fixture::on(&server, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let all: Vec<_> = (0..3000)
+        .map(|id| program.transaction(&[insert(0, &[Integer(id)])]))
+        .collect();
+    let (applied, _) = tokio::join!(
+        writer.apply_many(&replica, &NO_HASH, &all, &rules.rules),
+        async {
+            until("something was applied", Duration::from_secs(30), || async {
+                fixture.text("SELECT (count(*) > 10)::text FROM t").await == "true"
+            })
+            .await;
+            server
+                .restart(anabranch_tests::postgres::Stop::Immediate)
+                .await;
+        },
+    );
+    if let Some(error) = applied.error {
+        assert!(matches!(error, Error::Transient(_)), "{error:?}");
+    }
+    let mut writer = fixture.writer().await;
+    let applied = writer
+        .apply_many(&replica, &NO_HASH, &all, &rules.rules)
+        .await;
+    assert!(applied.error.is_none(), "{:?}", applied.error);
+    assert_eq!(applied.outcomes.len(), all.len());
+    assert_eq!(fixture.text("SELECT count(*)::text FROM t").await, "3000");
+}
