@@ -136,6 +136,7 @@ fn evaluate(fixture: &Fixture, sample: &Sample, counts: &mut Counts) -> Result<A
             .map(|name| (name.clone(), ParamSource::Claim(name.clone())))
             .collect(),
         tables: vec![format!("SELECT * FROM samples WHERE {}", sample.ours)],
+        writable: Vec::new(),
     };
     let tables = [fixture.table.clone()];
     let shapes = shape::compile(&[source], &tables).map_err(|refused| refused[0].reason.clone())?;
