@@ -636,6 +636,7 @@ mod watch {
                 let _ = wakes(&mut watch, Duration::from_millis(50)).await;
                 ends.extend(exact(&mut boundaries));
             }
+            assert!(child.wait().unwrap().success());
             assert_eq!(ends, folder.ends());
             // From long quiet, with a sync between the last frame and the commit.
             let mut shell = Shell::open(&folder.path());
