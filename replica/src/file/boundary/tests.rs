@@ -44,7 +44,7 @@ impl Folder {
         let directory = tempfile::tempdir().unwrap();
         let mut own = Connection::open(directory.path().join("app.db")).unwrap();
         // As our own does: asking each millisecond, it gets the lock from a program that hardly lets go of it.
-        transaction::wait_for_locks(&mut own, Duration::from_secs(60)).unwrap();
+        transaction::wait_for_locks(&mut own, Duration::from_secs(10)).unwrap();
         own.execute_batch(&format!(
             "{before}; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {TABLES}"
         ))
@@ -157,10 +157,9 @@ fn a_boundary_is_not_missed_or_merged_whatever_programs_do() {
             _ => {}
         }
         if chance.below(20) == 0 {
-            folder
-                .own
-                .execute_batch("INSERT INTO other(v) VALUES('ours')")
-                .unwrap();
+            // Where programs leave no gap between their transactions, ours may not get its turn.
+            let ours = folder.own.execute_batch("INSERT INTO other VALUES('ours')");
+            assert!(ours.is_ok() || folder.own.is_autocommit());
         }
         let look = boundaries.look().unwrap();
         assert!(look.proved, "{look:?}");
@@ -636,6 +635,7 @@ mod watch {
                 let _ = wakes(&mut watch, Duration::from_millis(50)).await;
                 ends.extend(exact(&mut boundaries));
             }
+            assert!(child.wait().unwrap().success());
             assert_eq!(ends, folder.ends());
             // From long quiet, with a sync between the last frame and the commit.
             let mut shell = Shell::open(&folder.path());
