@@ -284,6 +284,31 @@ fn a_reset_leaves_pending_changes_on_top_at_every_moment() {
 }
 
 #[test]
+fn a_reset_that_changes_nothing_fires_no_triggers_of_programs() {
+    let rows = [(1, "a", "b", "1"), (2, "a", "b", "2"), (3, "c", "c", "3")];
+    let (folder, mut file, t) = start_with(&rows);
+    folder.write(|program| {
+        t.set(program, 1, &[("a", text("mine"))]);
+        t.delete(program, &[2.into()]);
+        t.insert(program, &row(8, "new", "b", "8"));
+    });
+    folder.program(
+        "CREATE TABLE log(what); \
+         CREATE TRIGGER a AFTER INSERT ON t BEGIN INSERT INTO log VALUES('insert'); END; \
+         CREATE TRIGGER b AFTER UPDATE ON t BEGIN INSERT INTO log VALUES('update'); END; \
+         CREATE TRIGGER c AFTER DELETE ON t BEGIN INSERT INTO log VALUES('delete'); END;",
+    );
+    file.begin_stream().unwrap();
+    file.apply(&full(&rows, 20, &[])).unwrap();
+    assert_eq!(folder.query("SELECT what FROM log"), Vec::<String>::new());
+    file.begin_stream().unwrap();
+    file.apply(&full(&[(1, "a", "x", "1")], 30, &[])).unwrap();
+    shows(&folder, &["1|'mine'|'x'|'1'", "8|'new'|'b'|'8'"]);
+    let log = folder.query("SELECT what FROM log ORDER BY 1");
+    assert_eq!(log, ["'delete'", "'update'"]);
+}
+
+#[test]
 fn an_answer_in_a_reset_counts() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
     folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));

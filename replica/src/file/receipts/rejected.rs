@@ -1,0 +1,252 @@
+//! Rejected local transactions: what programs are told of them, and how they are tried again.
+
+use jiff::Timestamp;
+use rusqlite::{Connection, params};
+use serde_json::{Map, Value as Json};
+
+use super::{
+    super::{
+        Error, File,
+        error::{self, Doing},
+        grammar::Tables,
+        layout::{self, Layout, Source},
+        names::{self, quote},
+        overlay::{self, Entry, Operation, Overlay},
+        status::time_text,
+        table::Table,
+        transaction::Write,
+        write::{self, RowError},
+    },
+    last_of,
+};
+
+/// What an entry of a rejected transaction is that was not itself the reason.
+const ROLLED_BACK: &str = "rolled_back";
+
+/// What is said of a rejected local transaction.
+struct Rejection {
+    seq: i64,
+    /// Which entry is why; `None`: the transaction as a whole.
+    entry: Option<i64>,
+    outcome: String,
+    sqlstate: Option<String>,
+    message: Option<String>,
+    constraint_name: Option<String>,
+}
+
+/// Lists the entries of those that were rejected among the transactions after `before` and up to `now`.
+pub(super) fn list(
+    connection: &Connection,
+    replica_id: &str,
+    before: i64,
+    now: i64,
+) -> rusqlite::Result<()> {
+    let rejections: Vec<Rejection> = connection
+        .prepare_cached(&format!(
+            "SELECT seq, entry, outcome, sqlstate, message, constraint_name FROM {} \
+             WHERE replica = ?1 AND seq > ?2 AND seq <= ?3 ORDER BY seq",
+            names::REJECTIONS
+        ))?
+        .query_map(params![replica_id, before, now], |row| {
+            Ok(Rejection {
+                seq: row.get(0)?,
+                entry: row.get(1)?,
+                outcome: row.get::<_, Option<String>>(2)?.unwrap_or_default(),
+                sqlstate: row.get(3)?,
+                message: row.get(4)?,
+                constraint_name: row.get(5)?,
+            })
+        })?
+        .collect::<Result<_, _>>()?;
+    let time = time_text(Timestamp::now());
+    for rejection in &rejections {
+        tracing::warn!(
+            txn = rejection.seq,
+            sqlstate = rejection.sqlstate,
+            outcome = rejection.outcome,
+            "a local transaction was rejected; see _anabranch_rejected"
+        );
+        let (after, last) = (
+            last_of(connection, rejection.seq - 1)?,
+            last_of(connection, rejection.seq)?,
+        );
+        connection.execute(
+            "DELETE FROM _anabranch_rejected WHERE txn = ?1",
+            [rejection.seq],
+        )?;
+        for source in layout::having(connection, after, last)? {
+            list_entries(connection, &source, after, last, rejection, &time)?;
+        }
+        mark_guilty(connection, rejection)?;
+    }
+    Ok(())
+}
+
+fn list_entries(
+    connection: &Connection,
+    source: &Source,
+    after: i64,
+    last: i64,
+    rejection: &Rejection,
+    time: &str,
+) -> rusqlite::Result<()> {
+    let mut entries = connection.prepare(&format!(
+        "SELECT {} FROM {} WHERE id > ?1 AND id <= ?2 ORDER BY id",
+        Entry::columns(&source.layout),
+        quote(&source.entries)
+    ))?;
+    let mut insert = connection.prepare_cached(
+        "INSERT INTO _anabranch_rejected(id, txn, table_name, operation, key, changes, outcome, rejected_time) \
+         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+    )?;
+    let mut rows = entries.query([after, last])?;
+    while let Some(row) = rows.next()? {
+        let entry = Entry::read(row, &source.layout)?;
+        let (operation, key, changes) = in_json(&entry, &source.layout);
+        insert.execute(params![
+            entry.id,
+            rejection.seq,
+            source.table,
+            operation,
+            key.to_string(),
+            changes.to_string(),
+            ROLLED_BACK,
+            time
+        ])?;
+    }
+    Ok(())
+}
+
+/// The entry that is why has the reason; all have where none is named.
+fn mark_guilty(connection: &Connection, rejection: &Rejection) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(
+            "UPDATE _anabranch_rejected SET outcome = ?2, sqlstate = ?3, message = ?4, constraint_name = ?5 \
+             WHERE txn = ?1 AND (?6 IS NULL OR id = \
+             (SELECT id FROM _anabranch_rejected WHERE txn = ?1 ORDER BY id LIMIT 1 OFFSET max(?6, 0)))",
+        )?
+        .execute(params![
+            rejection.seq,
+            rejection.outcome,
+            rejection.sqlstate,
+            rejection.message,
+            rejection.constraint_name,
+            rejection.entry
+        ])
+        .map(drop)
+}
+
+/// An entry's operation, the key as it was, as an array, and the new values of what changed (of a delete: the row as it
+/// was), as an object.
+fn in_json(entry: &Entry, layout: &Layout) -> (&'static str, Json, Json) {
+    let (key_row, values) = match entry.operation {
+        Operation::Insert => (&entry.new, &entry.new),
+        Operation::Update => (&entry.old, &entry.new),
+        Operation::Delete => (&entry.old, &entry.old),
+    };
+    let value = |value: &rusqlite::types::Value| match value {
+        rusqlite::types::Value::Real(real) if real.is_infinite() => {
+            let sign = if *real < 0.0 { "-" } else { "" };
+            format!("{sign}Infinity").into()
+        }
+        value => write::json(value.into()),
+    };
+    let key = layout.key.iter().map(|&place| value(&key_row[place]));
+    let changes: Map<String, Json> = layout
+        .columns
+        .iter()
+        .enumerate()
+        .filter(|(place, _)| entry.operation != Operation::Update || entry.changed[*place])
+        .map(|(place, field)| (field.name.clone(), value(&values[place])))
+        .collect();
+    (entry.operation.name(), key.collect(), changes.into())
+}
+
+impl File {
+    /// Makes the changes again of which a program said so (`UPDATE _anabranch_rejected SET action = 'retry'`): they
+    /// become new entries, behind all others, and their rows go. Those of tables that can't be written now wait. Says how
+    /// many it were.
+    pub fn retry_rejected(&mut self) -> Result<u64, Error> {
+        let connection = &self.connection;
+        let wanted = "SELECT id FROM _anabranch_rejected WHERE action = 'retry' ORDER BY id";
+        let any = connection
+            .prepare_cached(wanted)
+            .and_then(|mut wanted| wanted.exists([]))
+            .doing("look for writes that are to be tried again")?;
+        if !any {
+            return Ok(0);
+        }
+        let write = Write::begin(connection)?;
+        let mut overlay = Overlay::new(connection);
+        let retry = || -> Result<u64, RowError> {
+            let ids: Vec<i64> = connection
+                .prepare_cached(wanted)?
+                .query_map([], |row| row.get(0))?
+                .collect::<Result<_, _>>()?;
+            let mut count = 0;
+            for id in ids {
+                count += u64::from(retry(connection, id, &self.stream.tables, &mut overlay)?);
+            }
+            let catalog = &self.catalog;
+            let watched = |table: &Table| {
+                let synced = catalog.get(&table.name);
+                synced
+                    .is_some_and(|synced| synced.has_triggers)
+                    .then(|| self.quiet.clone())
+            };
+            overlay
+                .rebuild(&self.stream.tables, watched, None)
+                .map_err(|(_, error)| error)?;
+            Ok(count)
+        };
+        let count = retry().map_err(|error| match error {
+            RowError::Sqlite(error) => error::sqlite("make rejected writes again", error),
+            RowError::Malformed(_) | RowError::Ignored => Error::Definite(
+                "a program's trigger made SQLite skip a rejected write that is made again".into(),
+            ),
+        })?;
+        write.commit()?;
+        if count > 0 {
+            tracing::info!(count, "rejected writes are made again");
+        }
+        Ok(count)
+    }
+}
+
+/// Makes one entry again. False: its table is not there, or has another key, or its values are gone.
+fn retry(
+    connection: &Connection,
+    id: i64,
+    tables: &Tables,
+    overlay: &mut Overlay<'_>,
+) -> Result<bool, RowError> {
+    let Some(source) = layout::having(connection, id - 1, id)?.pop() else {
+        return Ok(false);
+    };
+    let Some((table_id, table)) = tables
+        .iter()
+        .find(|(_, table)| table.name == source.table && table.writable)
+    else {
+        return Ok(false);
+    };
+    let Some(places) = source.layout.places_for(table) else {
+        return Ok(false);
+    };
+    let entry = connection
+        .prepare_cached(&format!(
+            "SELECT {} FROM {} WHERE id = ?1",
+            Entry::columns(&source.layout),
+            quote(&source.entries)
+        ))?
+        .query_row([id], |row| Entry::read(row, &source.layout))?
+        .placed(&places);
+    overlay::enter(connection, table, &entry, &time_text(Timestamp::now()))?;
+    for key in [entry.old_key(table), entry.new_key(table)] {
+        key.into_iter()
+            .for_each(|key| overlay.touch(*table_id, key));
+    }
+    connection
+        .prepare_cached("DELETE FROM _anabranch_rejected WHERE id = ?1")?
+        .execute([id])?;
+    Ok(true)
+}
