@@ -20,6 +20,10 @@
 //! not have been captured: it is made again, and the table is said to be altered, so that it is sent in full, and
 //! shows what Postgres has.
 //!
+//! Until that is noticed, and with TEMP triggers always, an AFTER trigger of a program fires before ours: what it
+//! writes is queued before what set it off. Columns that both change then end as the outer statement has them. So [`inspect`]
+//! is to run soon after `PRAGMA schema_version` moved, also while nothing comes from the streamer.
+//!
 //! **Nothing pending is lost.** Entries keep the layout that they were captured with. A table that leaves the
 //! subscriptions, or is declared with other columns or another key, leaves its entries behind under another name
 //! (`_anabranch_left_…`), with its declaration, where [`sources`] finds them: they can be sent as they were, byte by
@@ -583,6 +587,15 @@ fn make_triggers(connection: &Connection, captured: &Captured) -> rusqlite::Resu
         .count();
     if ours == wanted.len() && there.ends_with(&wanted) {
         return Ok(());
+    }
+    if there
+        .last()
+        .is_some_and(|last| ours > 0 && !names::is_ours(&last.name))
+    {
+        tracing::info!(
+            table = captured.table,
+            "a program added a trigger; those that capture writes are made again, to fire before it"
+        );
     }
     drop_triggers(connection, &captured.table)?;
     for trigger in &wanted {
