@@ -6,7 +6,7 @@
 //! | | |
 //! |---|---|
 //! | `_anabranch_entries_T` | what was done, in typed columns: nothing is turned into text |
-//! | `_anabranch_base_rows_T` | rows as Postgres has them, of those keys that were touched |
+//! | `_anabranch_saved_T` | rows as Postgres has them, of those keys that were touched |
 //! | `_anabranch_prior_T` | what a running INSERT, or a change of a key, found at its key |
 //! | `_anabranch_base_T` | the view of all rows as Postgres has them |
 //! | `_anabranch_insert_before_T` … | the triggers: see `triggers` for what they do, and for what they rely on |
@@ -20,7 +20,12 @@
 //! not have been captured: it is made again, and the table is said to be altered, so that it is sent in full, and
 //! shows what Postgres has.
 //!
-//! What is *not* done here: making and keeping the tables of entries and of base rows (`layout`), finding where transactions end, sending, and rebuilding rows. Prior rows are of no use once a
+//! Until that is noticed, and with TEMP triggers always, an AFTER trigger of a program fires before ours: what it
+//! writes is queued before what set it off. Columns that both change then end as the outer statement has them. So [`inspect`]
+//! runs soon after `PRAGMA schema_version` moved, also while nothing comes from the streamer.
+//!
+//! What is *not* done here: making and keeping the tables of entries and of base rows (`layout`), finding where
+//! transactions end, sending, and rebuilding rows. Prior rows are of no use once a
 //! statement is done; those that are left (of rows that were skipped, of upserts) are removed by [`tidy`].
 
 mod key;
@@ -482,6 +487,15 @@ fn make_triggers(connection: &Connection, captured: &Captured) -> rusqlite::Resu
         .count();
     if ours == wanted.len() && there.ends_with(&wanted) {
         return Ok(());
+    }
+    if there
+        .last()
+        .is_some_and(|last| ours > 0 && !names::is_ours(&last.name))
+    {
+        tracing::info!(
+            table = captured.table,
+            "a program added a trigger; those that capture writes are made again, to fire before it"
+        );
     }
     drop_triggers(connection, &captured.table)?;
     for trigger in &wanted {

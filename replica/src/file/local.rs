@@ -3,11 +3,18 @@
 //! `boundary` tells which entries were one transaction of a program, `outbox` numbers them, `receipts` says what became of
 //! them; here is the order in which that happens: found, durable, numbered, sent.
 
+use std::sync::Arc;
+
 use anabranch_proto::Lsn;
+use bytes::Bytes;
 use rusqlite::OptionalExtension;
 
 use super::{
-    Boundaries, Error, File, capture, error::Doing, names, open, schema, transaction::Write,
+    Boundaries, Error, File, capture,
+    error::Doing,
+    names, open,
+    schema::{self, Catalog},
+    transaction::Write,
 };
 
 /// Where local writes stand.
@@ -48,6 +55,7 @@ impl File {
             let (_, known) = self.assigned()?;
             self.boundaries = Some(Boundaries::open(&self.guard.path, known)?);
         }
+        self.look_at_schema()?;
         let Some(boundaries) = &mut self.boundaries else {
             return Ok(false);
         };
@@ -74,6 +82,30 @@ impl File {
             self.found.ends = ends;
         }
         numbered.map(|()| true)
+    }
+
+    /// A program that made a trigger may have put it before ours: they are to be the first to fire.
+    fn look_at_schema(&mut self) -> Result<(), Error> {
+        if !self.version.look(&self.connection)? {
+            return Ok(());
+        }
+        let write = Write::begin(&self.connection)?;
+        let mut catalog = Catalog::clone(&self.catalog);
+        catalog.inspect(&self.connection, &self.state.replica_id)?;
+        let mut state = self.state.clone();
+        if catalog.altered().is_some() {
+            state.resume_token = Bytes::new();
+            state
+                .store(&self.connection)
+                .doing("forget the resume token")?;
+        }
+        let moved = schema::read_version(&self.connection)?;
+        write.commit()?;
+        self.catalog = Arc::new(catalog);
+        self.state = state;
+        self.version.moved(moved);
+        self.version.due = false;
+        Ok(())
     }
 
     /// To be called now and then: makes rejected writes again of which a program said so, forgets answered ones up to

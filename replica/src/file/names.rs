@@ -48,7 +48,7 @@ pub(super) fn entries(table: &str) -> String {
 
 /// What Postgres has of the rows that programs changed.
 pub(super) fn base_rows(table: &str) -> String {
-    format!("_anabranch_base_rows_{table}")
+    format!("_anabranch_saved_{table}")
 }
 
 /// The table of what an INSERT finds at its key while it runs.

@@ -1,7 +1,7 @@
 //! What programs see of a row that they changed: what Postgres has of it, with the changes that are pending on top.
 //!
 //! An entry is pending until the local transaction that it belongs to is answered (`receipts`). Of each key that a
-//! pending entry touches, `_anabranch_base_rows_<t>` keeps what Postgres has, saved by the triggers at the first change.
+//! pending entry touches, `_anabranch_saved_<t>` keeps what Postgres has, saved by the triggers at the first change.
 //!
 //! ```text
 //! op of Postgres ─▶ is there a base row of its key? ─no──▶ the table

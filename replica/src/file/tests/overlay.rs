@@ -65,7 +65,7 @@ fn pending(folder: &Folder) -> String {
 }
 
 fn base_rows(folder: &Folder) -> String {
-    folder.query("SELECT count(*) FROM _anabranch_base_rows_t")[0].clone()
+    folder.query("SELECT count(*) FROM _anabranch_saved_t")[0].clone()
 }
 
 #[test]

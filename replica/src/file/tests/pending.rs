@@ -354,7 +354,7 @@ fn run(seed: u64) {
     assert_eq!(world.pending.len(), 0, "seed {seed}");
     for sheet in ["t", "s.wide one"] {
         let left = folder.query(&format!(
-            "SELECT count(*) FROM \"_anabranch_base_rows_{sheet}\""
+            "SELECT count(*) FROM \"_anabranch_saved_{sheet}\""
         ));
         assert_eq!(left, ["0"], "seed {seed}");
     }

@@ -73,7 +73,7 @@ fn a_trigger_of_ours_that_a_program_dropped_or_altered_is_made_again_and_the_tab
         "DROP TRIGGER _anabranch_update_after_t",
         "DROP TRIGGER _anabranch_insert_before_t; CREATE TRIGGER _anabranch_insert_before_t BEFORE INSERT ON t BEGIN SELECT 1; END",
         "DROP TABLE _anabranch_entries_t",
-        "DROP TABLE _anabranch_base_rows_t",
+        "DROP TABLE _anabranch_saved_t",
         "ALTER TABLE _anabranch_entries_t ADD COLUMN x ANY",
     ] {
         for while_running in [true, false] {
@@ -154,6 +154,24 @@ fn a_table_that_is_not_writable_any_more_keeps_its_entries() {
         .unwrap();
     folder.program("UPDATE t SET v = 'z'");
     assert_eq!(lines(&reader(folder.path())), ["update t 1: v 'one' > 'z'"]);
+}
+
+/// Not as it should be, but as it is: what is said of it in the module's doc.
+#[test]
+fn until_ours_are_made_again_what_a_newer_trigger_writes_is_captured_first() {
+    let (folder, mut file) = started();
+    folder.program(
+        "CREATE TRIGGER p AFTER INSERT ON t BEGIN UPDATE t SET v = 'p' WHERE id = NEW.id; END;
+         INSERT INTO t VALUES(7, 'x')",
+    );
+    let entries = || lines(&reader(folder.path()));
+    assert_eq!(entries(), ["update t 7: v 'x' > 'p'", "insert t 7, 'x'"]);
+    file.apply(&down(vec![begin(&[]), commit(2)])).unwrap();
+    folder.program("INSERT INTO t VALUES(8, 'x')");
+    assert_eq!(
+        entries()[2..],
+        ["insert t 8, 'x'", "update t 8: v 'x' > 'p'"]
+    );
 }
 
 #[test]
