@@ -125,7 +125,7 @@ async fn a_rejected_transaction_says_why_and_blocks_nothing() {
          CREATE TABLE t (id int PRIMARY KEY, v varchar(3), n int NOT NULL CONSTRAINT positive CHECK (n > 0),
              u int CONSTRAINT one_u UNIQUE, p int CONSTRAINT has_parent REFERENCES parents,
              d int CONSTRAINT has_parent_late REFERENCES parents DEFERRABLE INITIALLY DEFERRED,
-             r int4range CONSTRAINT apart EXCLUDE USING gist (r WITH &&));
+             r int4range, CONSTRAINT apart EXCLUDE USING gist (r WITH &&));
          INSERT INTO t VALUES (1, 'one', 1, 1, 1, 1, '[1,10)');
          CREATE FUNCTION complain() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
              IF NEW.v = 'P01' THEN RAISE EXCEPTION 'not today' USING DETAIL = 'a secret'; END IF;
@@ -795,6 +795,12 @@ async fn a_server_that_goes_away_loses_nothing() {
         assert!(matches!(error, Error::Transient(_)), "{error:?}");
     }
     let mut writer = fixture.writer().await;
+    let standing = writer.standing(&replica).await.unwrap();
+    let stored = standing.map_or(0, |(seq, _)| seq);
+    assert!(
+        stored >= applied.outcomes.len() as u64,
+        "told, but not durable"
+    );
     let applied = writer
         .apply_many(&replica, &NO_HASH, &all, &rules.rules)
         .await;

@@ -131,6 +131,11 @@ impl<'a> Flight<'a> {
         self.failures.last().is_some_and(Option::is_some)
     }
 
+    /// Whether any transaction is known to have failed: those behind it are in vain.
+    pub fn is_in_vain(&self) -> bool {
+        self.failures.iter().any(Option::is_some)
+    }
+
     /// Sends statements without parameters.
     pub async fn simple(&mut self, step: Step, sql: &'static str) {
         let client = self.client;
@@ -192,6 +197,22 @@ impl<'a> Flight<'a> {
             answer,
         });
         while self.flying.len() > STATEMENTS_MAX || self.bytes > BYTES_MAX {
+            self.land_first().await;
+        }
+        self.land_ready().await;
+    }
+
+    /// Takes the answers that are here, so that a failure is known soon.
+    async fn land_ready(&mut self) {
+        while let Some(first) = self.flying.front_mut() {
+            if let Answer::Waiting(waiting) = &mut first.answer {
+                let polled =
+                    std::future::poll_fn(|context| Poll::Ready(waiting.as_mut().poll(context)));
+                match polled.await {
+                    Poll::Ready(answer) => first.answer = Answer::Here(answer),
+                    Poll::Pending => return,
+                }
+            }
             self.land_first().await;
         }
     }
