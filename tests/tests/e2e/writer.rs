@@ -808,3 +808,22 @@ async fn a_server_that_goes_away_loses_nothing() {
     assert_eq!(applied.outcomes.len(), all.len());
     assert_eq!(fixture.text("SELECT count(*)::text FROM t").await, "3000");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_function_is_replaced_and_nobody_else_may_call_it() {
+    let fixture = Fixture::new("SELECT 1").await;
+    fixture
+        .database
+        .execute(
+            "CREATE OR REPLACE FUNCTION anabranch.settle(replica text, seq bigint) RETURNS void LANGUAGE sql AS 'SELECT';
+             GRANT EXECUTE ON FUNCTION anabranch.claim(text, text, bigint, bytea, bytea) TO PUBLIC",
+        )
+        .await;
+    // Panics if anything is missing afterwards.
+    fixture.set_up().await;
+    let settle = "SELECT (prosecdef AND prosrc LIKE '%DELETE FROM%')::text FROM pg_proc WHERE proname = 'settle'";
+    assert_eq!(fixture.text(settle).await, "true");
+    let public = "SELECT count(*)::text FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace,
+        aclexplode(coalesce(proacl, acldefault('f', proowner))) a WHERE nspname = 'anabranch' AND a.grantee = 0";
+    assert_eq!(fixture.text(public).await, "0");
+}
