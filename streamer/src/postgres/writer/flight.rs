@@ -199,22 +199,6 @@ impl<'a> Flight<'a> {
         while self.flying.len() > STATEMENTS_MAX || self.bytes > BYTES_MAX {
             self.land_first().await;
         }
-        self.land_ready().await;
-    }
-
-    /// Takes the answers that are here, so that a failure is known soon.
-    async fn land_ready(&mut self) {
-        while let Some(first) = self.flying.front_mut() {
-            if let Answer::Waiting(waiting) = &mut first.answer {
-                let polled =
-                    std::future::poll_fn(|context| Poll::Ready(waiting.as_mut().poll(context)));
-                match polled.await {
-                    Poll::Ready(answer) => first.answer = Answer::Here(answer),
-                    Poll::Pending => return,
-                }
-            }
-            self.land_first().await;
-        }
     }
 
     async fn land(&mut self) {
