@@ -14,6 +14,10 @@
 //! is remembered here. A rejection is a claim too, or a transaction sent behind a rejected one would have to be held
 //! until that is recorded: instead all are sent without waiting, and those behind one that failed fail at their claim.
 //!
+//! **Durable.** Of transactions that are sent together only the last one's COMMIT waits until it is as durable as the server
+//! says, and all before it with it: so a disk that syncs 500 times a second does not make 500 transactions of it. If the
+//! last one fails, its rejection waits, or an empty transaction does, before anything is told to be applied.
+//!
 //! **Shown before.** The design asks for a look at the rows before the effects. Between that look and the effect another
 //! transaction may move the row, so the condition is part of the effect itself (see [`statement`]), which saves the look
 //! too. Only the first statement that touches a row has it: later ones see what this transaction made of the row.
@@ -69,6 +73,9 @@ const ATTEMPTS_MAX: u32 = 6;
 /// How long the first wait between attempts is, at most; each is twice the one before.
 const WAIT_MAX: Duration = Duration::from_millis(20);
 
+/// As many transactions are sent together: one that fails makes those behind it be sent again.
+const TOGETHER_MAX: usize = 128;
+
 /// As many rows are looked at by one statement after the effects.
 const CHECKED_AT_ONCE: usize = 1000;
 
@@ -81,6 +88,15 @@ const STALE: &[&str] = &[
 const CLAIM: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea), \
      pg_catalog.set_config('role', $6::pg_catalog.text, true), \
      pg_catalog.set_config('request.jwt.claims', $7::pg_catalog.text, true)";
+
+/// Of a transaction behind which another is sent at once: that one's COMMIT waits for both to be durable.
+const CLAIM_NOT_LAST: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea), \
+     pg_catalog.set_config('role', $6::pg_catalog.text, true), \
+     pg_catalog.set_config('request.jwt.claims', $7::pg_catalog.text, true), \
+     pg_catalog.set_config('synchronous_commit', 'off', true)";
+
+/// Commits something, so that all that was committed before is durable. Nobody reads the message.
+const FLUSH: &str = "SELECT pg_catalog.pg_logical_emit_message(true, 'anabranch', '')";
 
 const REJECT: &str = "SELECT anabranch.reject($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
      $6::pg_catalog.int4, $7::pg_catalog.text, $8::pg_catalog.text, $9::pg_catalog.text, $10::pg_catalog.text)";
@@ -102,6 +118,8 @@ pub struct Writer {
     facts: HashMap<Oid, (u32, Arc<Facts>)>,
     /// A transaction is under way, or was when its future was dropped.
     busy: bool,
+    /// Something was committed that may not be durable yet.
+    unflushed: bool,
 }
 
 /// Who writes.
@@ -145,6 +163,7 @@ impl Writer {
             prepared: Prepared::default(),
             facts: HashMap::new(),
             busy: false,
+            unflushed: false,
         })
     }
 
@@ -198,10 +217,28 @@ impl Writer {
         rules: &Rules,
     ) -> Applied {
         let mut outcomes = Vec::with_capacity(transactions.len());
-        let error = self
-            .run(replica, previous, transactions, rules, &mut outcomes)
+        let mut durable = 0;
+        let mut error = self
+            .run(
+                replica,
+                previous,
+                transactions,
+                rules,
+                &mut outcomes,
+                &mut durable,
+            )
             .await
             .err();
+        if self.unflushed {
+            match self.client.client.batch_execute(FLUSH).await {
+                Ok(()) => self.unflushed = false,
+                Err(lost) => {
+                    // They come again, and are known then.
+                    outcomes.truncate(durable);
+                    error = error.or(Some(failed(lost)));
+                }
+            }
+        }
         Applied { outcomes, error }
     }
 
@@ -212,6 +249,7 @@ impl Writer {
         transactions: &[T],
         rules: &Rules,
         outcomes: &mut Vec<Outcome>,
+        durable: &mut usize,
     ) -> Result<(), Error> {
         let (mut attempt, mut looked_again) = (0, false);
         while outcomes.len() < transactions.len() {
@@ -261,6 +299,9 @@ impl Writer {
                 // Those behind it found that it is missing.
                 break;
             }
+            if !self.unflushed {
+                *durable = outcomes.len();
+            }
         }
         Ok(())
     }
@@ -297,6 +338,7 @@ impl Writer {
                 Err(error) => Err(error),
             };
             let Err(error) = done else {
+                self.unflushed = false;
                 return Ok(Outcome::Rejected(rejection));
             };
             let failure = Failure {
@@ -345,6 +387,7 @@ impl Writer {
         rules: &Rules,
     ) -> Result<Vec<Option<Failure>>, Error> {
         self.usable()?;
+        let transactions = &transactions[..transactions.len().min(TOGETHER_MAX)];
         let mut found = Vec::with_capacity(transactions.len());
         for transaction in transactions {
             let mut targets = Vec::new();
@@ -356,16 +399,24 @@ impl Writer {
         self.busy = true;
         let mut flight = Flight::new(&self.client.client, &mut self.prepared);
         let mut previous = *previous;
-        for (transaction, targets) in transactions.iter().zip(&found) {
+        let mut last = false;
+        for (i, (transaction, targets)) in transactions.iter().zip(&found).enumerate() {
             let transaction = transaction.as_ref();
-            send(&mut flight, replica, &previous, transaction, targets).await;
+            last = i + 1 == transactions.len();
+            let claim = if last { CLAIM } else { CLAIM_NOT_LAST };
+            send(&mut flight, replica, &previous, transaction, targets, claim).await;
             previous = transaction.hash;
-            if flight.has_failed() {
+            if flight.is_in_vain() {
                 break;
             }
         }
         let failures = flight.finish().await;
         self.busy = false;
+        if last && matches!(failures.last(), Some(None)) {
+            self.unflushed = false;
+        } else if failures.iter().any(Option::is_none) {
+            self.unflushed = true;
+        }
         Ok(failures)
     }
 
@@ -441,11 +492,12 @@ async fn send(
     previous: &Hash,
     transaction: &LocalTransaction,
     targets: &[Result<Target, Rejection>],
+    claim: &str,
 ) {
     flight.next_transaction();
     flight.simple(Step::Begin, "BEGIN READ WRITE").await;
     let claim = Sql {
-        text: CLAIM.into(),
+        text: claim.into(),
         params: vec![
             Param::Text(replica.id.clone()),
             Param::Text(replica.subject.clone()),

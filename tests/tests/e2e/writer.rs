@@ -125,7 +125,7 @@ async fn a_rejected_transaction_says_why_and_blocks_nothing() {
          CREATE TABLE t (id int PRIMARY KEY, v varchar(3), n int NOT NULL CONSTRAINT positive CHECK (n > 0),
              u int CONSTRAINT one_u UNIQUE, p int CONSTRAINT has_parent REFERENCES parents,
              d int CONSTRAINT has_parent_late REFERENCES parents DEFERRABLE INITIALLY DEFERRED,
-             r int4range CONSTRAINT apart EXCLUDE USING gist (r WITH &&));
+             r int4range, CONSTRAINT apart EXCLUDE USING gist (r WITH &&));
          INSERT INTO t VALUES (1, 'one', 1, 1, 1, 1, '[1,10)');
          CREATE FUNCTION complain() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
              IF NEW.v = 'P01' THEN RAISE EXCEPTION 'not today' USING DETAIL = 'a secret'; END IF;
@@ -795,10 +795,35 @@ async fn a_server_that_goes_away_loses_nothing() {
         assert!(matches!(error, Error::Transient(_)), "{error:?}");
     }
     let mut writer = fixture.writer().await;
+    let standing = writer.standing(&replica).await.unwrap();
+    let stored = standing.map_or(0, |(seq, _)| seq);
+    assert!(
+        stored >= applied.outcomes.len() as u64,
+        "told, but not durable"
+    );
     let applied = writer
         .apply_many(&replica, &NO_HASH, &all, &rules.rules)
         .await;
     assert!(applied.error.is_none(), "{:?}", applied.error);
     assert_eq!(applied.outcomes.len(), all.len());
     assert_eq!(fixture.text("SELECT count(*)::text FROM t").await, "3000");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_function_is_replaced_and_nobody_else_may_call_it() {
+    let fixture = Fixture::new("SELECT 1").await;
+    fixture
+        .database
+        .execute(
+            "CREATE OR REPLACE FUNCTION anabranch.settle(replica text, seq bigint) RETURNS void LANGUAGE sql AS 'SELECT';
+             GRANT EXECUTE ON FUNCTION anabranch.claim(text, text, bigint, bytea, bytea) TO PUBLIC",
+        )
+        .await;
+    // Panics if anything is missing afterwards.
+    fixture.set_up().await;
+    let settle = "SELECT (prosecdef AND prosrc LIKE '%DELETE FROM%')::text FROM pg_proc WHERE proname = 'settle'";
+    assert_eq!(fixture.text(settle).await, "true");
+    let public = "SELECT count(*)::text FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace,
+        aclexplode(coalesce(proacl, acldefault('f', proowner))) a WHERE nspname = 'anabranch' AND a.grantee = 0";
+    assert_eq!(fixture.text(public).await, "0");
 }

@@ -131,6 +131,11 @@ impl<'a> Flight<'a> {
         self.failures.last().is_some_and(Option::is_some)
     }
 
+    /// Whether any transaction is known to have failed: those behind it are in vain.
+    pub fn is_in_vain(&self) -> bool {
+        self.failures.iter().any(Option::is_some)
+    }
+
     /// Sends statements without parameters.
     pub async fn simple(&mut self, step: Step, sql: &'static str) {
         let client = self.client;

@@ -372,7 +372,7 @@ impl Target {
         let shown = self.rule.shown()?;
         let (mut arrays, mut names, mut condition) = (String::new(), String::new(), String::new());
         for (i, &place) in self.key.iter().enumerate() {
-            let _ = write!(arrays, ", ${}::pg_catalog.text[]", i + 2);
+            let _ = write!(arrays, ", pg_catalog.unnest(${}::pg_catalog.text[])", i + 2);
             let _ = write!(names, ", k{i}");
             let (and, name) = (if i == 0 { "" } else { " AND " }, self.name(place));
             let type_name = &self.facts.columns[place].type_name;
@@ -388,7 +388,7 @@ impl Target {
         Some(Sql {
             text: format!(
                 "SELECT anabranch.refuse('out_of_shape', k.entry) \
-                 FROM pg_catalog.unnest($1::pg_catalog.int4[]{arrays}) AS k(entry{names}) \
+                 FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.int4[]){arrays}) AS k(entry{names}) \
                  CROSS JOIN LATERAL (SELECT {shown} AS shown FROM ONLY {table} AS t WHERE {condition} OFFSET 0) AS s \
                  WHERE NOT s.shown"
             ),
