@@ -91,7 +91,7 @@ async fn a_programs_writes_do_not_arrive_in_postgres() {
     program
         .execute_batch(
             "UPDATE tasks SET done = 1 WHERE id = 7;
-             INSERT INTO tasks(id, team, title) VALUES(100, 1, 'from a program');
+             INSERT INTO tasks(id, team, title, done, hits) VALUES(100, 1, 'from a program', 0, 0);
              DELETE FROM tasks WHERE id = 9;
              UPDATE tasks SET id = 101 WHERE id = 11;
              INSERT OR REPLACE INTO tasks(id, team, title, done, hits) VALUES(13, 1, 'replaced', 0, 0);
