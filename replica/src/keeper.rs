@@ -46,6 +46,10 @@ const ANSWERED_KEPT: Duration = Duration::from_secs(3_600);
 /// How often the position is noted for that.
 const NOTE_EVERY: Duration = Duration::from_secs(60);
 
+/// The file is looked at at least this often: what nobody told, and so that our reader of the WAL gets out of the way of a
+/// program's checkpoint.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// From where a stream goes on.
 #[derive(Clone, Debug)]
 pub struct Start {
@@ -300,7 +304,7 @@ fn keep(
         if opened.send(board.clone()).is_err() {
             return Ok(());
         }
-        let watch = Watch::new(file.path(), timing.report_every)?;
+        let watch = Watch::new(file.path(), LOOK_EVERY)?;
         Keeping {
             file,
             watch,

@@ -46,26 +46,39 @@ pub struct Rejected {
 pub(super) struct Found {
     /// The last entry of each local transaction, and whether it may be several.
     ends: Vec<(i64, bool)>,
+    /// Pages in the WAL, as of the last look.
+    wal_pages: u32,
+    /// From this length on our reader makes way for a checkpoint.
+    way_from: u32,
 }
 
 impl File {
     /// Looks for local transactions since the last look; they may be sent when this returns. True: there were some.
     pub fn look(&mut self) -> Result<bool, Error> {
-        if self.boundaries.is_none() {
-            let (_, known) = self.assigned()?;
-            self.boundaries = Some(Boundaries::open(&self.guard.path, known)?);
-        }
         self.look_at_schema()?;
-        let Some(boundaries) = &mut self.boundaries else {
+        if !self.captures()? {
+            // Reading along in the WAL costs something, and there is nothing to find.
+            self.boundaries = None;
             return Ok(false);
+        }
+        let boundaries = match &mut self.boundaries {
+            Some(boundaries) => boundaries,
+            none => {
+                let (_, known) = super::outbox::assigned(&self.connection)?;
+                none.insert(Boundaries::open(&self.guard.path, known)?)
+            }
         };
         let look = boundaries.look()?;
         for (place, end) in look.ends.into_iter().enumerate() {
             self.found.ends.push((end, place == 0 && !look.proved));
         }
-        if look.is_pinned && look.wal_pages >= open::CHECKPOINT_PAGES {
-            // Where it was not possible just now, the next look tries again.
+        self.found.wal_pages = look.wal_pages;
+        if !look.is_pinned || look.wal_pages < open::CHECKPOINT_PAGES {
+            self.found.way_from = open::CHECKPOINT_PAGES;
+        } else if look.wal_pages >= self.found.way_from {
+            // A program that reads may be in the way: tried again when the WAL has grown some more.
             boundaries.make_way(&self.connection)?;
+            self.found.way_from = look.wal_pages + open::CHECKPOINT_AGAIN_PAGES;
         }
         if self.found.ends.is_empty() {
             return Ok(false);
@@ -82,6 +95,25 @@ impl File {
             self.found.ends = ends;
         }
         numbered.map(|()| true)
+    }
+
+    /// Whether programs may write anything here, or did.
+    fn captures(&self) -> Result<bool, Error> {
+        self.connection
+            .prepare_cached("SELECT 1 FROM _anabranch_layouts LIMIT 1")
+            .and_then(|mut any| any.exists([]))
+            .doing("look whether any table is captured")
+    }
+
+    /// Writes the WAL back where it has become long. Our own reader, which follows it, must not be what keeps it long.
+    pub(super) fn tend_wal(&mut self) -> Result<(), Error> {
+        let is_behind = !self.state.caught_up;
+        if let Some(boundaries) = &mut self.boundaries
+            && self.guard.wal_is_to_be_emptied()
+        {
+            boundaries.make_way(&self.connection)?;
+        }
+        self.guard.tend_wal(&mut self.connection, is_behind)
     }
 
     /// A program that made a trigger may have put it before ours: they are to be the first to fire.
@@ -144,7 +176,7 @@ impl File {
     }
 
     /// Where they stand.
-    pub fn local(&self) -> Result<Local, Error> {
+    pub fn local(&mut self) -> Result<Local, Error> {
         let (assigned, _) = self.assigned()?;
         let (answered, _) = self.answered()?;
         let settled: Option<Option<i64>> = match self.has_rejections()? {
@@ -162,10 +194,17 @@ impl File {
                 .doing("read rejections")?,
             false => None,
         };
+        let settled = settled.flatten().unwrap_or(0);
+        if settled > 0
+            && let Some(boundaries) = &mut self.boundaries
+        {
+            // The streamer forgets them when it is told so.
+            boundaries.make_durable()?;
+        }
         Ok(Local {
             assigned,
             answered,
-            settled: settled.flatten().unwrap_or(0) as u64,
+            settled: settled as u64,
         })
     }
 

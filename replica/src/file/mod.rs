@@ -339,8 +339,7 @@ impl File {
         state.set_last_error(last_error);
         self.note(&mut state, Timestamp::now());
         self.store(state)?;
-        let is_behind = !self.state.caught_up;
-        self.guard.tend_wal(&mut self.connection, is_behind)
+        self.tend_wal()
     }
 
     fn take(&mut self, message: &v1::Down) -> Result<Applied, Error> {
@@ -374,14 +373,16 @@ impl File {
         }
         self.stream.grammar = grammar;
         self.stream.pieces.settle();
-        let is_behind = !self.state.caught_up;
-        self.guard.tend_wal(&mut self.connection, is_behind)?;
+        self.tend_wal()?;
         Ok(applied)
     }
 
     /// Passes a result on. Where the disk is full, that it can be tried again with what room we can make.
     fn make_room_if_full<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
         if matches!(result, Err(Error::Full(_))) {
+            if let Some(boundaries) = &mut self.boundaries {
+                boundaries.make_way(&self.connection)?;
+            }
             self.guard.make_room(&mut self.connection)?;
         }
         result

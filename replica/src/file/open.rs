@@ -39,7 +39,7 @@ pub(super) const CHECKPOINT_PAGES: u32 = 20_000;
 const CHECKPOINT_BEHIND_PAGES: u32 = 100_000;
 
 /// Where a reader keeps some of the WAL from being written back, it is tried again each time it grew by this.
-const CHECKPOINT_AGAIN_PAGES: u32 = 1_000;
+pub(super) const CHECKPOINT_AGAIN_PAGES: u32 = 1_000;
 
 /// What the WAL is cut back to when SQLite starts it over.
 const WAL_KEEP_BYTES: i64 = 96 * 1024 * 1024;
@@ -293,6 +293,11 @@ impl Guard {
         }
         self.wal_is_long = is_blocked;
         Ok(())
+    }
+
+    /// The next [`tend_wal`](Guard::tend_wal) may empty it.
+    pub(super) fn wal_is_to_be_emptied(&self) -> bool {
+        self.checkpointed_pages > 0 && self.wal_pages.load(Ordering::Relaxed) >= TRUNCATE_PAGES
     }
 
     /// The disk is full: gives back what the WAL takes of it, however short that is, if nobody needs it just now. It may

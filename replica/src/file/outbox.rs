@@ -108,8 +108,7 @@ impl File {
 
     /// The last local transaction, and its last entry; zeroes if there is none.
     pub fn assigned(&self) -> Result<(u64, i64), Error> {
-        let newest = newest(&self.connection).doing("read local transactions")?;
-        Ok(newest.map_or((0, 0), |local| (local.seq as u64, local.last)))
+        assigned(&self.connection)
     }
 
     /// The last local transaction that is answered, with its hash; 0 if none is. Rejections up to it are in
@@ -139,6 +138,11 @@ impl File {
         *from = to;
         Ok(pieces)
     }
+}
+
+pub(super) fn assigned(connection: &Connection) -> Result<(u64, i64), Error> {
+    let newest = newest(connection).doing("read local transactions")?;
+    Ok(newest.map_or((0, 0), |local| (local.seq as u64, local.last)))
 }
 
 fn assign(connection: &Connection, ends: &[i64], merged: bool) -> Result<(), Error> {
