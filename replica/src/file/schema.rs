@@ -321,9 +321,7 @@ impl Synced {
         let expected = create_table(&self.name, &self.definition);
         let view = names::base_view(&self.name);
         let what = match object(connection, &self.name)? {
-            Some((_, sql)) if sql == expected => {
-                layout::is_damaged(connection, &self.name)?.then_some("dropped what belongs to")
-            }
+            Some((_, sql)) if sql == expected => None,
             Some(_) => Some("altered"),
             None => Some("dropped or renamed"),
         };
@@ -350,7 +348,8 @@ impl Synced {
                 )?;
             }
         }
-        if capture::inspect(connection, &self.name)? {
+        let is_damaged = layout::is_damaged(connection, &self.name)?;
+        if capture::inspect(connection, &self.name)? || is_damaged {
             let reason = "a program dropped or altered what captures its writes; the streamer will send it again";
             connection.execute(
                 "UPDATE _anabranch_synced SET state = 'stopped', reason = ?2, \

@@ -477,7 +477,7 @@ fn a_table_that_a_program_dropped_comes_back_with_what_is_pending() {
 
 #[test]
 fn base_rows_and_entries_that_a_program_dropped_are_told_from_what_postgres_has_by_a_reset() {
-    for dropped in ["base_rows", "entries"] {
+    for dropped in ["saved", "entries"] {
         let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "2")]);
         folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
         folder.program(&format!("DROP TABLE _anabranch_{dropped}_t"));

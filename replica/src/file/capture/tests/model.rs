@@ -112,7 +112,7 @@ const TRIGGERS: [&str; 3] = [
 ];
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 80, ..ProptestConfig::default() })]
     #[test]
     fn what_is_captured_is_what_was_done(
         trigger in 0..TRIGGERS.len(),
