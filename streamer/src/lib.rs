@@ -17,16 +17,18 @@
 //!
 //!  one write's way up
 //!
+//!  rpc/write                    gRPC → batches of one replica, in order, with a connection for each (I/O)
 //!  write                        bytes of a replica → local transactions (pure)
-//!  postgres/writer              a transaction of Postgres each: claim, role, effects, checks, commit (I/O)
+//!  policy, postgres/writer      a transaction of Postgres each: claim, role, effects, checks, commit (I/O)
+//!  receipts                     the answer: a row of its own transaction, which goes the way down
 //!
 //!  a start                      config → postgres/check, setup → start → postgres/copy → mirror → run
 //! ```
 //!
 //! What is *not* so: `shape`, `route`, `delta`, `pgoutput`, `assemble` and `write` do no network I/O, have no clock and no
 //! async. The Postgres crates occur only under `postgres`, and SQLite only under `mirror` (tests apart). Messages of
-//! the protocol are made and read only in `encode`, `session` and `rpc`; `table` takes one enum from it, the storage
-//! of a column. No consumer is ever waited for by what reports progress to Postgres.
+//! the protocol are made and read only in `encode`, `session` and `rpc`; `table` and `receipts` take one enum each from it,
+//! the storage of a column and the purpose of a table. No consumer is ever waited for by what reports progress to Postgres.
 
 pub mod auth;
 pub mod catchup;

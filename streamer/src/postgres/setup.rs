@@ -1,6 +1,6 @@
-//! What must exist in the database: the schema `anabranch` with its two tables, the publication, and the grants of the
-//! role. [`plan`] finds what is missing, as SQL; [`execute`] runs it if the role may, in one transaction; whoever may not
-//! is given the exact script for somebody who may.
+//! What must exist in the database: the schema `anabranch` with its tables, the publication, and the grants of the
+//! role; and where replicas write, what `writing` has. [`plan`] finds what is missing, as SQL; [`execute`] runs it if the
+//! role may, in one transaction; whoever may not is given the exact script for somebody who may.
 //!
 //! Tables are published by name, never `FOR ALL TABLES`: publishing a table without a key makes Postgres refuse the
 //! application's UPDATEs, so nothing is published that was not looked at. What is published and not asked for is left

@@ -19,7 +19,8 @@ pub enum Outcome {
 pub struct Rejection {
     /// Which of its entries; `None`: the transaction as a whole.
     pub entry: Option<u32>,
-    /// `error` (see `sqlstate`), `update_missing`, `insert_exists`, `out_of_shape`, `conflict`, `not_writable`.
+    /// `error` (see `sqlstate`), `update_missing`, `insert_exists`, `out_of_shape`, `conflict`, `not_writable`; and of
+    /// what never gets here, `too_large` and `malformed`.
     pub outcome: Cow<'static, str>,
     /// Of Postgres, or ours where it was refused before.
     pub sqlstate: String,
