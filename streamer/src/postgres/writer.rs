@@ -5,7 +5,7 @@
 //! SELECT anabranch.claim(…), become the role, with its claims     exactly once: contiguous, and chained by hashes
 //! the effects, in order                                           as the role; of rows that the replica is shown
 //! SET CONSTRAINTS ALL IMMEDIATE; become the login role again      deferred triggers run as the role too
-//! refuse rows that the replica is not shown                       as the login role
+//! refuse rows that are not seen to be shown                       as the login role
 //! COMMIT
 //! ```
 //!
@@ -20,11 +20,19 @@
 //!
 //! **Shown before.** The design asks for a look at the rows before the effects. Between that look and the effect another
 //! transaction may move the row, so the condition is part of the effect itself (see [`statement`]), which saves the look
-//! too. Only the first statement that touches a row has it: later ones see what this transaction made of the row.
+//! too. Later statements that touch the row may also change what this transaction made of it.
+//!
+//! **Shown afterwards.** A row that the transaction wrote, and did not take away again, must be *seen* to be shown, by the
+//! login role: what is not seen is refused as what is seen and not shown is. A policy hides it, and then it may be any row
+//! (where no policy shows the login role anything, that is an error of the set-up, and nothing is lost); or a trigger
+//! removed it or put it at another key, and then the replica would write by the trigger what it may not write. So a
+//! table with such triggers can only be written by replicas that are shown all of it: for them nothing is looked at.
+//! What triggers make of rows that the transaction did not write is the application's own doing.
 //!
 //! **The role** needs rights on the tables, on the columns of the conditions (to read), and USAGE of the schema
 //! `anabranch`; the login role needs SELECT for the last look, and where it is under row-level security a policy that
-//! shows it all rows. Where a replica writes as no other role, its claims are in force as it looks, and policies count.
+//! shows it all rows (`CREATE POLICY … FOR SELECT TO login USING (true)`), or BYPASSRLS. Where a replica writes as no
+//! other role, its claims are in force as it looks, and policies count.
 //!
 //! **Errors** that are the transaction's own reject it, those of the way to Postgres are the caller's to wait out, and those
 //! of the set-up (the claim may not be called, the role is not there) are [`Error::Definite`]: no write is lost by them.
@@ -40,7 +48,7 @@ mod value;
 
 use std::{
     borrow::Cow,
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     hash::{BuildHasher, Hasher, RandomState},
     sync::Arc,
     time::Duration,
@@ -54,7 +62,7 @@ use self::{
     facts::Facts,
     flight::{Cause, Failure, Flight, Prepared, Step},
     outcome::{Class, bounded, classify},
-    statement::{Keys, Sql, Target},
+    statement::{GONE, HIDDEN, Left, OUT_OF_SHAPE, Sql, Target, UNREADABLE},
     value::Param,
 };
 use super::{
@@ -64,7 +72,7 @@ use super::{
 };
 use crate::{
     table::{Oid, Table},
-    write::{Entry, Hash, Kind, LocalTransaction, WriteTable},
+    write::{Change, Hash, Kind, LocalTransaction, WriteTable},
 };
 
 /// How often a transaction is tried that others keep from its locks.
@@ -517,8 +525,8 @@ async fn send(
             AFTER_NO_ROLE
         };
         flight.simple(Step::Constraints, after).await;
-        for check in checks {
-            flight.statement(Step::Check, check).await;
+        for (rule, check) in checks {
+            flight.statement(Step::Check(rule), check).await;
         }
     }
     // What fails unnoticed makes a ROLLBACK of the COMMIT; what we found ourselves Postgres knows nothing of.
@@ -535,25 +543,20 @@ async fn effects(
     flight: &mut Flight<'_>,
     transaction: &LocalTransaction,
     targets: &[Result<Target, Rejection>],
-) -> Vec<Sql> {
-    let mut left: Vec<Keys> = targets.iter().map(|_| Keys::default()).collect();
-    let mut touched = HashSet::new();
+) -> Vec<(Arc<Rule>, Sql)> {
+    let mut written: Vec<Written> = targets.iter().map(|_| Written::default()).collect();
     for (i, entry) in (0..).zip(&transaction.entries) {
         if flight.has_failed() {
             break;
         }
-        match effect(transaction, entry, targets, &mut touched) {
-            Ok((sql, key)) => {
-                if let Some(key) = key {
-                    left[entry.table()].0.push((i, key));
-                }
-                if let Some(sql) = sql {
-                    let facts = targets[entry.table()].as_ref().ok();
-                    let facts = facts.filter(|_| entry.kind() == Kind::Insert);
-                    let facts = facts.map(|target| Arc::clone(&target.facts));
-                    flight.statement(Step::Effect(i, facts), sql).await;
-                }
+        match effect(transaction, i, targets, &mut written) {
+            Ok(Some(sql)) => {
+                let facts = targets[entry.table()].as_ref().ok();
+                let facts = facts.filter(|_| entry.kind() == Kind::Insert);
+                let facts = facts.map(|target| Arc::clone(&target.facts));
+                flight.statement(Step::Effect(i, facts), sql).await;
             }
+            Ok(None) => {}
             Err(mut rejection) => {
                 rejection.entry = Some(i);
                 flight.reject(Step::Effect(i, None), rejection).await;
@@ -561,27 +564,28 @@ async fn effects(
         }
     }
     let mut checks = Vec::new();
-    for (target, Keys(keys)) in targets.iter().zip(left) {
+    for (target, written) in targets.iter().zip(written) {
         let Ok(target) = target else { continue };
-        let mut keys = keys.into_iter();
-        loop {
-            let some = Keys(keys.by_ref().take(CHECKED_AT_ONCE).collect());
-            if some.0.is_empty() {
-                break;
-            }
-            checks.extend(target.check(&some));
-        }
+        let mut left: Vec<_> = written.into_values().collect();
+        left.sort_unstable_by_key(|left| left.entry);
+        let some = left.chunks(CHECKED_AT_ONCE);
+        let some = some.filter_map(|some| target.check(some));
+        checks.extend(some.map(|sql| (Arc::clone(&target.rule), sql)));
     }
     checks
 }
 
-/// The statement for an entry, and the key to be looked at afterwards.
+/// By key: what the transaction wrote there.
+type Written = HashMap<bytes::Bytes, Left>;
+
+/// The statement for an entry; notes the keys that it writes at.
 fn effect(
     transaction: &LocalTransaction,
-    entry: &Entry,
+    number: u32,
     targets: &[Result<Target, Rejection>],
-    touched: &mut HashSet<(usize, bytes::Bytes)>,
-) -> Result<(Option<Sql>, Option<Vec<String>>), Rejection> {
+    written: &mut [Written],
+) -> Result<Option<Sql>, Rejection> {
+    let entry = &transaction.entries[number as usize];
     let rejected = |sqlstate: &str, message: &str| Rejection {
         entry: None,
         outcome: Cow::Borrowed("error"),
@@ -596,35 +600,38 @@ fn effect(
     let table = &transaction.tables[entry.table()];
     let change = transaction.change(entry);
     let change = change.map_err(|malformed| rejected("08P01", malformed.0))?;
-    let mut first = true;
-    let is_checked = target.rule.shown().is_some();
-    if is_checked && transaction.entries.len() > 1 {
-        let before = match &change {
-            crate::write::Change::Insert { .. } => None,
-            crate::write::Change::Update { key, .. } | crate::write::Change::Delete { key, .. } => {
-                Some(key)
-            }
-        };
-        let after = statement::key_after(table, &change);
-        if let Some(before) = before {
-            let before = record::build(before.iter().copied());
-            first = touched.insert((entry.table(), before));
-        }
-        if let Some(after) = after {
-            touched.insert((entry.table(), record::build(after)));
-        }
-    }
     let unwritable =
         |unwritable: value::Unwritable| rejected(unwritable.sqlstate, unwritable.message);
+    if target.rule.shown().is_none() {
+        return target.statement(table, &change, true).map_err(unwritable);
+    }
+    let written = &mut written[entry.table()];
+    let before = match &change {
+        Change::Insert { .. } => None,
+        Change::Update { key, .. } | Change::Delete { key, .. } => {
+            Some(record::build(key.iter().copied()))
+        }
+    };
+    let first = (before.as_ref()).is_none_or(|before| !written.contains_key(before));
     let sql = target
         .statement(table, &change, first)
         .map_err(unwritable)?;
-    let key = if is_checked {
-        target.key_after(table, &change).map_err(unwritable)?
-    } else {
-        None
-    };
-    Ok((sql, key))
+    if sql.is_none() {
+        return Ok(sql);
+    }
+    if let Some(left) = before.and_then(|before| written.get_mut(&before)) {
+        (left.entry, left.there) = (number, false);
+    }
+    if let Some(key) = target.key_after(table, &change).map_err(unwritable)? {
+        let after = statement::key_after(table, &change).unwrap_or_default();
+        let left = Left {
+            entry: number,
+            key,
+            there: true,
+        };
+        written.insert(record::build(after), left);
+    }
+    Ok(sql)
 }
 
 /// What a failure of transaction `seq` means.
@@ -671,11 +678,32 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
     Verdict::Reject(match &failure.step {
         // Not the transaction's fault.
         Step::Begin | Step::Claim => return Verdict::Fail(failed(error)),
-        Step::Check if sqlstate == REFUSED => {
+        Step::Check(rule) if sqlstate == REFUSED => {
             let entry = said.datatype().and_then(|entry| entry.parse().ok());
-            rejection(entry, outcome)
+            let table = rule.table.full_name();
+            let because = |why: String| Rejection {
+                message: bounded(&why),
+                ..rejection(entry, OUT_OF_SHAPE)
+            };
+            match outcome {
+                UNREADABLE => {
+                    return Verdict::Fail(Error::Definite(format!(
+                        "row-level security lets the role that logs in to write see no row of {table}, so nobody can tell \
+                         whether replicas write what they may: give that role BYPASSRLS, or \
+                         CREATE POLICY … ON {table} FOR SELECT TO … USING (true)"
+                    )));
+                }
+                HIDDEN => because(format!(
+                    "anabranch: the role that logs in to write does not see the row in {table} afterwards: a policy hides \
+                     it from that role (which needs one FOR SELECT USING (true), or BYPASSRLS), or a trigger moved it"
+                )),
+                GONE => because(format!(
+                    "anabranch: the row is not in {table} afterwards: a trigger or a rule removed or moved it"
+                )),
+                outcome => rejection(entry, outcome),
+            }
         }
-        Step::Check => return Verdict::Fail(failed(error)),
+        Step::Check(_) => return Verdict::Fail(failed(error)),
         Step::Effect(entry, _) if sqlstate == REFUSED => rejection(Some(*entry), outcome),
         Step::Effect(entry, Some(facts))
             if sqlstate == "23505"

@@ -1,9 +1,14 @@
 //! An entry becomes one statement, with its values as parameters. Pure.
 //!
 //! A statement that touches a row which the transaction did not touch before has the replica's condition in its WHERE:
-//! so a row is only changed as long as the replica may see it, whatever others do to it at the same time. What such a
-//! statement does not find it refuses by itself, with `anabranch.refuse`, and says whether the row is missing, out of
-//! the shape, or not what the program saw. Every table is named with ONLY: what inherits from it is another table.
+//! so a row is only changed as long as the replica may see it, whatever others do to it at the same time. One that touches
+//! it again may change what the transaction itself wrote there (`xmin`) too: not whatever is there by then, as a
+//! trigger may have put the write elsewhere. What such a
+//! statement does not find it refuses by itself, with `anabranch.refuse`. A row that the replica is not shown is not there
+//! for it, so nothing tells it apart from one that is missing: an UPDATE of either is `update_missing`, a DELETE of
+//! either has nothing to do, and only a row that is shown can be a `conflict`. (A key that is taken by a row outside of
+//! the shapes shows by the INSERT that fails, as it does under Postgres' row-level security: no answer hides that.)
+//! Every table is named with ONLY: what inherits from it is another table.
 //!
 //! A function that decides (`conflict = { function = … }`) is called as `f(old, new, current)` with rows of the table's
 //! type: the current row with the changed columns as the program saw them, as it left them, and as it is. What it
@@ -115,7 +120,14 @@ impl Target {
         change: &Change<'_>,
         first: bool,
     ) -> Result<Option<Sql>, Unwritable> {
-        let shown = self.rule.shown().filter(|_| first);
+        let shown = self.rule.shown().map(|shown| {
+            if first {
+                shown.to_owned()
+            } else {
+                format!("({shown} OR t.xmin = pg_catalog.pg_current_xact_id()::pg_catalog.xid)")
+            }
+        });
+        let shown = shown.as_deref();
         match change {
             Change::Insert { row } => self.insert(row).map(Some),
             Change::Update { key, set } => {
@@ -187,10 +199,7 @@ impl Target {
     ) -> Result<Sql, Unwritable> {
         let mut sql = Sql::default();
         let key = sql.key(self, key)?;
-        let mut found = key.clone();
-        if let Some(shown) = shown {
-            let _ = write!(found, " AND {shown}");
-        }
+        let mut found = shown_of(&key, shown);
         let (mut assignments, mut compares) = (String::new(), false);
         for set in set {
             let place = self.places[set.column];
@@ -217,7 +226,7 @@ impl Target {
             }
         }
         let table = self.rule.qualified();
-        let why = why(&table, &key, shown, compares);
+        let why = why(&table, &shown_of(&key, shown), compares);
         // Where a trigger may suppress an update that changes nothing, one that hit nothing is not one that missed.
         let suppressed = if self.facts.suppresses && !compares {
             format!(" AND NOT EXISTS (SELECT FROM ONLY {table} AS t WHERE {found})")
@@ -277,10 +286,7 @@ impl Target {
         }
         let table = self.rule.qualified();
         let row = |values: &[String]| format!("ROW({})::{table}", values.join(", "));
-        let found = match shown {
-            Some(shown) => format!("{key} AND {shown}"),
-            None => key.clone(),
-        };
+        let found = shown_of(&key, shown);
         let function: Vec<_> = function.split('.').map(identifier).collect();
         sql.text = format!(
             "WITH found AS MATERIALIZED (SELECT t.* FROM ONLY {table} AS t WHERE {found} FOR UPDATE), \
@@ -292,7 +298,7 @@ impl Target {
             row(&new),
             row(&current),
             assignments.join(", "),
-            why(&table, &key, shown, false),
+            why(&table, &found, false),
         );
         Ok(sql)
     }
@@ -305,31 +311,23 @@ impl Target {
     ) -> Result<Sql, Unwritable> {
         let mut sql = Sql::default();
         let key = sql.key(self, key)?;
-        let mut found = key.clone();
-        if let Some(shown) = shown {
-            let _ = write!(found, " AND {shown}");
-        }
-        let mut compares = false;
+        let seen = shown_of(&key, shown);
+        let (mut found, mut compares) = (seen.clone(), false);
         for (column, old) in compared {
             compares = true;
             let same = self.same(&mut sql, self.places[column], old)?;
             let _ = write!(found, " AND {same}");
         }
         let table = self.rule.qualified();
-        sql.text = if shown.is_none() && !compares {
-            format!("DELETE FROM ONLY {table} AS t WHERE {key}")
-        } else {
-            // A row that is not there is as it should be.
-            let why = why(&table, &key, shown, compares);
-            let hidden = match shown {
-                Some(shown) if !compares => format!(" AND NOT {shown}"),
-                _ => String::new(),
-            };
+        // A row that is not there, or not for the replica, is as it should be.
+        sql.text = if compares {
             format!(
                 "WITH gone AS (DELETE FROM ONLY {table} AS t WHERE {found} RETURNING 1) \
-                 SELECT anabranch.refuse({why}, NULL) WHERE NOT EXISTS (SELECT FROM gone) \
-                 AND EXISTS (SELECT FROM ONLY {table} AS t WHERE {key}{hidden})"
+                 SELECT anabranch.refuse('conflict', NULL) WHERE NOT EXISTS (SELECT FROM gone) \
+                 AND EXISTS (SELECT FROM ONLY {table} AS t WHERE {seen})"
             )
+        } else {
+            format!("DELETE FROM ONLY {table} AS t WHERE {found}")
         };
         Ok(sql)
     }
@@ -367,39 +365,67 @@ impl Target {
         texts.collect::<Result<_, _>>().map(Some)
     }
 
-    /// Refuses if a row with one of these keys is not shown; `None`: all rows of the table are.
-    pub fn check(&self, keys: &Keys) -> Option<Sql> {
+    /// Refuses unless the rows with these keys are shown; `None`: all rows of the table are. It runs as the login role.
+    ///
+    /// What is not seen is refused too: a policy may hide it from the login role, or a trigger may have put it where we
+    /// do not look, and then nobody knows whether it left the shape.
+    pub fn check(&self, left: &[Left]) -> Option<Sql> {
         let shown = self.rule.shown()?;
         let (mut arrays, mut names, mut condition) = (String::new(), String::new(), String::new());
         for (i, &place) in self.key.iter().enumerate() {
-            let _ = write!(arrays, ", pg_catalog.unnest(${}::pg_catalog.text[])", i + 2);
+            let _ = write!(arrays, ", pg_catalog.unnest(${}::pg_catalog.text[])", i + 3);
             let _ = write!(names, ", k{i}");
             let (and, name) = (if i == 0 { "" } else { " AND " }, self.name(place));
             let type_name = &self.facts.columns[place].type_name;
             let _ = write!(condition, "{and}t.{name} = k.k{i}::{type_name}");
         }
         let table = self.rule.qualified();
-        let entries: Vec<_> = keys.0.iter().map(|(entry, _)| entry.to_string()).collect();
-        let mut params = vec![literal(entries.iter().map(String::as_str))];
+        let entries: Vec<_> = left.iter().map(|left| left.entry.to_string()).collect();
+        let there = left.iter().map(|left| if left.there { "t" } else { "f" });
+        let mut params = vec![literal(entries.iter().map(String::as_str)), literal(there)];
         for i in 0..self.key.len() {
-            params.push(literal(keys.0.iter().map(|(_, key)| key[i].as_str())));
+            params.push(literal(left.iter().map(|left| left.key[i].as_str())));
         }
         // OFFSET keeps the planner from looking at the whole table, whatever it believes about the arrays.
+        let oid = self.rule.table.oid;
         Some(Sql {
             text: format!(
-                "SELECT anabranch.refuse('out_of_shape', k.entry) \
-                 FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.int4[]){arrays}) AS k(entry{names}) \
-                 CROSS JOIN LATERAL (SELECT {shown} AS shown FROM ONLY {table} AS t WHERE {condition} OFFSET 0) AS s \
-                 WHERE NOT s.shown"
+                "SELECT anabranch.refuse(CASE WHEN s.shown IS NOT NULL THEN '{OUT_OF_SHAPE}' \
+                     WHEN NOT p.active THEN '{GONE}' WHEN p.shows THEN '{HIDDEN}' ELSE '{UNREADABLE}' END, k.entry) \
+                 FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.int4[]), pg_catalog.unnest($2::pg_catalog.bool[]){arrays}) \
+                     AS k(entry, there{names}) \
+                 CROSS JOIN (SELECT pg_catalog.row_security_active({oid}::pg_catalog.oid) AS active, EXISTS ( \
+                     SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = {oid}::pg_catalog.oid AND y.polpermissive \
+                     AND y.polcmd IN ('r', '*') AND EXISTS (SELECT FROM pg_catalog.unnest(y.polroles) AS r(oid) \
+                         WHERE CASE WHEN r.oid = 0 THEN true ELSE pg_catalog.pg_has_role(r.oid, 'USAGE') END)) AS shows \
+                     OFFSET 0) AS p \
+                 LEFT JOIN LATERAL (SELECT {shown} AS shown FROM ONLY {table} AS t WHERE {condition} OFFSET 0) AS s ON true \
+                 WHERE s.shown IS NOT TRUE AND (k.there OR s.shown IS NOT NULL OR p.active AND NOT p.shows)"
             ),
             params,
         })
     }
 }
 
-/// Keys of rows that a transaction left, each with the entry that did.
-#[derive(Debug, Default)]
-pub struct Keys(pub Vec<(u32, Vec<String>)>);
+/// Seen, and not shown.
+pub const OUT_OF_SHAPE: &str = "out_of_shape";
+/// Not seen, where nothing hides rows from the login role: a trigger or a rule removed it, or put it elsewhere.
+pub const GONE: &str = "gone";
+/// Not seen, where policies show the login role some rows.
+pub const HIDDEN: &str = "hidden";
+/// Not seen, where row-level security shows the login role no row whatever.
+pub const UNREADABLE: &str = "unreadable";
+
+/// A key that a transaction wrote at, as its last entry there leaves it.
+#[derive(Debug)]
+pub struct Left {
+    /// The entry.
+    pub entry: u32,
+    /// A text for each column.
+    pub key: Vec<String>,
+    /// A row must be there. Else the transaction had written it before, and then took it away: a trigger may have kept it.
+    pub there: bool,
+}
 
 /// The key of the row that a change leaves, if it leaves one.
 pub fn key_after<'a>(table: &WriteTable, change: &Change<'a>) -> Option<Vec<ValueRef<'a>>> {
@@ -416,18 +442,21 @@ pub fn key_after<'a>(table: &WriteTable, change: &Change<'a>) -> Option<Vec<Valu
     }
 }
 
-/// SQL for why a row was not found.
-fn why(table: &str, key: &str, shown: Option<&str>, compares: bool) -> String {
-    let otherwise = if compares {
-        "conflict"
+/// SQL for rows of this key that the replica is shown.
+fn shown_of(key: &str, shown: Option<&str>) -> String {
+    match shown {
+        Some(shown) => format!("{key} AND {shown}"),
+        None => key.to_owned(),
+    }
+}
+
+/// SQL for why a row was not found. `seen`: the row, if the replica is shown it.
+fn why(table: &str, seen: &str, compares: bool) -> String {
+    if compares {
+        format!(
+            "CASE WHEN EXISTS (SELECT FROM ONLY {table} AS t WHERE {seen}) THEN 'conflict' ELSE 'update_missing' END"
+        )
     } else {
-        "update_missing"
-    };
-    let reason = match shown {
-        Some(shown) => {
-            format!("CASE WHEN {shown} THEN '{otherwise}' ELSE 'out_of_shape' END")
-        }
-        None => format!("'{otherwise}'"),
-    };
-    format!("coalesce((SELECT {reason} FROM ONLY {table} AS t WHERE {key}), 'update_missing')")
+        "'update_missing'".to_owned()
+    }
 }
