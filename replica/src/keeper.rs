@@ -591,6 +591,8 @@ impl Keeping {
         took: Duration,
     ) -> Result<(), Error> {
         let heard = heard(message);
+        // With a reset the receipts may have gone back: then answered writes are pending again.
+        let may_be_pending_again = self.tables_changed;
         let tables = (heard.is_some() && self.tables_changed)
             .then(|| tables(&self.file))
             .flatten();
@@ -600,7 +602,7 @@ impl Keeping {
         let first = applied.position.is_some() && self.board.watch().borrow().position.is_none();
         // Before the position is told: who waits for both finds them together.
         let local = *self.board.local.borrow();
-        if local.assigned > local.answered || local.settled > 0 || self.tables_changed {
+        if local.assigned > local.answered || local.settled > 0 || may_be_pending_again {
             self.tell_local()?;
         }
         self.board
