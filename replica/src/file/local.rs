@@ -3,7 +3,7 @@
 //! `boundary` tells which entries were one transaction of a program, `outbox` numbers them, `receipts` says what became of
 //! them; here is the order in which that happens: found, durable, numbered, sent.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use anabranch_proto::Lsn;
 use bytes::Bytes;
@@ -14,8 +14,11 @@ use super::{
     error::Doing,
     names, open,
     schema::{self, Catalog},
-    transaction::Write,
+    transaction::{self, LOCK_WAIT_MAX, Write},
 };
+
+/// How long the write lock is waited for where waiting may be what keeps it taken.
+const ASSIGN_WAIT_MAX: Duration = Duration::from_millis(20);
 
 /// Where local writes stand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,16 +86,24 @@ impl File {
         if self.found.ends.is_empty() {
             return Ok(false);
         }
-        boundaries.make_durable()?;
-        let ends = std::mem::take(&mut self.found.ends);
+        let durable = boundaries.make_durable()?;
+        let mut ends = std::mem::take(&mut self.found.ends);
+        let later = ends.split_off(ends.partition_point(|(end, _)| *end <= durable));
+        // A program's checkpoint may hold the lock and wait for our reader, which only the next look moves on.
+        transaction::wait_for_locks(&mut self.connection, ASSIGN_WAIT_MAX)?;
         let mut numbered = Ok(());
         for run in ends.chunk_by(|one, other| !one.1 && !other.1) {
             let last: Vec<i64> = run.iter().map(|(end, _)| *end).collect();
             numbered = numbered.and_then(|()| self.assign(&last, run[0].1));
         }
+        transaction::wait_for_locks(&mut self.connection, LOCK_WAIT_MAX)?;
+        self.found.ends = later;
         if numbered.is_err() {
             // What was numbered is passed over the next time.
+            ends.append(&mut self.found.ends);
             self.found.ends = ends;
+        } else if ends.is_empty() {
+            return Ok(false);
         }
         numbered.map(|()| true)
     }

@@ -8,6 +8,7 @@ mod faults;
 mod harness;
 mod history;
 mod kills;
+mod ledger;
 mod pages;
 mod parameters;
 mod pgbench;

@@ -1,0 +1,316 @@
+//! A ledger: five replicas, a program writes each file, and kills, cuts and half-open links meet all of it. Every token is in
+//! Postgres once, or its transaction was rejected, and the shared counter has counted just those that are there.
+//!
+//! `ANABRANCH_LEDGER=100000` makes it long. Whoever says how many transactions also has the machine for it: then it is a
+//! verdict on speed too.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use anabranch_tests::{
+    peers::{Replica, Streamer},
+    postgres::{Options, Server, Stop},
+    proxy::{Cut, Proxy, Way},
+    seed::Seed,
+    wait::{DEADLINE, until},
+};
+use rand::{Rng, rngs::StdRng};
+use rusqlite::Connection;
+
+const REPLICAS: usize = 5;
+
+/// Local transactions, over all replicas, where nobody says how many.
+const TRANSACTIONS: u64 = 300;
+
+/// How soon all must be equal after the last fault, where the run is a verdict on speed.
+const CONVERGED_WITHIN: Duration = Duration::from_secs(10);
+
+/// One of so many transactions is refused by Postgres.
+const REFUSED_EVERY: u64 = 17;
+
+/// Between two transactions of a program in the short run, so that it lasts through some faults; the long one has as many as
+/// can be made.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// `arrived` has no key, so what Postgres made twice is in it twice.
+const TABLES: &str = "
+    CREATE TABLE tokens (token text PRIMARY KEY, note text NOT NULL CHECK (note <> 'forbidden'));
+    CREATE TABLE counter (id int PRIMARY KEY, n bigint NOT NULL);
+    INSERT INTO counter VALUES (1, 0);
+    CREATE TABLE arrived (token text);
+    CREATE FUNCTION arrive() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN INSERT INTO public.arrived VALUES (NEW.token); RETURN NULL; END $$;
+    CREATE TRIGGER arrive AFTER INSERT ON tokens FOR EACH ROW EXECUTE FUNCTION arrive()";
+
+const TOKENS: &str = "SELECT * FROM tokens";
+const COUNTER: &str = "SELECT * FROM counter";
+
+/// 1: the token is in the table, or in a rejected transaction, and not in both. All of it is one statement, so one snapshot.
+const SEEN: &str = "
+    SELECT (SELECT count(*) FROM tokens WHERE token = ?1)
+         + (SELECT count(*) FROM _anabranch_rejected WHERE table_name = 'tokens' AND key = '[\"' || ?1 || '\"]')";
+
+/// The same program as [`write`], by another library in another process. A line for each transaction.
+const PYTHON: &str = r#"
+import random, sqlite3, sys, time
+file, name, count, refused_every, pause, seed, seen = sys.argv[1:]
+count, refused_every, pause = int(count), int(refused_every), float(pause)
+chance = random.Random(int(seed))
+db = sqlite3.connect(file, timeout=5, isolation_level=None)
+def check(n):
+    token = f"{name}-{n}"
+    found = db.execute(seen, (token,)).fetchone()[0]
+    if found != 1:
+        sys.exit(f"{token} is seen {found} times")
+for n in range(count):
+    note = "forbidden" if n % refused_every == 3 else "fine"
+    db.execute("BEGIN IMMEDIATE")
+    db.execute("INSERT INTO tokens VALUES(?, ?)", (f"{name}-{n}", note))
+    db.execute("UPDATE counter SET n = n + 1 WHERE id = 1")
+    db.execute("COMMIT")
+    print(n, flush=True)
+    check(n)
+    check(chance.randrange(n + 1))
+    time.sleep(pause)
+"#;
+
+/// One program: where it writes, and what.
+struct Program {
+    file: PathBuf,
+    name: String,
+    count: u64,
+    pause: Duration,
+    done: Arc<AtomicU64>,
+}
+
+fn note(n: u64) -> &'static str {
+    if n % REFUSED_EVERY == 3 {
+        "forbidden"
+    } else {
+        "fine"
+    }
+}
+
+fn check(connection: &Connection, token: &str) {
+    let mut seen = connection.prepare_cached(SEEN).unwrap();
+    let times: i64 = seen.query_row([token], |row| row.get(0)).unwrap();
+    assert_eq!(times, 1, "how often {token} is seen");
+}
+
+impl Program {
+    fn by_the_library(&self, mut chance: StdRng) {
+        let mut connection = Connection::open(&self.file).unwrap();
+        connection.busy_timeout(Duration::from_secs(5)).unwrap();
+        for n in 0..self.count {
+            let token = format!("{}-{n}", self.name);
+            let transaction = connection
+                .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
+                .unwrap();
+            transaction
+                .execute("INSERT INTO tokens VALUES(?1, ?2)", (&token, note(n)))
+                .unwrap();
+            transaction
+                .execute("UPDATE counter SET n = n + 1 WHERE id = 1", [])
+                .unwrap();
+            transaction.commit().unwrap();
+            self.done.fetch_add(1, SeqCst);
+            check(&connection, &token);
+            let earlier = chance.random_range(0..=n);
+            check(&connection, &format!("{}-{earlier}", self.name));
+            std::thread::sleep(self.pause);
+        }
+    }
+
+    fn by_python(&self, mut chance: StdRng) {
+        let mut python = Command::new("python3")
+            .args(["-c", PYTHON])
+            .arg(&self.file)
+            .arg(&self.name)
+            .arg(self.count.to_string())
+            .arg(REFUSED_EVERY.to_string())
+            .arg(self.pause.as_secs_f64().to_string())
+            .arg(chance.random::<u32>().to_string())
+            .arg(SEEN)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        for line in BufReader::new(python.stdout.take().unwrap()).lines() {
+            line.unwrap();
+            self.done.fetch_add(1, SeqCst);
+        }
+        assert!(
+            python.wait().unwrap().success(),
+            "the Python program failed"
+        );
+    }
+}
+
+fn count(file: &Path, sql: &str) -> rusqlite::Result<i64> {
+    Connection::open(file)?.query_row(sql, [], |row| row.get(0))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_lost_or_doubled_by_any_fault() {
+    let wanted = std::env::var("ANABRANCH_LEDGER").ok();
+    let wanted: Option<u64> = wanted.map(|text| text.parse().expect("a number"));
+    let each = wanted.unwrap_or(TRANSACTIONS).div_ceil(REPLICAS as u64);
+    let all = each * REPLICAS as u64;
+    let seed = Seed::new();
+    let mut rng = seed.rng("faults");
+    let server = Server::start(Options::new()).await;
+    let database = server.database().await;
+    database.execute(TABLES).await;
+    let streamer = Streamer::config(&database)
+        .shape("ledger", &[TOKENS, COUNTER])
+        .set("shape.ledger.writable", true)
+        .toml("[table.\"public.counter\"]\ncolumn.n = \"add\"")
+        .start()
+        .await;
+    let mut links = Vec::new();
+    let mut replicas = Vec::new();
+    for _ in 0..REPLICAS {
+        let link = Proxy::to(streamer.address()).await;
+        let replica = Replica::config(&streamer)
+            .through(&link)
+            .subscribe("ledger")
+            .start()
+            .await;
+        links.push(link);
+        replicas.push(replica);
+    }
+
+    let done = Arc::new(AtomicU64::new(0));
+    let mut programs = tokio::task::JoinSet::new();
+    for (place, replica) in replicas.iter().enumerate() {
+        let program = Program {
+            file: replica.file(),
+            name: format!("r{place}"),
+            count: each,
+            pause: wanted.map_or(PAUSE, |_| Duration::ZERO),
+            done: done.clone(),
+        };
+        let chance = seed.rng(&program.name);
+        programs.spawn_blocking(move || match place {
+            0 => program.by_python(chance),
+            _ => program.by_the_library(chance),
+        });
+    }
+
+    let mut faults = [0u64; 8];
+    while done.load(SeqCst) < all {
+        let next = all.min(done.load(SeqCst) + rng.random_range(1..all / 15));
+        let reached = until("programs write", DEADLINE, || async {
+            done.load(SeqCst) >= next
+        });
+        tokio::select! {
+            () = reached => {}
+            Some(ended) = programs.join_next() => { ended.expect("a program sees what it wrote"); }
+        }
+        let place = rng.random_range(0..REPLICAS);
+        let link = &links[place];
+        // What was swallowed makes a connection useless, and a budget may have been used up.
+        let kind = rng.random_range(0..faults.len());
+        faults[kind] += 1;
+        match kind {
+            0 => {
+                streamer.kill();
+                streamer.spawn();
+            }
+            1 => {
+                replicas[place].kill();
+                replicas[place].spawn();
+            }
+            2 => server.restart(Stop::Immediate).await,
+            3 => link.cut(Cut::Reset),
+            // Answers are dropped.
+            4 => link.set(|faults| faults.swallow(Way::Down)),
+            // Half-open.
+            5 => link.set(|faults| {
+                faults.swallow(Way::Up);
+                faults.swallow(Way::Down);
+            }),
+            6 => {
+                let bytes = rng.random_range(1..20_000);
+                link.set(|faults| faults.cut_after(Way::Down, bytes, Cut::Close));
+            }
+            _ => {
+                for link in &links {
+                    link.cut(Cut::Reset);
+                    link.set(|faults| faults.heal());
+                }
+            }
+        }
+    }
+    while let Some(ended) = programs.join_next().await {
+        ended.expect("a program sees what it wrote");
+    }
+    for link in &links {
+        link.cut(Cut::Reset);
+        link.set(|faults| faults.heal());
+    }
+
+    let start = Instant::now();
+    for replica in &replicas {
+        until("nothing is pending", DEADLINE, || async {
+            count(&replica.file(), "SELECT pending FROM _anabranch_status")
+                .map_err(|e| e.to_string())
+                .and_then(|pending| match pending {
+                    0 => Ok(()),
+                    _ => Err(format!("{pending} are pending")),
+                })
+        })
+        .await;
+    }
+    let tables = [("tokens", TOKENS), ("counter", COUNTER)];
+    for replica in &replicas {
+        replica.until_equal(&database, &tables).await;
+    }
+    let converged = start.elapsed();
+
+    // What was written while no replica ran is merged, so a good transaction may be rejected together with a bad one; but not
+    // the other way round.
+    let mut refused = 0;
+    for (place, replica) in replicas.iter().enumerate() {
+        let file = Connection::open(replica.file()).unwrap();
+        for n in 0..each {
+            let token = format!("r{place}-{n}");
+            check(&file, &token);
+            let mut there = file
+                .prepare_cached("SELECT 1 FROM tokens WHERE token = ?1")
+                .unwrap();
+            let is_there = there.exists([&token]).unwrap();
+            assert!(!is_there || note(n) == "fine", "{token} is there");
+            refused += u64::from(!is_there);
+        }
+        let outbox = "SELECT count(*) FROM _anabranch_outbox";
+        assert_eq!(count(&replica.file(), outbox).unwrap(), 0);
+    }
+    let applied = all - refused;
+    let client = database.connect().await;
+    let row = client
+        .query_one(
+            "SELECT (SELECT count(*) FROM tokens), (SELECT count(*) FROM arrived),
+                    (SELECT count(DISTINCT token) FROM arrived), (SELECT n FROM counter)",
+            &[],
+        )
+        .await
+        .unwrap();
+    let found: Vec<i64> = (0..4).map(|place| row.get(place)).collect();
+    println!(
+        "{all} local transactions, {faults:?} faults by kind; tokens, arrivals, distinct ones and the counter: {found:?} \
+         of {applied}, {refused} rejected; equal after {converged:?}"
+    );
+    assert_eq!(found, [applied as i64; 4]);
+    assert!(
+        wanted.is_none() || converged < CONVERGED_WITHIN,
+        "{converged:?}"
+    );
+}
