@@ -204,6 +204,20 @@ impl Board {
         });
     }
 
+    /// Where local writes stand now.
+    pub fn local_writes(&self, local: Local) {
+        self.status.send_if_modified(|status| {
+            let is_new = (status.pending, status.rejected) != (local.pending, local.rejected);
+            (status.pending, status.rejected) = (local.pending, local.rejected);
+            is_new
+        });
+        self.local.send_if_modified(|told| {
+            let is_new = *told != local;
+            *told = local;
+            is_new
+        });
+    }
+
     /// Something is wrong with the file.
     pub fn trouble(&self, why: &str) {
         self.status

@@ -491,11 +491,7 @@ impl Keeping {
 
     fn tell_local(&mut self) -> Result<(), Error> {
         if let Some(local) = unless_definite(self.file.local())? {
-            self.board.local.send_if_modified(|told| {
-                let is_new = *told != local;
-                *told = local;
-                is_new
-            });
+            self.board.local_writes(local);
         }
         Ok(())
     }

@@ -370,11 +370,9 @@ impl Captured {
             .key
             .first()
             .map_or("", |&place| &self.columns[place].name);
-        let table = &self.table;
         format!(
-            "anabranch: a row of {table} must be inserted with its {column}: take one by \
-             SELECT next_id FROM _anabranch_ids WHERE table_name = {}",
-            names::literal(table)
+            "anabranch: a row of {} must be inserted with its {column}: one that SQLite makes up may be in use elsewhere",
+            self.table
         )
     }
 

@@ -29,6 +29,10 @@ pub struct Local {
     pub answered: u64,
     /// Up to this one rejections came that the streamer still keeps: they are durable here.
     pub settled: u64,
+    /// As `_anabranch_status` tells it: changes of rows that are not answered.
+    pub pending: u64,
+    /// Rows of `_anabranch_rejected`.
+    pub rejected: u64,
 }
 
 /// A rejected entry, for those who wait.
@@ -212,7 +216,14 @@ impl File {
             // The streamer forgets them when it is told so.
             boundaries.make_durable()?;
         }
+        let (pending, rejected): (i64, i64) = self
+            .connection
+            .prepare_cached("SELECT pending, rejected FROM _anabranch_status")
+            .and_then(|mut status| status.query_row([], |row| Ok((row.get(0)?, row.get(1)?))))
+            .doing("count local writes")?;
         Ok(Local {
+            pending: pending.max(0) as u64,
+            rejected: rejected.max(0) as u64,
             assigned,
             answered,
             settled: settled as u64,

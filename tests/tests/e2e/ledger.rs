@@ -125,7 +125,7 @@ impl Program {
             check(&connection, &token);
             let earlier = chance.random_range(0..=n);
             check(&connection, &format!("{}-{earlier}", self.name));
-            std::thread::sleep(self.pause);
+            std::thread::park_timeout(self.pause);
         }
     }
 

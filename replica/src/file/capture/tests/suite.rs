@@ -121,10 +121,10 @@ const CASES: &[Case] = &[
     case(&["INSERT INTO t(id) VALUES('7')"], &["insert t 7, NULL, NULL, NULL"]),
     // An id that is left out
     refused(&["INSERT INTO t(v) VALUES('x')"], &[], &["must be inserted with its id"]),
-    refused(&["INSERT INTO t DEFAULT VALUES", "INSERT OR IGNORE INTO t(v) VALUES('x')", "REPLACE INTO t(id) VALUES(NULL)"], &[], &["_anabranch_ids", "_anabranch_ids", "_anabranch_ids"]),
-    refused(&["BEGIN", "INSERT INTO t(id) VALUES(4)", "INSERT INTO t(v) VALUES('x')", "INSERT INTO t(id) VALUES(5)", "COMMIT"], &["insert t 4, NULL, NULL, NULL", "insert t 5, NULL, NULL, NULL"], &["_anabranch_ids"]),
-    refused(&["INSERT INTO t(id) VALUES(-1)", "INSERT INTO t(v) VALUES('x')", "INSERT INTO t(id) VALUES(4)"], &["insert t -1, NULL, NULL, NULL", "insert t 4, NULL, NULL, NULL"], &["_anabranch_ids"]),
-    refused(&["DELETE FROM t WHERE id = 3", "INSERT INTO t(v) VALUES('x')"], &["delete t 3, 'three', -0.5, x''"], &["_anabranch_ids"]),
+    refused(&["INSERT INTO t DEFAULT VALUES", "INSERT OR IGNORE INTO t(v) VALUES('x')", "REPLACE INTO t(id) VALUES(NULL)"], &[], &["must be inserted with its id", "must be inserted with its id", "must be inserted with its id"]),
+    refused(&["BEGIN", "INSERT INTO t(id) VALUES(4)", "INSERT INTO t(v) VALUES('x')", "INSERT INTO t(id) VALUES(5)", "COMMIT"], &["insert t 4, NULL, NULL, NULL", "insert t 5, NULL, NULL, NULL"], &["must be inserted with its id"]),
+    refused(&["INSERT INTO t(id) VALUES(-1)", "INSERT INTO t(v) VALUES('x')", "INSERT INTO t(id) VALUES(4)"], &["insert t -1, NULL, NULL, NULL", "insert t 4, NULL, NULL, NULL"], &["must be inserted with its id"]),
+    refused(&["DELETE FROM t WHERE id = 3", "INSERT INTO t(v) VALUES('x')"], &["delete t 3, 'three', -0.5, x''"], &["must be inserted with its id"]),
     refused(&["INSERT OR IGNORE INTO t(id) VALUES(-1), (-1)", "INSERT INTO t(id) VALUES(4)"], &["insert t -1, NULL, NULL, NULL", "insert t 4, NULL, NULL, NULL"], &[]),
     // UPDATE
     case(&["UPDATE t SET v = 'uno' WHERE id = 1"], &["update t 1: v 'one' > 'uno'"]),
