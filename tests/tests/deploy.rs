@@ -190,13 +190,14 @@ fn the_references_have_all_keys() {
 }
 
 /// A reference with what it has as comments, but for `instead`: what the comments are in place of.
-fn with_comments(reference: &str, instead: &str) -> String {
+fn with_comments(reference: &str, instead: &[&str]) -> String {
     let is_key = |text: &str| {
         let name = text.split('=').next().unwrap_or_default().trim();
         text.starts_with('[')
             || (text.contains(" = ") && name.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
     };
-    let lines = reference.lines().filter(|line| !line.starts_with(instead));
+    let is_replaced = |line: &&str| instead.iter().any(|start| line.starts_with(start));
+    let lines = reference.lines().filter(|line| !is_replaced(line));
     lines
         .map(|line| match line.strip_prefix("# ") {
             Some(text) if is_key(text) => format!("{text}\n"),
@@ -207,11 +208,16 @@ fn with_comments(reference: &str, instead: &str) -> String {
 
 #[test]
 fn what_the_streamers_reference_has_as_comments_is_read_too() {
-    let text = with_comments(STREAMER, "tokens = ");
+    let text = with_comments(STREAMER, &["tokens = ", "writable = false"]);
     let config = anabranch_streamer::config::Config::read(Path::new("streamer.toml"), &text, [])
         .unwrap_or_else(|error| panic!("{error}"));
     assert!(config.tls.is_some(), "{text}");
     assert!(config.auth.jwt.is_some(), "{text}");
+    assert!(config.auth.role.is_some(), "{text}");
+    assert!(
+        config.takes_writes() && !config.policies.is_empty(),
+        "{text}"
+    );
 }
 
 #[test]
@@ -220,7 +226,7 @@ fn what_the_replicas_reference_has_as_comments_is_read_too() {
     for file in ["ca.crt", "replica.crt", "replica.key"] {
         std::fs::write(directory.path().join(file), "-----BEGIN SOMETHING-----\n").unwrap();
     }
-    let text = with_comments(REPLICA, "token = ")
+    let text = with_comments(REPLICA, &["token = "])
         .replace("http://127.0.0.1:7420", "https://127.0.0.1:7420")
         .replace("/etc/anabranch", directory.path().to_str().unwrap());
     let config = anabranch_replica::Config::parse(&text, "replica.toml", [])
