@@ -103,8 +103,16 @@ async fn a_web_page_in_a_browser_asks_under_a_foreign_name() {
             405,
         ),
         (
+            format!("POST /flush HTTP/1.1\r\nHost: evil.example:{port}\r\nContent-Length: 0\r\n"),
+            421,
+        ),
+        (
+            format!("GET /flush HTTP/1.1\r\nHost: localhost:{port}\r\n"),
+            405,
+        ),
+        (
             format!("POST /flush HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Length: 0\r\n"),
-            404,
+            200,
         ),
         (
             format!("GET /nothing HTTP/1.1\r\nHost: localhost:{port}\r\n"),
