@@ -663,12 +663,7 @@ impl Keeping {
         };
         self.last_report = Some(Instant::now());
         let forget = self.forgettable();
-        if let Err(error) = self.file.tidy(forget) {
-            if let Error::Definite(why) = error {
-                return Err(Error::Definite(why));
-            }
-            tracing::debug!("{error}");
-        }
+        unless_definite(self.file.tidy(forget))?;
         match self.file.report(connected, last_error.as_deref()) {
             Ok(()) => {}
             Err(Error::Definite(why)) => return Err(Error::Definite(why)),

@@ -7,7 +7,6 @@ use std::{sync::Arc, time::Duration};
 
 use anabranch_proto::Lsn;
 use bytes::Bytes;
-use rusqlite::OptionalExtension;
 
 use super::{
     Boundaries, Error, File, capture,
@@ -53,8 +52,6 @@ pub struct Rejected {
 pub(super) struct Found {
     /// The last entry of each local transaction, and whether it may be several.
     ends: Vec<(i64, bool)>,
-    /// Pages in the WAL, as of the last look.
-    wal_pages: u32,
     /// From this length on our reader makes way for a checkpoint.
     way_from: u32,
 }
@@ -79,7 +76,6 @@ impl File {
         for (place, end) in look.ends.into_iter().enumerate() {
             self.found.ends.push((end, place == 0 && !look.proved));
         }
-        self.found.wal_pages = look.wal_pages;
         if !look.is_pinned || look.wal_pages < open::CHECKPOINT_PAGES {
             self.found.way_from = open::CHECKPOINT_PAGES;
         } else if look.wal_pages >= self.found.way_from {
@@ -194,22 +190,7 @@ impl File {
     pub fn local(&mut self) -> Result<Local, Error> {
         let (assigned, _) = self.assigned()?;
         let (answered, _) = self.answered()?;
-        let settled: Option<Option<i64>> = match self.has_rejections()? {
-            true => self
-                .connection
-                .prepare_cached(&format!(
-                    "SELECT max(seq) FROM {} WHERE seq <= ?1",
-                    names::REJECTIONS
-                ))
-                .and_then(|mut newest| {
-                    newest
-                        .query_row([answered as i64], |row| row.get(0))
-                        .optional()
-                })
-                .doing("read rejections")?,
-            false => None,
-        };
-        let settled = settled.flatten().unwrap_or(0);
+        let settled = self.rejected_up_to(answered).doing("read rejections")?;
         if settled > 0
             && let Some(boundaries) = &mut self.boundaries
         {
@@ -230,11 +211,17 @@ impl File {
         })
     }
 
-    fn has_rejections(&self) -> Result<bool, Error> {
+    /// The last rejection up to a local transaction that the streamer still keeps; 0 if there is none.
+    fn rejected_up_to(&self, seq: u64) -> rusqlite::Result<i64> {
+        if schema::object(&self.connection, names::REJECTIONS)?.is_none() {
+            return Ok(0);
+        }
         self.connection
-            .prepare_cached("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?1")
-            .and_then(|mut there| there.exists([names::REJECTIONS]))
-            .doing("look for rejections")
+            .prepare_cached(&format!(
+                "SELECT coalesce(max(seq), 0) FROM {} WHERE seq <= ?1",
+                names::REJECTIONS
+            ))?
+            .query_row([seq as i64], |row| row.get(0))
     }
 
     /// What was rejected of the local transactions after `after`, up to and with `upto`.

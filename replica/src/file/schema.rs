@@ -329,12 +329,7 @@ impl Synced {
         if let Some(what) = what {
             let reason = format!("a program {what} it; the streamer will send it again");
             tracing::warn!(table = self.name, "a program {what} a synced table");
-            connection.execute(
-                "UPDATE _anabranch_synced SET state = 'stopped', reason = ?2, \
-                 lsn = (SELECT lsn FROM _anabranch_state) WHERE table_name = ?1 AND state = 'live'",
-                params![self.name, reason],
-            )?;
-            self.altered = Some(format!("{}: {reason}", self.name));
+            self.stop(connection, &reason)?;
             // A view of a table that is not there would make ALTER TABLE fail in the programs.
             state::drop_view(connection, &view)?;
             return capture::drop_triggers(connection, &self.name);
@@ -351,12 +346,7 @@ impl Synced {
         let is_damaged = layout::is_damaged(connection, &self.name)?;
         if capture::inspect(connection, &self.name)? || is_damaged {
             let reason = "a program dropped or altered what captures its writes; the streamer will send it again";
-            connection.execute(
-                "UPDATE _anabranch_synced SET state = 'stopped', reason = ?2, \
-                 lsn = (SELECT lsn FROM _anabranch_state) WHERE table_name = ?1 AND state = 'live'",
-                params![self.name, reason],
-            )?;
-            self.altered = Some(format!("{}: {reason}", self.name));
+            self.stop(connection, reason)?;
         }
         let columns: Vec<String> = connection
             .prepare_cached("SELECT column_name FROM _anabranch_columns WHERE table_name = ?1 ORDER BY position")?
@@ -378,6 +368,17 @@ impl Synced {
             )?;
         }
         index::inspect(connection, &self.name)
+    }
+
+    /// Its rows can't be relied on until it was sent again.
+    fn stop(&mut self, connection: &Connection, reason: &str) -> rusqlite::Result<()> {
+        connection.execute(
+            "UPDATE _anabranch_synced SET state = 'stopped', reason = ?2, \
+             lsn = (SELECT lsn FROM _anabranch_state) WHERE table_name = ?1 AND state = 'live'",
+            params![self.name, reason],
+        )?;
+        self.altered = Some(format!("{}: {reason}", self.name));
+        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@
 
 mod writing;
 
-pub use writing::{FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED, Writing, tables as receipts};
+pub use writing::{FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED, Writing};
 
 use std::{collections::HashMap, fmt};
 
@@ -17,7 +17,7 @@ use super::{
     sql::{self, Client, identifier},
     witness::Witness,
 };
-use crate::table::Oid;
+use crate::{receipts, table::Oid};
 
 /// How long ALTER PUBLICATION may wait for a table's lock: the application's statements would queue behind it.
 const LOCK_WAIT: &str = "10s";
@@ -50,7 +50,7 @@ pub struct Wanted<'a> {
     pub published: &'a [Name],
     /// The tables that the role must be able to read: those that are to be copied.
     pub readable: &'a [Name],
-    /// Replicas may write. Then [`receipts`] are published and read too.
+    /// Replicas may write. Then the tables of [`receipts`] are published and read too.
     pub writing: Option<Writing<'a>>,
 }
 
@@ -184,7 +184,7 @@ pub async fn plan(client: &Client, wanted: Wanted<'_>) -> Result<Script, sql::Er
     statements.extend(grants(client, wanted.readable, None, &quoted).await?);
     let mut published = wanted.published.to_vec();
     if wanted.writing.is_some() {
-        let receipts = receipts().into_iter();
+        let receipts = receipts::names().into_iter();
         published.extend(receipts.filter(|name| !wanted.published.contains(name)));
     }
     let wanted = Wanted {

@@ -179,14 +179,6 @@ impl Function {
     }
 }
 
-/// The two tables, to be published and read as others are.
-pub fn tables() -> [Name; 2] {
-    ["replicas", "rejections"].map(|name| Name {
-        schema: "anabranch".into(),
-        name: name.into(),
-    })
-}
-
 /// What is missing. `reader` is the role that replicates, quoted.
 pub(super) async fn plan(
     client: &Client,
