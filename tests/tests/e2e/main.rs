@@ -1,6 +1,7 @@
 //! Everything that needs a real Postgres, in one program, so that one process owns the one server.
 
 mod catalog;
+mod causality;
 mod columns;
 mod conditions;
 mod copies;
