@@ -64,7 +64,7 @@ impl Writer {
             }
             local.commit()?;
             transactions += 1;
-            std::thread::sleep(PACE);
+            std::thread::park_timeout(PACE);
         }
         Ok(Written {
             name: self.name,
