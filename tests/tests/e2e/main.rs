@@ -5,6 +5,7 @@ mod causality;
 mod columns;
 mod conditions;
 mod copies;
+mod failover;
 mod faults;
 mod harness;
 mod history;
