@@ -83,7 +83,8 @@ async fn what_a_standby_lacks_is_lost_though_it_was_answered() {
         .await;
     let mut replicas = Vec::new();
     for _ in 0..REPLICAS {
-        replicas.push(Replica::config(&streamer).subscribe("ledger").start().await);
+        let replica = Replica::config(&streamer).subscribe("ledger");
+        replicas.push(Arc::new(replica.start().await));
     }
     let done = Arc::new(AtomicU64::new(0));
     let mut programs = tokio::task::JoinSet::new();
