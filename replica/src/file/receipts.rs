@@ -182,6 +182,10 @@ pub(super) fn take(
         .iter()
         .filter(|(_, table)| concerned.contains(&table.name))
     {
+        if now < before {
+            // After a reset all base rows are rebuilt, and no others: these must be among them.
+            overlay::save(connection, table, after, last)?;
+        }
         overlay::each_key(connection, table, after, last, |key| {
             overlay.touch(*id, key);
             Ok(())

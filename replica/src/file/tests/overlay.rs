@@ -358,6 +358,51 @@ fn a_receipt_that_goes_back_makes_answered_changes_pending_again() {
 }
 
 #[test]
+fn a_receipt_that_goes_back_in_a_reset_makes_answered_changes_vanish() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (3, "c", "b", "3")]);
+    folder.write(|program| {
+        t.set(program, 1, &[("a", text("mine"))]);
+        t.insert(program, &row(2, "new", "b", "2"));
+    });
+    folder.assign(&mut file);
+    folder.write(|program| t.set(program, 2, &[("a", text("newer"))]));
+    let seq = folder.assign(&mut file);
+    file.apply(&live(
+        20,
+        &[
+            upsert_all(&[(1, "mine", "b", "1"), (2, "newer", "b", "2")]),
+            receipt(&file, seq),
+        ],
+    ))
+    .unwrap();
+    assert_eq!(pending(&folder), "0|0");
+    assert_eq!(base_rows(&folder), "0");
+    // A failover lost the second, and what the streamer sends anew knows neither.
+    for (lsn, answered, left) in [(30, seq - 1, "1|0"), (40, 0, "2|0")] {
+        file.begin_stream().unwrap();
+        let there: &[_] = match answered {
+            0 => &[(1, "a", "c", "1"), (3, "c", "b", "3")],
+            _ => &[
+                (1, "mine", "c", "1"),
+                (2, "new", "b", "2"),
+                (3, "c", "b", "3"),
+            ],
+        };
+        let answer: &[_] = match answered {
+            0 => &[],
+            _ => &[receipt(&file, answered)],
+        };
+        file.apply(&full(there, lsn, answer)).unwrap();
+        shows(
+            &folder,
+            &["1|'mine'|'c'|'1'", "2|'newer'|'b'|'2'", "3|'c'|'b'|'3'"],
+        );
+        assert_eq!(pending(&folder), left);
+    }
+    base_is(&folder, &["1|'a'|'c'|'1'", "3|'c'|'b'|'3'"]);
+}
+
+#[test]
 fn a_receipt_of_another_file_answers_nothing() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
     folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
