@@ -262,6 +262,16 @@ impl Link {
     }
 }
 
+/// Programs end when this is dropped: also when the test fails, which waits for them.
+#[derive(Default)]
+struct Stop(Arc<AtomicBool>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
+}
+
 /// Everything that lasts through all runs.
 struct Scene {
     server: Server,
@@ -340,13 +350,13 @@ impl Scene {
             replica.until_caught_up(&self.database).await;
         }
         let written = Arc::new(AtomicI64::new(0));
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop = Stop::default();
         let mut programs = tokio::task::JoinSet::new();
         for (place, replica) in self.replicas.iter().enumerate() {
             for writes in [true, false] {
                 let program = Program::open(&replica.file(), run, place);
                 let chance = seed.rng(&format!("run {run}, program {place}, {writes}"));
-                let (written, stop) = (written.clone(), stop.clone());
+                let (written, stop) = (written.clone(), stop.0.clone());
                 let count = if writes { TRANSACTIONS } else { 0 };
                 programs.spawn_blocking(move || work(program, chance, count, &written, &stop));
             }
@@ -378,7 +388,7 @@ impl Scene {
         let healed = Instant::now();
         self.until_equal(run).await;
         let converged = healed.elapsed();
-        stop.store(true, SeqCst);
+        drop(stop);
         let mut sessions = Vec::new();
         while let Some(ended) = programs.join_next().await {
             sessions.push(ended.expect("a program does what it may"));

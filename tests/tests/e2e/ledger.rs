@@ -98,7 +98,10 @@ for n in range(count):
     print(n, flush=True)
     check(n)
     check(chance.randrange(n + 1))
+    full = time.monotonic()
     while db.execute("SELECT pending FROM _anabranch_status").fetchone()[0] > pending_max:
+        if time.monotonic() - full > 30:
+            sys.exit("nothing is answered")
         time.sleep(0.02)
     time.sleep(pause)
 "#;
@@ -154,7 +157,9 @@ impl Program {
             check(&connection, &token);
             let earlier = chance.random_range(0..=n);
             check(&connection, &format!("{}-{earlier}", self.name));
+            let full = Instant::now();
             while pending(&connection) > self.pending_max {
+                assert!(full.elapsed() < DEADLINE, "nothing is answered");
                 std::thread::park_timeout(Duration::from_millis(20));
             }
             std::thread::park_timeout(self.pause);
