@@ -121,6 +121,7 @@ impl Droppers {
 
 impl Dropper {
     async fn run(mut self, mut rng: StdRng, dropped: watch::Sender<i64>) {
+        let mut all_in_vain = 0;
         loop {
             let from = self.claimed();
             let more = rng.random_range(1..=self.at_once_max);
@@ -131,9 +132,10 @@ impl Dropper {
             self.link.cut(Cut::Reset);
             self.link.set(|faults| faults.heal());
             dropped.send_modify(|dropped| *dropped += in_vain);
-            // As many more get through as it takes to come to the share; what else is broken is healed by the next round.
-            let through = in_vain * (100 - DROPPED_PERCENT) / DROPPED_PERCENT;
-            let _ = tokio::time::timeout(PATIENCE, self.until(claimed + through.max(1))).await;
+            all_in_vain += in_vain;
+            // As many get through as it takes to come to the share; what else is broken is healed by the next round.
+            let share = self.until(all_in_vain * 100 / DROPPED_PERCENT);
+            let _ = tokio::time::timeout(PATIENCE, share).await;
         }
     }
 
