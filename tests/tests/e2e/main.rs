@@ -14,6 +14,7 @@ mod parameters;
 mod pgbench;
 mod queues;
 mod refused;
+mod rights;
 mod road;
 mod roles;
 mod shapes;

@@ -171,8 +171,14 @@ impl Target {
             if is_null && self.is_key(place) {
                 return Err(NO_KEY);
             }
-            // A column that the program left out can't be told from NULL, which this one can't be.
-            let left_out = is_null && facts.has_default && self.rule.table.columns[place].not_null;
+            // A column that the program left out can't be told from NULL, which this one can't be; or it would be NULL
+            // anyway, and the role may not name it.
+            let left_out = is_null
+                && if facts.has_default {
+                    self.rule.table.columns[place].not_null
+                } else {
+                    !facts.insertable
+                };
             if facts.generated || left_out {
                 continue;
             }
