@@ -75,7 +75,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rusqlite::Connection;
 
-pub use boundary::{Boundaries, Look, Watch};
+pub use boundary::{Boundaries, Following, Look, Watch};
 use capture::quiet::{self, Quiet};
 use error::Doing;
 pub use error::Error;
@@ -157,8 +157,6 @@ pub struct File {
     discarded: Vec<String>,
     report_changes: bool,
     written: Option<Instant>,
-    /// Follows the WAL, from the first look on.
-    boundaries: Option<Boundaries>,
     found: local::Found,
 }
 
@@ -234,7 +232,6 @@ impl File {
             discarded: Vec::new(),
             report_changes: false,
             written: None,
-            boundaries: None,
             found: local::Found::default(),
         })
     }
@@ -380,9 +377,7 @@ impl File {
     /// Passes a result on. Where the disk is full, that it can be tried again with what room we can make.
     fn make_room_if_full<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
         if matches!(result, Err(Error::Full(_))) {
-            if let Some(boundaries) = &mut self.boundaries {
-                boundaries.make_way(&self.connection)?;
-            }
+            self.guard.following.make_way(&self.connection)?;
             self.guard.make_room(&mut self.connection)?;
         }
         result
