@@ -31,7 +31,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     board::{Board, Heard},
     config::Timing,
-    file::{self, Applied, Error, File, Local, Rejected, Settings, TableState, Watch},
+    file::{
+        self, Applied, Decision, Error, File, Local, Rejected, Settings, TableState, Watch, Which,
+    },
 };
 
 /// Commands that wait at most; messages are bounded by their bytes before that.
@@ -73,6 +75,13 @@ enum Command {
         queued: Queued,
     },
     Ended,
+    /// Decide on rejected changes.
+    Decide {
+        which: Which,
+        decision: Decision,
+        /// How many there were, or why that can't be done now.
+        decided: oneshot::Sender<Result<u64, String>>,
+    },
     /// Look for local writes now.
     Look {
         looked: oneshot::Sender<Local>,
@@ -248,6 +257,22 @@ impl Keeper {
     pub async fn look(&self) -> Result<Local, Gone> {
         let (looked, done) = oneshot::channel();
         let command = Command::Look { looked };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// Decides on rejected changes. Says how many there were, or why that can't be done now.
+    pub async fn decide(
+        &self,
+        which: Which,
+        decision: Decision,
+    ) -> Result<Result<u64, String>, Gone> {
+        let (decided, done) = oneshot::channel();
+        let command = Command::Decide {
+            which,
+            decision,
+            decided,
+        };
         self.commands.send(command).await.map_err(|_| Gone)?;
         done.await.map_err(|_| Gone)
     }
@@ -461,6 +486,21 @@ impl Keeping {
                 };
                 // Whoever asked may have given up.
                 let _ = read.send(outgoing);
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Decide {
+                which,
+                decision,
+                decided,
+            } => {
+                let count = match self.file.decide(which, decision) {
+                    Err(Error::Definite(why)) => return Err(Error::Definite(why)),
+                    Err(error) => Err(error.to_string()),
+                    Ok(count) => Ok(count),
+                };
+                self.look()?;
+                self.tell_local()?;
+                let _ = decided.send(count);
                 Ok(ControlFlow::Continue(()))
             }
             Command::Look { looked } => {

@@ -3,6 +3,7 @@
 mod catalog;
 mod columns;
 mod conditions;
+mod conflicts;
 mod copies;
 mod faults;
 mod harness;
@@ -12,6 +13,7 @@ mod ledger;
 mod pages;
 mod parameters;
 mod pgbench;
+mod poison;
 mod queues;
 mod refused;
 mod rights;

@@ -66,7 +66,9 @@ async fn database() -> Fixture {
          INSERT INTO members VALUES ('edge-1', 1), ('edge-1', 2), ('edge-2', 3)",
     )
     .await;
-    fixture.grant("GRANT USAGE ON SCHEMA oracle TO {app}, {login}").await;
+    fixture
+        .grant("GRANT USAGE ON SCHEMA oracle TO {app}, {login}")
+        .await;
     fixture
 }
 
@@ -93,7 +95,9 @@ async fn by_hand(fixture: &Fixture) -> Client {
 }
 
 async fn rows(fixture: &Fixture, schema: &str, table: &str) -> String {
-    let sql = format!("SELECT coalesce(string_agg(t::text, E'\\n' ORDER BY id), '') FROM {schema}.{table} t");
+    let sql = format!(
+        "SELECT coalesce(string_agg(t::text, E'\\n' ORDER BY id), '') FROM {schema}.{table} t"
+    );
     fixture.text(&sql).await
 }
 
@@ -101,11 +105,25 @@ fn verdict(outcome: Outcome) -> Verdict {
     match outcome {
         Outcome::Applied => Verdict::Accepted,
         Outcome::Rejected(rejection) => {
-            let Rejection { entry, outcome, sqlstate, .. } = rejection;
+            let Rejection {
+                entry,
+                outcome,
+                sqlstate,
+                ..
+            } = rejection;
             match &*outcome {
-                "out_of_shape" => Verdict::Refused { why: outcome.into_owned(), entry: None },
-                "error" | "insert_exists" => Verdict::Refused { why: sqlstate, entry },
-                _ => Verdict::Refused { why: outcome.into_owned(), entry },
+                "out_of_shape" => Verdict::Refused {
+                    why: outcome.into_owned(),
+                    entry: None,
+                },
+                "error" | "insert_exists" => Verdict::Refused {
+                    why: sqlstate,
+                    entry,
+                },
+                _ => Verdict::Refused {
+                    why: outcome.into_owned(),
+                    entry,
+                },
             }
         }
         Outcome::AlreadyAnswered => panic!("it is new"),
@@ -160,7 +178,10 @@ async fn compare(
         let ours = verdict(outcome);
         let told = || format!("{rights}\n{select}\n{before}\n{writes:#?}\n{said}");
         assert_eq!(ours, theirs, "{}", told());
-        let (here, there) = (rows(fixture, "public", &table), rows(fixture, "oracle", &table));
+        let (here, there) = (
+            rows(fixture, "public", &table),
+            rows(fixture, "oracle", &table),
+        );
         assert_eq!(here.await, there.await, "{}", told());
         counts.count(&ours);
         previous = transaction.hash;
@@ -178,7 +199,15 @@ async fn compare_many(is_restricted: bool) {
         // Each by its number, so that one that fails can be had alone.
         let mut generator = Generator::new(seed.rng(&format!("rights {number}")));
         let connections = (&mut writer, &client);
-        compare(&fixture, connections, number, &mut generator, is_restricted, &mut counts).await;
+        compare(
+            &fixture,
+            connections,
+            number,
+            &mut generator,
+            is_restricted,
+            &mut counts,
+        )
+        .await;
     }
     counts.prove_something();
 }

@@ -82,7 +82,13 @@ impl Write {
         let Write::Update { set, .. } = self else {
             return String::new();
         };
-        let bit = |place| if set.iter().any(|(set, _)| *set == place) { '1' } else { '0' };
+        let bit = |place| {
+            if set.iter().any(|(set, _)| *set == place) {
+                '1'
+            } else {
+                '0'
+            }
+        };
         (0..COLUMNS.len()).map(bit).collect()
     }
 
@@ -165,7 +171,9 @@ impl Generator {
 
     fn policy(&mut self, number: u32) -> String {
         let kind = self.pick(&["PERMISSIVE", "PERMISSIVE", "PERMISSIVE", "RESTRICTIVE"]);
-        let command = self.pick(&["ALL", "ALL", "SELECT", "INSERT", "UPDATE", "UPDATE", "DELETE"]);
+        let command = self.pick(&[
+            "ALL", "ALL", "SELECT", "INSERT", "UPDATE", "UPDATE", "DELETE",
+        ]);
         let to = self.pick(&["{app}", "{app}", "PUBLIC"]);
         let mut sql = format!("CREATE POLICY p{number} ON {{t}} AS {kind} FOR {command} TO {to}");
         if command != "INSERT" {
@@ -176,9 +184,14 @@ impl Generator {
             sql += &format!(" WITH CHECK ({})", self.condition(2));
         }
         // One that is also the login role's would keep it from seeing what it must.
-        sql.replace("RESTRICTIVE FOR ALL TO PUBLIC", "RESTRICTIVE FOR ALL TO {app}")
-            .replace("RESTRICTIVE FOR SELECT TO PUBLIC", "RESTRICTIVE FOR SELECT TO {app}")
-            + ";\n"
+        sql.replace(
+            "RESTRICTIVE FOR ALL TO PUBLIC",
+            "RESTRICTIVE FOR ALL TO {app}",
+        )
+        .replace(
+            "RESTRICTIVE FOR SELECT TO PUBLIC",
+            "RESTRICTIVE FOR SELECT TO {app}",
+        ) + ";\n"
     }
 
     fn condition(&mut self, depth: u32) -> String {

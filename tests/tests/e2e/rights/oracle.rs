@@ -67,7 +67,11 @@ impl Oracle<'_> {
                 Write::Insert(_) => String::new(),
                 Write::Update { id, .. } | Write::Delete { id } => and(id),
             };
-            match self.client.execute(&write.sql(&self.table, &and), &[]).await {
+            match self
+                .client
+                .execute(&write.sql(&self.table, &and), &[])
+                .await
+            {
                 Err(error) => return refused(&sqlstate(&error), Some(entry)),
                 Ok(0) if matches!(write, Write::Update { .. }) => {
                     return refused("update_missing", Some(entry));
