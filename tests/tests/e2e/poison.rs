@@ -10,7 +10,7 @@ const TABLES: &str = "
         u int CONSTRAINT one_u UNIQUE, p int CONSTRAINT has_parent REFERENCES parents,
         late int CONSTRAINT has_parent_late REFERENCES parents DEFERRABLE INITIALLY DEFERRED,
         r int4range, f float8 NOT NULL DEFAULT 0, day date, sum numeric(4,1), j json, b bool,
-        CONSTRAINT overlaps EXCLUDE USING gist (r WITH &&));
+        CONSTRAINT apart EXCLUDE USING gist (r WITH &&));
     CREATE VIEW small AS SELECT * FROM parents WHERE id < 100 WITH CHECK OPTION;
     INSERT INTO t (id, v, n, u, r) VALUES (1, 'one', 1, 1, '[1,10)'), (2, 'her', 5000, NULL, NULL);
     INSERT INTO t (id, v, n) SELECT g, 'old', 1 FROM generate_series(100, 150) g;
@@ -116,7 +116,7 @@ const BAD: &[(&str, &str, &str, Option<&str>)] = &[
         "INSERT INTO t(id, r) VALUES(3, '[5,6)')",
         "23P01",
         "error",
-        Some("overlaps"),
+        Some("apart"),
     ),
     // 42501: by grant, by row-level security (which hides the row from an UPDATE).
     (
