@@ -11,6 +11,7 @@ mod faults;
 mod harness;
 mod history;
 mod kills;
+mod large;
 mod ledger;
 mod pages;
 mod parameters;
