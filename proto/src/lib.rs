@@ -26,7 +26,8 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 /// The version of the protocol that both sides must speak.
 ///
 /// - 1: first version.
-/// - 2: local writes: the call `Write`; tables with a purpose, which an older replica would show to programs.
+/// - 2: local writes: the call `Write`; tables with a purpose, which an older replica would show to programs; defaults
+///   of columns, and leases of ids.
 pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Largest gRPC message either side sends or accepts. A row above it travels in pieces, so this bounds

@@ -7,6 +7,7 @@ mod copies;
 mod faults;
 mod harness;
 mod history;
+mod ids;
 mod kills;
 mod ledger;
 mod pages;

@@ -60,6 +60,7 @@ struct Function {
     arguments: &'static str,
     /// Types alone, as `oidvectortypes` prints them.
     types: &'static str,
+    returns: &'static str,
     /// Runs with the rights of its owner, and for the login role only; else for those that write too.
     trusted: bool,
     body: &'static str,
@@ -82,11 +83,12 @@ macro_rules! body {
     };
 }
 
-const FUNCTIONS: [Function; 4] = [
+const FUNCTIONS: [Function; 5] = [
     Function {
         name: "claim",
         arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea",
         types: "text, text, bigint, bytea, bytea",
+        returns: "void",
         trusted: true,
         // The UPDATE waits for another claim of the replica that is under way, and then finds that it is too late.
         body: body!(
@@ -124,6 +126,7 @@ const FUNCTIONS: [Function; 4] = [
         arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea, entry int, \
                     outcome text, sqlstate text, message text, constraint_name text",
         types: "text, text, bigint, bytea, bytea, integer, text, text, text, text",
+        returns: "void",
         trusted: true,
         body: body!(
             "",
@@ -138,6 +141,7 @@ const FUNCTIONS: [Function; 4] = [
         name: "settle",
         arguments: "replica text, seq bigint",
         types: "text, bigint",
+        returns: "void",
         trusted: true,
         body: body!(
             "",
@@ -145,9 +149,57 @@ const FUNCTIONS: [Function; 4] = [
         ),
     },
     Function {
+        name: "lease",
+        arguments: "relation oid, place smallint, writer text, wanted int",
+        types: "oid, smallint, text, integer",
+        returns: "TABLE(first bigint, last bigint, step bigint)",
+        trusted: true,
+        // By nextval(), so that others who take ids meanwhile, the increment and the cache are as right as for them. Of a
+        // sequence that nears its end only a part is taken: ids that are leased and not used are lost.
+        body: body!(
+            "DECLARE\n  sequence pg_catalog.pg_sequence;\n  id bigint;\n",
+            "\
+  SELECT s.* INTO sequence
+    FROM pg_catalog.pg_attribute a
+    LEFT JOIN pg_catalog.pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
+     AND pg_catalog.pg_get_expr(f.adbin, f.adrelid) LIKE 'nextval(%::regclass)'
+    JOIN pg_catalog.pg_depend d
+      ON a.attidentity = '' AND d.classid = 'pg_catalog.pg_attrdef'::pg_catalog.regclass AND d.objid = f.oid
+         AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+      OR a.attidentity <> '' AND d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype = 'i'
+         AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+         AND d.refobjid = a.attrelid AND d.refobjsubid = a.attnum
+    JOIN pg_catalog.pg_sequence s ON s.seqrelid = CASE a.attidentity WHEN '' THEN d.refobjid ELSE d.objid END
+   WHERE a.attrelid = $1 AND a.attnum = $2;
+  IF NOT FOUND OR NOT pg_catalog.has_any_column_privilege(coalesce($3, session_user)::pg_catalog.name, $1, 'INSERT') THEN
+    RETURN;
+  END IF;
+  wanted := least(wanted, 1 + pg_catalog.trunc(
+    (CASE WHEN sequence.seqincrement > 0 THEN sequence.seqmax ELSE sequence.seqmin END
+      - coalesce(pg_catalog.pg_sequence_last_value(sequence.seqrelid), sequence.seqstart)::pg_catalog.numeric)
+    / sequence.seqincrement / 100));
+  step := sequence.seqincrement;
+  FOR i IN 1 .. wanted LOOP
+    id := pg_catalog.nextval(sequence.seqrelid::pg_catalog.regclass);
+    IF id - last = step THEN
+      last := id;
+    ELSE
+      IF first IS NOT NULL THEN
+        RETURN NEXT;
+      END IF;
+      first := id;
+      last := id;
+    END IF;
+  END LOOP;
+  RETURN NEXT;
+"
+        ),
+    },
+    Function {
         name: "refuse",
         arguments: "outcome text, entry int",
         types: "text, integer",
+        returns: "void",
         trusted: false,
         body: "
 BEGIN
@@ -165,10 +217,11 @@ impl Function {
 
     fn create(&self) -> String {
         format!(
-            "CREATE OR REPLACE FUNCTION anabranch.{}({}) RETURNS void\n\
+            "CREATE OR REPLACE FUNCTION anabranch.{}({}) RETURNS {}\n\
              LANGUAGE plpgsql {} SET search_path = pg_catalog, pg_temp AS $anabranch${}$anabranch$",
             self.name,
             self.arguments,
+            self.returns,
             if self.trusted {
                 "SECURITY DEFINER"
             } else {
