@@ -667,8 +667,17 @@ impl Keeping {
         {
             self.report()?;
         }
-        if stopped_within(&self.cancel, *pause).await {
-            return Ok(ControlFlow::Break(()));
+        let end = tokio::time::sleep(*pause);
+        tokio::pin!(end);
+        let cancel = self.cancel.clone();
+        loop {
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => return Ok(ControlFlow::Break(())),
+                () = &mut end => break,
+                // A program's checkpoint may be what the file waits for, and that may wait for our reader.
+                () = self.watch.changed() => self.look()?,
+            }
         }
         *pause = (*pause * 2).min(self.timing.file_retry.1);
         Ok(ControlFlow::Continue(()))

@@ -77,7 +77,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rusqlite::Connection;
 
-pub use boundary::{Boundaries, Look, Watch};
+pub use boundary::{Boundaries, Following, Look, Watch};
 use capture::quiet::{self, Quiet};
 use error::Doing;
 pub use error::Error;
@@ -159,8 +159,6 @@ pub struct File {
     discarded: Vec<String>,
     report_changes: bool,
     written: Option<Instant>,
-    /// Follows the WAL, from the first look on.
-    boundaries: Option<Boundaries>,
     found: local::Found,
 }
 
@@ -236,7 +234,6 @@ impl File {
             discarded: Vec::new(),
             report_changes: false,
             written: None,
-            boundaries: None,
             found: local::Found::default(),
         })
     }
@@ -382,9 +379,7 @@ impl File {
     /// Passes a result on. Where the disk is full, that it can be tried again with what room we can make.
     fn make_room_if_full<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
         if matches!(result, Err(Error::Full(_))) {
-            if let Some(boundaries) = &mut self.boundaries {
-                boundaries.make_way(&self.connection)?;
-            }
+            self.guard.following.make_way(&self.connection)?;
             self.guard.make_room(&mut self.connection)?;
         }
         result

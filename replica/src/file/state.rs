@@ -20,7 +20,8 @@ use super::{
 /// Version of our own tables.
 ///
 /// - 1: first version.
-const FORMAT: i64 = 1;
+/// - 2: entries have a nonce, and the file knows where the chain of its id begins.
+const FORMAT: i64 = 2;
 
 /// Longest text kept in `last_error`.
 const LAST_ERROR_BYTES_MAX: usize = 4096;
@@ -160,6 +161,10 @@ pub(super) fn check_format(connection: &Connection) -> Result<bool, Error> {
     match format {
         Some(format) if format > FORMAT => Err(Error::Definite(format!(
             "the file was written by a newer replica (its format is {format}, this program knows up to {FORMAT}): update this program"
+        ))),
+        Some(format) if format < FORMAT => Err(Error::Definite(format!(
+            "the file was written by an older replica (its format is {format}, this program writes {FORMAT}): let that one \
+             send what is pending in it, then remove it; its content is sent anew"
         ))),
         _ => Ok(true),
     }

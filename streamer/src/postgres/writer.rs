@@ -11,7 +11,8 @@
 //!
 //! **Exactly once.** The claim moves the replica's row of `anabranch.replicas` from the transaction before to this one,
 //! or fails; it commits with the effects, or not at all. So a transaction that comes again is known for one, and nothing
-//! is remembered here. A rejection is a claim too, or a transaction sent behind a rejected one would have to be held
+//! is remembered here. The claim also notes the nonces of what was written, and fails where one is noted already: a copy of
+//! the file sent it, under whatever id. A rejection is a claim too, or a transaction sent behind a rejected one would have to be held
 //! until that is recorded: instead all are sent without waiting, and those behind one that failed fail at their claim.
 //!
 //! **Durable.** Of transactions that are sent together only the last one's COMMIT waits until it is as durable as the server
@@ -66,13 +67,13 @@ use self::{
     value::Param,
 };
 use super::{
-    setup::{FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED},
+    setup::{ALREADY_CLAIMED, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED},
     sql::{self, Client},
     target::Target as Server,
 };
 use crate::{
     table::{Oid, Table},
-    write::{Change, Hash, Kind, LocalTransaction, WriteTable},
+    write::{Change, Entry, Hash, Kind, LocalTransaction, WriteTable},
 };
 
 /// How often a transaction is tried that others keep from its locks.
@@ -93,21 +94,24 @@ const STALE: &[&str] = &[
     "42P18",
 ];
 
-const CLAIM: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea), \
-     pg_catalog.set_config('role', $6::pg_catalog.text, true), \
-     pg_catalog.set_config('request.jwt.claims', $7::pg_catalog.text, true)";
+const CLAIM: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
+     $6::pg_catalog.uuid[]), \
+     pg_catalog.set_config('role', $7::pg_catalog.text, true), \
+     pg_catalog.set_config('request.jwt.claims', $8::pg_catalog.text, true)";
 
 /// Of a transaction behind which another is sent at once: that one's COMMIT waits for both to be durable.
-const CLAIM_NOT_LAST: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea), \
-     pg_catalog.set_config('role', $6::pg_catalog.text, true), \
-     pg_catalog.set_config('request.jwt.claims', $7::pg_catalog.text, true), \
+const CLAIM_NOT_LAST: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
+     $6::pg_catalog.uuid[]), \
+     pg_catalog.set_config('role', $7::pg_catalog.text, true), \
+     pg_catalog.set_config('request.jwt.claims', $8::pg_catalog.text, true), \
      pg_catalog.set_config('synchronous_commit', 'off', true)";
 
 /// Commits something, so that all that was committed before is durable. Nobody reads the message.
 const FLUSH: &str = "SELECT pg_catalog.pg_logical_emit_message(true, 'anabranch', '')";
 
 const REJECT: &str = "SELECT anabranch.reject($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
-     $6::pg_catalog.int4, $7::pg_catalog.text, $8::pg_catalog.text, $9::pg_catalog.text, $10::pg_catalog.text)";
+     $6::pg_catalog.uuid[], $7::pg_catalog.int4, $8::pg_catalog.text, $9::pg_catalog.text, $10::pg_catalog.text, \
+     $11::pg_catalog.text)";
 
 const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.int8)";
 
@@ -309,9 +313,9 @@ impl Writer {
                     }
                     Verdict::Reject(rejection) => {
                         let previous = before(outcomes);
-                        let (seq, hash) = (transaction.seq, &transaction.hash);
+                        let named = (transaction.seq, &transaction.hash);
                         let outcome = self
-                            .reject(replica, &previous, seq, hash, rejection)
+                            .reject(replica, &previous, named, transaction.claimed(), rejection)
                             .await?;
                         outcomes.push(outcome);
                         (attempt, looked_again) = (0, false);
@@ -327,13 +331,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Claims a transaction without effects, and records why.
+    /// Claims a transaction without effects, and records why. `claimed`: its entries that are to be remembered.
     pub async fn reject(
         &mut self,
         replica: &Replica,
         previous: &Hash,
-        seq: u64,
-        hash: &Hash,
+        (seq, hash): (u64, &Hash),
+        claimed: &[Entry],
         rejection: Rejection,
     ) -> Result<Outcome, Error> {
         let mut attempt = 0;
@@ -347,6 +351,7 @@ impl Writer {
                 Param::Text(seq.to_string()),
                 Param::Bytes(previous.to_vec()),
                 Param::Bytes(hash.to_vec()),
+                nonces(claimed),
                 optional(rejection.entry.map(|entry| entry.to_string())),
                 text(&rejection.outcome),
                 text(&rejection.sqlstate),
@@ -537,6 +542,14 @@ impl AsRef<LocalTransaction> for LocalTransaction {
     }
 }
 
+/// An array of uuid.
+fn nonces(entries: &[Entry]) -> Param {
+    let all: Vec<_> = (entries.iter())
+        .map(|entry| entry.nonce().to_string())
+        .collect();
+    Param::Text(format!("{{{}}}", all.join(",")))
+}
+
 /// Sends one transaction.
 async fn send(
     flight: &mut Flight<'_>,
@@ -556,6 +569,7 @@ async fn send(
             Param::Text(transaction.seq.to_string()),
             Param::Bytes(previous.to_vec()),
             Param::Bytes(transaction.hash.to_vec()),
+            nonces(transaction.claimed()),
             Param::Text(replica.role.clone().unwrap_or_else(|| "none".into())),
             Param::Text(replica.claims_json.clone()),
         ],
@@ -701,6 +715,7 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
                     expected: stored() + 1,
                 });
             }
+            ALREADY_CLAIMED => return Verdict::Fail(Error::AlreadyClaimed),
             FORKED => return Verdict::Fail(Error::Forked { seq: stored() }),
             OTHER_SUBJECT => return Verdict::Fail(Error::OtherSubject),
             _ => {}

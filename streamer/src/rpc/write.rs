@@ -358,8 +358,15 @@ impl Call {
                 Ok(mut held) => {
                     let writer = held.writer();
                     let previous = &answered.hash;
+                    // What can't be read has no effect either where it comes again, so nothing of it is remembered.
                     writer
-                        .reject(&self.replica, previous, seq, &hash, rejection.clone())
+                        .reject(
+                            &self.replica,
+                            previous,
+                            (seq, &hash),
+                            &[],
+                            rejection.clone(),
+                        )
                         .await
                 }
                 Err(error) => Err(error),
@@ -507,7 +514,9 @@ impl Patience {
                 return Err(Status::permission_denied(error.to_string()));
             }
             // Another call was faster, or the file is another one: what stands is told as a call begins.
-            error @ (writer::Error::OutOfOrder { .. } | writer::Error::Forked { .. }) => {
+            error @ (writer::Error::OutOfOrder { .. }
+            | writer::Error::Forked { .. }
+            | writer::Error::AlreadyClaimed) => {
                 return Err(Status::aborted(error.to_string()));
             }
         }
