@@ -93,6 +93,15 @@ enum Command {
         bytes_max: usize,
         read: oneshot::Sender<Read>,
     },
+    /// Which tables should have more ids.
+    LeasesWanted {
+        wanted: oneshot::Sender<Vec<(String, String)>>,
+    },
+    /// Ids were leased.
+    Lease {
+        ids: v1::Ids,
+        kept: oneshot::Sender<()>,
+    },
 }
 
 /// Which local transactions are to be sent.
@@ -289,6 +298,22 @@ impl Keeper {
             bytes_max,
             read,
         };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// Which tables should have more ids leased, by schema and name in Postgres.
+    pub async fn leases_wanted(&self) -> Result<Vec<(String, String)>, Gone> {
+        let (wanted, done) = oneshot::channel();
+        let command = Command::LeasesWanted { wanted };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// Offers ids to programs.
+    pub async fn lease(&self, ids: v1::Ids) -> Result<(), Gone> {
+        let (kept, done) = oneshot::channel();
+        let command = Command::Lease { ids, kept };
         self.commands.send(command).await.map_err(|_| Gone)?;
         done.await.map_err(|_| Gone)
     }
@@ -497,6 +522,18 @@ impl Keeping {
                 self.look()?;
                 self.tell_local()?;
                 let _ = decided.send(count);
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::LeasesWanted { wanted } => {
+                let _ =
+                    wanted.send(unless_definite(self.file.leases_wanted())?.unwrap_or_default());
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Lease { ids, kept } => {
+                // Those that can't be kept are lost, and others are asked for.
+                unless_definite(self.file.lease(&ids))?;
+                self.tell_local()?;
+                let _ = kept.send(());
                 Ok(ControlFlow::Continue(()))
             }
             Command::Look { looked } => {

@@ -10,6 +10,7 @@ mod failover;
 mod faults;
 mod harness;
 mod history;
+mod ids;
 mod kills;
 mod large;
 mod ledger;
