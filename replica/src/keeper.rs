@@ -32,7 +32,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     board::{Board, Heard},
     config::Timing,
-    file::{self, Applied, Error, File, Local, Rejected, Settings, TableState, Watch},
+    file::{
+        self, Applied, Decision, Error, File, Local, Rejected, Settings, TableState, Watch, Which,
+    },
 };
 use noted::Noted;
 
@@ -69,6 +71,13 @@ enum Command {
         queued: Queued,
     },
     Ended,
+    /// Decide on rejected changes.
+    Decide {
+        which: Which,
+        decision: Decision,
+        /// How many there were, or why that can't be done now.
+        decided: oneshot::Sender<Result<u64, String>>,
+    },
     /// Look for local writes now.
     Look {
         looked: oneshot::Sender<Local>,
@@ -83,6 +92,15 @@ enum Command {
         after: Outgoing,
         bytes_max: usize,
         read: oneshot::Sender<Read>,
+    },
+    /// Which tables should have more ids.
+    LeasesWanted {
+        wanted: oneshot::Sender<Vec<(String, String)>>,
+    },
+    /// Ids were leased.
+    Lease {
+        ids: v1::Ids,
+        kept: oneshot::Sender<()>,
     },
 }
 
@@ -248,6 +266,22 @@ impl Keeper {
         done.await.map_err(|_| Gone)
     }
 
+    /// Decides on rejected changes. Says how many there were, or why that can't be done now.
+    pub async fn decide(
+        &self,
+        which: Which,
+        decision: Decision,
+    ) -> Result<Result<u64, String>, Gone> {
+        let (decided, done) = oneshot::channel();
+        let command = Command::Decide {
+            which,
+            decision,
+            decided,
+        };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
     /// What became of the local transactions that were not answered then.
     pub async fn flushed(&self, since: Local) -> Result<Flushed, Gone> {
         let (flushed, done) = oneshot::channel();
@@ -264,6 +298,22 @@ impl Keeper {
             bytes_max,
             read,
         };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// Which tables should have more ids leased, by schema and name in Postgres.
+    pub async fn leases_wanted(&self) -> Result<Vec<(String, String)>, Gone> {
+        let (wanted, done) = oneshot::channel();
+        let command = Command::LeasesWanted { wanted };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// Offers ids to programs.
+    pub async fn lease(&self, ids: v1::Ids) -> Result<(), Gone> {
+        let (kept, done) = oneshot::channel();
+        let command = Command::Lease { ids, kept };
         self.commands.send(command).await.map_err(|_| Gone)?;
         done.await.map_err(|_| Gone)
     }
@@ -457,6 +507,33 @@ impl Keeping {
                 };
                 // Whoever asked may have given up.
                 let _ = read.send(outgoing);
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Decide {
+                which,
+                decision,
+                decided,
+            } => {
+                let count = match self.file.decide(which, decision) {
+                    Err(Error::Definite(why)) => return Err(Error::Definite(why)),
+                    Err(error) => Err(error.to_string()),
+                    Ok(count) => Ok(count),
+                };
+                self.look()?;
+                self.tell_local()?;
+                let _ = decided.send(count);
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::LeasesWanted { wanted } => {
+                let _ =
+                    wanted.send(unless_definite(self.file.leases_wanted())?.unwrap_or_default());
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Lease { ids, kept } => {
+                // Those that can't be kept are lost, and others are asked for.
+                unless_definite(self.file.lease(&ids))?;
+                self.tell_local()?;
+                let _ = kept.send(());
                 Ok(ControlFlow::Continue(()))
             }
             Command::Look { looked } => {
