@@ -49,6 +49,8 @@ impl Client {
     ) -> Infallible {
         let mut retry = Retry::new(&self.config.timing);
         let mut last_what = String::new();
+        // What an older call said of it says nothing of now.
+        self.board.writes_wait(None);
         loop {
             let mut local = self.board.local.subscribe();
             if (local.wait_for(|local| local.assigned > local.answered))
@@ -67,6 +69,7 @@ impl Client {
                 last_what.clear();
             }
             self.board.metrics.failed(failure.cause);
+            self.board.writes_wait(Some(&failure.what));
             let pause = retry.pause(failure.pace, random());
             if failure.what != last_what {
                 let pause_ms = pause.as_millis() as u64;
@@ -105,14 +108,15 @@ impl Client {
             return failure.into();
         }
         let mut down = response.into_inner();
-        let ready = match next(&mut down, silence_max).await {
-            Ok(write_down::Kind::Ready(ready)) => ready,
-            Ok(_) => {
-                return Failure::soon("write", "the streamer did not say where writes stand")
-                    .into();
+        let ready = loop {
+            match next(&mut down, silence_max).await {
+                Ok(write_down::Kind::Ready(ready)) => break ready,
+                // It waits for Postgres itself.
+                Ok(write_down::Kind::Alive(_)) => {}
+                Err(failure) => return failure.into(),
             }
-            Err(failure) => return failure.into(),
         };
+        self.board.writes_wait(None);
         tokio::select! {
             ended = self.send(ready, messages) => ended,
             ended = listen(&mut down, silence_max) => ended,

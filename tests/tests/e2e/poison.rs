@@ -1,6 +1,8 @@
 //! One bad write for each way in which Postgres refuses one, each between good ones: the good ones arrive, the bad ones are told
 //! with their reason, and the rows are as before.
 
+use anabranch_tests::wait::{DEADLINE, until};
+
 use crate::conflicts::edge::Edge;
 
 const TABLES: &str = "
@@ -229,4 +231,56 @@ async fn a_bad_write_blocks_good_ones_or_is_not_told_or_not_undone() {
             "{sql}: {bad:?}"
         );
     }
+}
+
+/// The streamer can reach Postgres and can't write: no write is at fault, so all wait, and the file says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_told_why_writes_wait() {
+    let edge = Edge::start(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'old'); GRANT ALL ON t TO {app}",
+        &[("t", "SELECT * FROM t")],
+        "",
+    )
+    .await;
+    let rename = |from: &str, to: &str| {
+        format!(
+            "DO $$ DECLARE f text; BEGIN
+                 SELECT oid::regprocedure INTO f FROM pg_proc WHERE proname = '{from}' AND pronamespace = 'anabranch'::regnamespace;
+                 EXECUTE 'ALTER FUNCTION ' || f || ' RENAME TO {to}'; END $$"
+        )
+    };
+    edge.database.execute(&rename("claim", "gone")).await;
+    let program = edge.program();
+    program.execute("UPDATE t SET v = 'new'", []).unwrap();
+    let error = || {
+        let sql = "SELECT coalesce(last_error, '') FROM _anabranch_status";
+        edge.replica
+            .open()
+            .query_row(sql, [], |row| row.get::<_, String>(0))
+            .unwrap()
+    };
+    until("the file says why", DEADLINE, || async {
+        error().contains("local writes wait")
+    })
+    .await;
+    let status = edge.replica.get("/status").await.unwrap().json().unwrap();
+    assert!(
+        status["last_error"]
+            .as_str()
+            .unwrap()
+            .contains("can't write to Postgres"),
+        "{status:#}"
+    );
+    assert_eq!(
+        (&status["connected"], &status["pending"]),
+        (&true.into(), &1.into())
+    );
+    edge.database.execute(&rename("gone", "claim")).await;
+    edge.until_answered().await;
+    edge.same().await;
+    until("the file says no more", DEADLINE, || async {
+        error().is_empty()
+    })
+    .await;
+    assert!(edge.rejected().is_empty());
 }
