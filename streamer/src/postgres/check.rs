@@ -2,7 +2,7 @@
 //!
 //! It changes nothing. `anabranch-streamer check` prints all of it; a start looks at the same, part by part.
 
-mod writing;
+mod writers;
 
 use std::fmt;
 
@@ -168,7 +168,7 @@ async fn with_server(
             .filter(|name| written.contains(&(name.schema.clone(), name.name.clone())))
             .cloned()
             .collect();
-        findings.extend(writing::check(&client, writing, &written).await?);
+        findings.extend(writers::check(&client, writing, &written).await?);
     }
     let script = setup::plan(&client, wanted).await?;
     if !script.statements.is_empty() {
