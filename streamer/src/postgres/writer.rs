@@ -131,6 +131,8 @@ const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalo
 const STANDING: &str =
     "SELECT subject, seq, hash FROM anabranch.replicas WHERE replica = $1::pg_catalog.text";
 
+const LEASE: &str = "SELECT first, last, step FROM anabranch.lease($1::pg_catalog.oid, $2::pg_catalog.int2, $3::pg_catalog.text, $4::pg_catalog.int4)";
+
 /// Claims stay in force for the last look where there is no other role to come back from.
 const AFTER_ROLE: &str =
     "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE; SET LOCAL request.jwt.claims = ''";
@@ -159,6 +161,17 @@ pub struct Replica {
     pub role: Option<String>,
     /// The claims of its token, as JSON, for `current_setting('request.jwt.claims')`.
     pub claims_json: String,
+}
+
+/// Ids of a sequence, `step` apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// The first.
+    pub first: i64,
+    /// The last, the first too if there is one only.
+    pub last: i64,
+    /// Never 0.
+    pub step: i64,
 }
 
 /// What became of transactions that were sent together.
@@ -398,6 +411,37 @@ impl Writer {
         ];
         let settled = client.execute_raw(&statement, params).await;
         settled.map(drop).map_err(failed)
+    }
+
+    /// Takes ids from the sequence that fills in the key of a table, for good. None: there is no such sequence, or the
+    /// replica may not insert.
+    pub async fn lease(
+        &mut self,
+        replica: &Replica,
+        table: &Table,
+        wanted: u32,
+    ) -> Result<Vec<Block>, Error> {
+        self.usable()?;
+        let Some(key) = table.integer_key() else {
+            return Ok(Vec::new());
+        };
+        let client = &self.client.client;
+        let statement = self.prepared.get(client, LEASE).await.map_err(failed)?;
+        let params = [
+            Param::Text(table.oid.to_string()),
+            Param::Text(table.columns[key].attnum.to_string()),
+            (replica.role.clone()).map_or(Param::Null, Param::Text),
+            Param::Text(wanted.to_string()),
+        ];
+        let [a, b, c, d] = &params;
+        let rows = client.query(&statement, &[a, b, c, d]).await;
+        let rows = rows.map_err(failed)?;
+        let block = |row: &tokio_postgres::Row| Block {
+            first: row.get(0),
+            last: row.get(1),
+            step: row.get(2),
+        };
+        Ok(rows.iter().map(block).collect())
     }
 
     fn usable(&self) -> Result<(), Error> {

@@ -1,14 +1,18 @@
 //! Everything that needs a real Postgres, in one program, so that one process owns the one server.
 
 mod catalog;
+mod causality;
 mod columns;
 mod conditions;
 mod conflicts;
 mod copies;
+mod failover;
 mod faults;
 mod harness;
 mod history;
+mod ids;
 mod kills;
+mod large;
 mod ledger;
 mod pages;
 mod parameters;

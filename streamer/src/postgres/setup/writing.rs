@@ -100,7 +100,7 @@ macro_rules! body {
     };
 }
 
-const FUNCTIONS: [Function; 6] = [
+const FUNCTIONS: [Function; 7] = [
     Function {
         name: "claim",
         arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea, nonces uuid[]",
@@ -202,6 +202,53 @@ const FUNCTIONS: [Function; 6] = [
      ORDER BY o.nonce LIMIT $2);
   GET DIAGNOSTICS count = ROW_COUNT;
   RETURN count;
+"
+        ),
+    },
+    Function {
+        name: "lease",
+        arguments: "relation oid, place smallint, writer text, wanted int",
+        types: "oid, smallint, text, integer",
+        returns: "TABLE(first bigint, last bigint, step bigint)",
+        trusted: true,
+        // By nextval(), so that others who take ids meanwhile, the increment and the cache are as right as for them. Of a
+        // sequence that nears its end only a part is taken: ids that are leased and not used are lost.
+        body: body!(
+            "DECLARE\n  sequence pg_catalog.pg_sequence;\n  id bigint;\n",
+            "\
+  SELECT s.* INTO sequence
+    FROM pg_catalog.pg_attribute a
+    LEFT JOIN pg_catalog.pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
+     AND pg_catalog.pg_get_expr(f.adbin, f.adrelid) LIKE 'nextval(%::regclass)'
+    JOIN pg_catalog.pg_depend d
+      ON a.attidentity = '' AND d.classid = 'pg_catalog.pg_attrdef'::pg_catalog.regclass AND d.objid = f.oid
+         AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+      OR a.attidentity <> '' AND d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype = 'i'
+         AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+         AND d.refobjid = a.attrelid AND d.refobjsubid = a.attnum
+    JOIN pg_catalog.pg_sequence s ON s.seqrelid = CASE a.attidentity WHEN '' THEN d.refobjid ELSE d.objid END
+   WHERE a.attrelid = $1 AND a.attnum = $2;
+  IF NOT FOUND OR NOT pg_catalog.has_any_column_privilege(coalesce($3, session_user)::pg_catalog.name, $1, 'INSERT') THEN
+    RETURN;
+  END IF;
+  wanted := least(wanted, 1 + pg_catalog.trunc(
+    (CASE WHEN sequence.seqincrement > 0 THEN sequence.seqmax ELSE sequence.seqmin END
+      - coalesce(pg_catalog.pg_sequence_last_value(sequence.seqrelid), sequence.seqstart)::pg_catalog.numeric)
+    / sequence.seqincrement / 100));
+  step := sequence.seqincrement;
+  FOR i IN 1 .. wanted LOOP
+    id := pg_catalog.nextval(sequence.seqrelid::pg_catalog.regclass);
+    IF id - last = step THEN
+      last := id;
+    ELSE
+      IF first IS NOT NULL THEN
+        RETURN NEXT;
+      END IF;
+      first := id;
+      last := id;
+    END IF;
+  END LOOP;
+  RETURN NEXT;
 "
         ),
     },
