@@ -121,6 +121,10 @@ impl Client {
                 Ok(write_down::Kind::Ready(ready)) => break ready,
                 // It waits for Postgres itself.
                 Ok(write_down::Kind::Alive(_)) => {}
+                Ok(write_down::Kind::Ids(_)) => {
+                    return Failure::soon("write", "the streamer did not say where writes stand")
+                        .into();
+                }
                 Err(failure) => return failure.into(),
             }
         };
