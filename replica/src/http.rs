@@ -270,7 +270,7 @@ fn parse_which(query: &str) -> Result<Which, String> {
         "txn" => Which::Transaction,
         _ => return Err(RIGHT.into()),
     };
-    let number = value.parse().map_err(|_| RIGHT)?;
+    let number = value.parse::<i64>().map_err(|_| RIGHT)?;
     Ok(which(number))
 }
 

@@ -724,7 +724,7 @@ impl Keeping {
         let (connected, last_error) = {
             let status = self.board.watch();
             let status = status.borrow();
-            (status.connected, status.last_error.clone())
+            (status.connected, status.trouble())
         };
         self.last_report = Some(Instant::now());
         let forget = self.noted.forgettable(Instant::now(), self.file.position());

@@ -57,6 +57,8 @@ impl Client {
     ) -> Infallible {
         let mut retry = Retry::new(&self.config.timing);
         let mut last_what = String::new();
+        // What an older call said of it says nothing of now.
+        self.board.writes_wait(None);
         loop {
             let mut local = self.board.local.subscribe();
             if (local.wait_for(|local| local.assigned > local.answered || local.wants_ids))
@@ -75,6 +77,7 @@ impl Client {
                 last_what.clear();
             }
             self.board.metrics.failed(failure.cause);
+            self.board.writes_wait(Some(&failure.what));
             let pause = retry.pause(failure.pace, random());
             if failure.what != last_what {
                 let pause_ms = pause.as_millis() as u64;
@@ -113,14 +116,19 @@ impl Client {
             return failure.into();
         }
         let mut down = response.into_inner();
-        let ready = match next(&mut down, silence_max).await {
-            Ok(write_down::Kind::Ready(ready)) => ready,
-            Ok(_) => {
-                return Failure::soon("write", "the streamer did not say where writes stand")
-                    .into();
+        let ready = loop {
+            match next(&mut down, silence_max).await {
+                Ok(write_down::Kind::Ready(ready)) => break ready,
+                // It waits for Postgres itself.
+                Ok(write_down::Kind::Alive(_)) => {}
+                Ok(write_down::Kind::Ids(_)) => {
+                    return Failure::soon("write", "the streamer did not say where writes stand")
+                        .into();
+                }
+                Err(failure) => return failure.into(),
             }
-            Err(failure) => return failure.into(),
         };
+        self.board.writes_wait(None);
         let asked = Asked::default();
         tokio::select! {
             ended = self.send(ready, messages, &asked) => ended,

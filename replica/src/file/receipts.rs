@@ -63,7 +63,8 @@ CREATE TABLE IF NOT EXISTS _anabranch_rejected(
     constraint_name TEXT,
     outcome TEXT NOT NULL,
     rejected_time TEXT NOT NULL,
-    action TEXT
+    action TEXT,
+    merged INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 ";
 

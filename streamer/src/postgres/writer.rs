@@ -63,7 +63,7 @@ use self::{
     facts::Facts,
     flight::{Cause, Failure, Flight, Prepared, Step},
     outcome::{Class, bounded, classify},
-    statement::{GONE, HIDDEN, Left, OUT_OF_SHAPE, Sql, Target, UNREADABLE},
+    statement::{GONE, HIDDEN, Left, OUT_OF_SHAPE, Sql, Target, Touch, UNREADABLE},
     value::Param,
 };
 use super::{
@@ -680,7 +680,9 @@ fn effect(
     let unwritable =
         |unwritable: value::Unwritable| rejected(unwritable.sqlstate, unwritable.message);
     if target.rule.shown().is_none() {
-        return target.statement(table, &change, true).map_err(unwritable);
+        return target
+            .statement(table, &change, Touch::First)
+            .map_err(unwritable);
     }
     let written = &mut written[entry.table()];
     let before = match &change {
@@ -689,9 +691,10 @@ fn effect(
             Some(record::build(key.iter().copied()))
         }
     };
-    let first = (before.as_ref()).is_none_or(|before| !written.contains_key(before));
+    let known = before.as_ref().and_then(|before| written.get(before));
+    let touch = known.map_or(Touch::First, |left| target.again(table, left.there));
     let sql = target
-        .statement(table, &change, first)
+        .statement(table, &change, touch)
         .map_err(unwritable)?;
     if sql.is_none() {
         return Ok(sql);

@@ -204,10 +204,9 @@ impl Call {
     async fn work(&self, waiting: &mut mpsc::Receiver<Work>) -> Result<(), Status> {
         let mut patience = Patience::default();
         let standing = loop {
-            let tried = match self.writers.take().await {
-                Ok(mut held) => held.writer().standing(&self.replica).await,
-                Err(error) => Err(error),
-            };
+            let mut held = self.held(&mut patience).await?;
+            let tried = held.writer().standing(&self.replica).await;
+            drop(held);
             match tried {
                 Ok(standing) => break standing,
                 Err(error) => patience.after(error).await?,
@@ -317,13 +316,7 @@ impl Call {
         let mut done = 0;
         let mut patience = Patience::default();
         while done < run.len() {
-            let mut held = match self.writers.take().await {
-                Ok(held) => held,
-                Err(error) => {
-                    patience.after(error).await?;
-                    continue;
-                }
-            };
+            let mut held = self.held(&mut patience).await?;
             let applied = held
                 .writer()
                 .apply_many(&self.replica, &answered.hash, &run[done..], &self.rules)
@@ -354,23 +347,14 @@ impl Call {
     ) -> Result<(), Status> {
         let mut patience = Patience::default();
         loop {
-            let tried = match self.writers.take().await {
-                Ok(mut held) => {
-                    let writer = held.writer();
-                    let previous = &answered.hash;
-                    // What can't be read has no effect either where it comes again, so nothing of it is remembered.
-                    writer
-                        .reject(
-                            &self.replica,
-                            previous,
-                            (seq, &hash),
-                            &[],
-                            rejection.clone(),
-                        )
-                        .await
-                }
-                Err(error) => Err(error),
-            };
+            let mut held = self.held(&mut patience).await?;
+            let (previous, rejection) = (&answered.hash, rejection.clone());
+            // What can't be read has no effect either where it comes again, so nothing of it is remembered.
+            let tried = held
+                .writer()
+                .reject(&self.replica, previous, (seq, &hash), &[], rejection)
+                .await;
+            drop(held);
             match tried {
                 Ok(outcome) => {
                     self.answered(answered, seq, hash, &outcome);
@@ -384,12 +368,21 @@ impl Call {
     async fn settle(&self, seq: u64) -> Result<(), Status> {
         let mut patience = Patience::default();
         loop {
-            let tried = match self.writers.take().await {
-                Ok(mut held) => held.writer().settle(&self.replica, seq).await,
-                Err(error) => Err(error),
-            };
+            let mut held = self.held(&mut patience).await?;
+            let tried = held.writer().settle(&self.replica, seq).await;
+            drop(held);
             match tried {
                 Ok(()) => return Ok(()),
+                Err(error) => patience.after(error).await?,
+            }
+        }
+    }
+
+    /// A writer, as soon as there is one. It is given back before anything is waited for.
+    async fn held<'a>(&'a self, patience: &mut Patience) -> Result<Held<'a>, Status> {
+        loop {
+            match self.writers.take().await {
+                Ok(held) => return Ok(held),
                 Err(error) => patience.after(error).await?,
             }
         }
@@ -419,10 +412,9 @@ impl Call {
     async fn leased(&self, table: &Table) -> Result<Vec<writer::Block>, Status> {
         let mut patience = Patience::default();
         loop {
-            let tried = match self.writers.take().await {
-                Ok(mut held) => held.writer().lease(&self.replica, table, LEASE_IDS).await,
-                Err(error) => Err(error),
-            };
+            let mut held = self.held(&mut patience).await?;
+            let tried = held.writer().lease(&self.replica, table, LEASE_IDS).await;
+            drop(held);
             match tried {
                 Ok(blocks) => return Ok(blocks),
                 Err(writer::Error::Definite(reason)) => {

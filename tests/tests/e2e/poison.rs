@@ -1,6 +1,8 @@
 //! One bad write for each way in which Postgres refuses one, each between good ones: the good ones arrive, the bad ones are told
 //! with their reason, and the rows are as before.
 
+use anabranch_tests::wait::{DEADLINE, until};
+
 use crate::conflicts::edge::Edge;
 
 const TABLES: &str = "
@@ -31,17 +33,17 @@ const TABLES: &str = "
 /// A row that only Postgres has is in the way of one of them.
 const SEEN: &str = "SELECT * FROM t WHERE n < 1000 OR n IS NULL";
 
-/// Statement; SQLSTATE, outcome, constraint.
+/// Statement, with an id that nothing else has; SQLSTATE, outcome, constraint.
 const BAD: &[(&str, &str, &str, Option<&str>)] = &[
     // 22: data.
     (
-        "INSERT INTO t(id, v) VALUES(3, 'long')",
+        "INSERT INTO t(id, v) VALUES({id}, 'long')",
         "22001",
         "error",
         None,
     ),
     (
-        "INSERT INTO t(id, n) VALUES(3, 1 << 40)",
+        "INSERT INTO t(id, n) VALUES({id}, 1 << 40)",
         "22003",
         "error",
         None,
@@ -83,19 +85,19 @@ const BAD: &[(&str, &str, &str, Option<&str>)] = &[
     // 23: constraints, the deferred one too.
     ("UPDATE t SET f = NULL WHERE id = 1", "23502", "error", None),
     (
-        "INSERT INTO t(id, p) VALUES(3, 9)",
+        "INSERT INTO t(id, p) VALUES({id}, 9)",
         "23503",
         "error",
         Some("has_parent"),
     ),
     (
-        "INSERT INTO t(id, late) VALUES(3, 9)",
+        "INSERT INTO t(id, late) VALUES({id}, 9)",
         "23503",
         "error",
         Some("has_parent_late"),
     ),
     (
-        "INSERT INTO t(id, u) VALUES(3, 1)",
+        "INSERT INTO t(id, u) VALUES({id}, 1)",
         "23505",
         "error",
         Some("one_u"),
@@ -113,7 +115,7 @@ const BAD: &[(&str, &str, &str, Option<&str>)] = &[
         Some("positive"),
     ),
     (
-        "INSERT INTO t(id, r) VALUES(3, '[5,6)')",
+        "INSERT INTO t(id, r) VALUES({id}, '[5,6)')",
         "23P01",
         "error",
         Some("apart"),
@@ -152,13 +154,13 @@ const BAD: &[(&str, &str, &str, Option<&str>)] = &[
     ),
     // 44, P0001.
     (
-        "INSERT INTO t(id, v) VALUES(3, '440')",
+        "INSERT INTO t(id, v) VALUES({id}, '440')",
         "44000",
         "error",
         None,
     ),
     (
-        "INSERT INTO t(id, v) VALUES(3, 'P01')",
+        "INSERT INTO t(id, v) VALUES({id}, 'P01')",
         "P0001",
         "error",
         None,
@@ -177,7 +179,7 @@ async fn a_bad_write_blocks_good_ones_or_is_not_told_or_not_undone() {
         "",
     )
     .await;
-    let state = "SELECT (SELECT string_agg(t::text, ' ' ORDER BY id) FROM t WHERE id < 100)
+    let state = "SELECT (SELECT string_agg(t::text, ' ' ORDER BY id) FROM t WHERE id < 100 OR id >= 1000)
         || (SELECT string_agg(t::text, ' ' ORDER BY id) FROM hidden t) || (SELECT string_agg(t::text, ' ') FROM closed t)";
     let before = edge.text(state).await;
     let program = edge.program();
@@ -187,6 +189,7 @@ async fn a_bad_write_blocks_good_ones_or_is_not_told_or_not_undone() {
     };
     for (number, (sql, ..)) in BAD.iter().enumerate() {
         good(number, "new");
+        let sql = sql.replace("{id}", &(1000 + number).to_string());
         // In its transaction another one, which is undone with it.
         let made = program.execute_batch(&format!(
             "BEGIN IMMEDIATE; UPDATE t SET v = 'bad' WHERE id = {}; {sql}; COMMIT",
@@ -229,4 +232,56 @@ async fn a_bad_write_blocks_good_ones_or_is_not_told_or_not_undone() {
             "{sql}: {bad:?}"
         );
     }
+}
+
+/// The streamer can reach Postgres and can't write: no write is at fault, so all wait, and the file says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_told_why_writes_wait() {
+    let edge = Edge::start(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'old'); GRANT ALL ON t TO {app}",
+        &[("t", "SELECT * FROM t")],
+        "",
+    )
+    .await;
+    let rename = |from: &str, to: &str| {
+        format!(
+            "DO $$ DECLARE f text; BEGIN
+                 SELECT oid::regprocedure INTO f FROM pg_proc WHERE proname = '{from}' AND pronamespace = 'anabranch'::regnamespace;
+                 EXECUTE 'ALTER FUNCTION ' || f || ' RENAME TO {to}'; END $$"
+        )
+    };
+    edge.database.execute(&rename("claim", "gone")).await;
+    let program = edge.program();
+    program.execute("UPDATE t SET v = 'new'", []).unwrap();
+    let error = || {
+        let sql = "SELECT coalesce(last_error, '') FROM _anabranch_status";
+        edge.replica
+            .open()
+            .query_row(sql, [], |row| row.get::<_, String>(0))
+            .unwrap()
+    };
+    until("the file says why", DEADLINE, || async {
+        error().contains("local writes wait")
+    })
+    .await;
+    let status = edge.replica.get("/status").await.unwrap().json().unwrap();
+    assert!(
+        status["last_error"]
+            .as_str()
+            .unwrap()
+            .contains("can't write to Postgres"),
+        "{status:#}"
+    );
+    assert_eq!(
+        (&status["connected"], &status["pending"]),
+        (&true.into(), &1.into())
+    );
+    edge.database.execute(&rename("gone", "claim")).await;
+    edge.until_answered().await;
+    edge.same().await;
+    until("the file says no more", DEADLINE, || async {
+        error().is_empty()
+    })
+    .await;
+    assert!(edge.rejected().is_empty());
 }

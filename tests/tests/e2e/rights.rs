@@ -5,6 +5,7 @@
 
 mod generator;
 mod oracle;
+mod road;
 
 use std::collections::BTreeMap;
 

@@ -32,6 +32,8 @@ struct Rejection {
     sqlstate: Option<String>,
     message: Option<String>,
     constraint_name: Option<String>,
+    /// It may hold several transactions of programs.
+    merged: bool,
 }
 
 /// Lists the entries of those that were rejected among the transactions after `before` and up to `now`.
@@ -43,7 +45,8 @@ pub(super) fn list(
 ) -> rusqlite::Result<()> {
     let rejections: Vec<Rejection> = connection
         .prepare_cached(&format!(
-            "SELECT seq, entry, outcome, sqlstate, message, constraint_name FROM {} \
+            "SELECT seq, entry, outcome, sqlstate, message, constraint_name, \
+             coalesce((SELECT merged FROM _anabranch_local AS l WHERE l.seq = r.seq), 0) FROM {} AS r \
              WHERE replica = ?1 AND seq > ?2 AND seq <= ?3 ORDER BY seq",
             names::REJECTIONS
         ))?
@@ -55,6 +58,7 @@ pub(super) fn list(
                 sqlstate: row.get(3)?,
                 message: row.get(4)?,
                 constraint_name: row.get(5)?,
+                merged: row.get(6)?,
             })
         })?
         .collect::<Result<_, _>>()?;
@@ -96,8 +100,8 @@ fn list_entries(
         quote(&source.entries)
     ))?;
     let mut insert = connection.prepare_cached(
-        "INSERT INTO _anabranch_rejected(id, txn, table_name, operation, key, changes, outcome, rejected_time) \
-         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+        "INSERT INTO _anabranch_rejected(id, txn, table_name, operation, key, changes, outcome, rejected_time, merged) \
+         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
     )?;
     let mut rows = entries.query([after, last])?;
     while let Some(row) = rows.next()? {
@@ -111,7 +115,8 @@ fn list_entries(
             key.to_string(),
             changes.to_string(),
             ROLLED_BACK,
-            time
+            time,
+            rejection.merged
         ])?;
     }
     Ok(())

@@ -188,6 +188,24 @@ fn a_rejection_restores_and_tells_what_was_wanted() {
 }
 
 #[test]
+fn several_transactions_that_are_rejected_together_pass_for_one() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    folder.write(|program| t.set(program, 1, &[("b", text("mine"))]));
+    file.assign(&[2], true).unwrap();
+    folder.write(|program| t.set(program, 1, &[("n", text("5"))]));
+    file.assign(&[2, 3], false).unwrap();
+    for seq in [1, 2] {
+        let rejected = [receipt(&file, seq), rejection(&file, seq, None)];
+        file.apply(&live(20 + seq, &rejected)).unwrap();
+    }
+    assert_eq!(
+        folder.query("SELECT txn, merged FROM _anabranch_rejected"),
+        ["1|1", "1|1", "2|0"]
+    );
+}
+
+#[test]
 fn dependents_of_a_rejected_insert_are_judged_on_their_own() {
     let (folder, mut file, t) = start_with(&[]);
     folder.write(|program| t.insert(program, &row(1, "mine", "b", "1")));

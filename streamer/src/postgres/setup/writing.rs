@@ -309,31 +309,27 @@ pub(super) async fn plan(
         statements.push(format!("CREATE ROLE {login} LOGIN NOINHERIT"));
     }
     functions(client, writing, known.is_some(), &mut statements).await?;
-    if known.is_some() {
-        for role in writing.roles {
-            let member = client
-                .client
-                .query_opt(
-                    "SELECT pg_has_role($1, oid, 'MEMBER') FROM pg_roles WHERE rolname = $2",
-                    &[&writing.role, role],
-                )
-                .await?;
-            // A role that is not there is not made: nobody knows what it should be allowed.
-            if member.is_some_and(|row| !row.get::<_, bool>(0)) {
-                statements.push(format!("GRANT {} TO {login}", identifier(role)));
-            }
+    for role in writing.roles {
+        let member = client
+            .client
+            .query_opt(
+                "SELECT coalesce((SELECT pg_has_role(l.oid, r.oid, 'MEMBER') FROM pg_roles l WHERE l.rolname = $1), false)
+                   FROM pg_roles r WHERE r.rolname = $2",
+                &[&writing.role, role],
+            )
+            .await?;
+        // A role that is not there is not made: nobody knows what it should be allowed.
+        if member.is_some_and(|row| !row.get::<_, bool>(0)) {
+            statements.push(format!("GRANT {} TO {login}", identifier(role)));
         }
     }
+    // One that is not there yet will have what everybody has.
     let reads = if known.is_some() {
-        grants(client, writing.tables, Some(writing.role), &login).await?
+        writing.role
     } else {
-        writing
-            .tables
-            .iter()
-            .map(|table| format!("GRANT SELECT ON {} TO {login}", super::qualified(table)))
-            .collect()
+        "public"
     };
-    statements.extend(reads);
+    statements.extend(grants(client, writing.tables, Some(reads), &login).await?);
     statements.extend(standing(client, writing.role, &login).await?);
     Ok(statements)
 }
@@ -384,6 +380,15 @@ async fn made(
         }
     }
     Ok(())
+}
+
+/// Whether a function does the same. `check` prints scripts with blanks before each line, and they are pasted with them.
+fn is_same_body(found: &str, wanted: &str) -> bool {
+    let lines = |body: &str| -> Vec<String> {
+        let lines = body.lines().map(|line| line.trim().to_owned());
+        lines.filter(|line| !line.is_empty()).collect()
+    };
+    lines(found) == lines(wanted)
 }
 
 /// The functions, and who may call them.
@@ -440,7 +445,7 @@ async fn functions(
         }
         let config: Option<Vec<String>> = as_it_is.and_then(|row| row.get(5));
         let is_same = as_it_is.is_some_and(|row| {
-            row.get::<_, &str>(3) == function.body && row.get::<_, bool>(4) == function.trusted
+            is_same_body(row.get(3), function.body) && row.get::<_, bool>(4) == function.trusted
         }) && config
             .is_some_and(|config| config == ["search_path=pg_catalog, pg_temp"]);
         if !is_same {

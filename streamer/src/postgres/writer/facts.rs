@@ -16,6 +16,10 @@ pub struct Facts {
     pub keys: Vec<String>,
     /// A trigger may suppress an UPDATE.
     pub suppresses: bool,
+    /// A trigger or a rule may put a row elsewhere than it was written.
+    pub diverts: bool,
+    /// The role may read `xmin`, which it may not by grants on columns.
+    pub reads_xmin: bool,
 }
 
 /// A column of it.
@@ -66,16 +70,20 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
         )
         .await?;
     // A policy may hide a row from an UPDATE, which then must not be taken for one that a trigger suppressed.
-    let suppresses = client
+    let whole = client
         .query_opt(
             "SELECT NOT c.relrowsecurity AND EXISTS (
                  SELECT FROM pg_catalog.pg_trigger g
-                  WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND g.tgtype & 19 = 19)
+                  WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND g.tgtype & 19 = 19),
+                    c.relhasrules OR EXISTS (
+                 SELECT FROM pg_catalog.pg_trigger g
+                  WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND g.tgtype & 3 = 3),
+                    pg_catalog.has_column_privilege(coalesce($2, current_user::text), c.oid, (-2)::int2, 'SELECT')
                FROM pg_catalog.pg_class c WHERE c.oid = $1",
-            &[&table.oid],
+            &[&table.oid, &role],
         )
-        .await?
-        .is_some_and(|row| row.get(0));
+        .await?;
+    let is = |place: usize| whole.as_ref().is_some_and(|row| row.get(place));
 
     let columns = table.columns.iter().map(|column| {
         let row = attributes
@@ -115,6 +123,8 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
             })
             .map(|row| row.get(0))
             .collect(),
-        suppresses,
+        suppresses: is(0),
+        diverts: is(1),
+        reads_xmin: is(2),
     })
 }

@@ -3,7 +3,8 @@
 //! A statement that touches a row which the transaction did not touch before has the replica's condition in its WHERE:
 //! so a row is only changed as long as the replica may see it, whatever others do to it at the same time. One that touches
 //! it again may change what the transaction itself wrote there (`xmin`) too: not whatever is there by then, as a
-//! trigger may have put the write elsewhere. What such a
+//! trigger may have put the write elsewhere. (A role that has rights to columns only can't read `xmin`. For it the row is
+//! found by its key alone, where the transaction wrote it and nothing can have put it elsewhere.) What such a
 //! statement does not find it refuses by itself, with `anabranch.refuse`. A row that the replica is not shown is not there
 //! for it, so nothing tells it apart from one that is missing: an UPDATE of either is `update_missing`, a DELETE of
 //! either has nothing to do, and only a row that is shown can be a `conflict`. (A key that is taken by a row outside of
@@ -39,6 +40,17 @@ pub struct Target {
     pub places: Vec<usize>,
     /// The places in the table of the key, in the transaction's order.
     pub key: Vec<usize>,
+}
+
+/// Whether the transaction touched a row before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touch {
+    /// It did not.
+    First,
+    /// It did, and the row may be its own, or not.
+    Again,
+    /// It did, and the row is its own.
+    Own,
 }
 
 /// SQL and its parameters.
@@ -131,19 +143,30 @@ impl Target {
         self.key.contains(&place)
     }
 
-    /// The statement for a change; `None`: there is nothing to do. `first`: the transaction did not touch the row yet.
+    /// What a statement that touches a row again may find there, if an entry before it left one (`there`).
+    pub fn again(&self, table: &WriteTable, there: bool) -> Touch {
+        let decides = |conflict: &Conflict| matches!(conflict, Conflict::Function(_));
+        let is_sure = there && !self.facts.diverts && !table.conflicts.iter().any(decides);
+        if is_sure && !self.facts.reads_xmin {
+            Touch::Own
+        } else {
+            Touch::Again
+        }
+    }
+
+    /// The statement for a change; `None`: there is nothing to do.
     pub fn statement(
         &self,
         table: &WriteTable,
         change: &Change<'_>,
-        first: bool,
+        touch: Touch,
     ) -> Result<Option<Sql>, Unwritable> {
-        let shown = self.rule.shown().map(|shown| {
-            if first {
-                shown.to_owned()
-            } else {
-                format!("({shown} OR t.xmin = pg_catalog.pg_current_xact_id()::pg_catalog.xid)")
-            }
+        let shown = self.rule.shown().and_then(|shown| match touch {
+            Touch::First => Some(shown.to_owned()),
+            Touch::Own => None,
+            Touch::Again => Some(format!(
+                "({shown} OR t.xmin = pg_catalog.pg_current_xact_id()::pg_catalog.xid)"
+            )),
         });
         let shown = shown.as_deref();
         match change {

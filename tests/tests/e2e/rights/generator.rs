@@ -272,11 +272,39 @@ impl Generator {
     /// What one transaction does.
     pub fn writes(&mut self) -> Vec<Write> {
         let count = *[1, 1, 1, 2, 3].choose(&mut self.rng).unwrap();
-        (0..count).map(|_| self.write()).collect()
+        let mut writes = Vec::new();
+        let (mut there, mut gone): (Vec<i64>, Vec<i64>) = Default::default();
+        while writes.len() < count {
+            // What it wrote before it writes again; what it took away no program can write.
+            let again = there.choose(&mut self.rng).copied();
+            let id = match again.filter(|_| self.one_of(2)) {
+                Some(id) => id,
+                None => self.rng.random_range(1..=IDS),
+            };
+            let write = self.write(id);
+            if gone.contains(&id) && !matches!(write, Write::Insert(_)) {
+                continue;
+            }
+            there.retain(|there| *there != id);
+            gone.retain(|gone| *gone != id);
+            match &write {
+                Write::Insert(_) => there.push(id),
+                Write::Delete { .. } => gone.push(id),
+                Write::Update { set, .. } => match set.first() {
+                    Some((0, Value::Integer(after))) if *after != id => {
+                        gone.push(id);
+                        gone.retain(|gone| gone != after);
+                        there.push(*after);
+                    }
+                    _ => there.push(id),
+                },
+            }
+            writes.push(write);
+        }
+        writes
     }
 
-    fn write(&mut self) -> Write {
-        let id = self.rng.random_range(1..=IDS);
+    fn write(&mut self, id: i64) -> Write {
         match self.rng.random_range(0..10) {
             0..3 => Write::Insert(self.row(id)),
             3..8 => {
