@@ -3,7 +3,10 @@
 
 use tokio_postgres::Client;
 
-use crate::{postgres::sql::Error, table::Table};
+use crate::{
+    postgres::{catalog::defaults, sql::Error},
+    table::{LeftOut, Table},
+};
 
 /// A table that is written.
 #[derive(Clone, Debug)]
@@ -25,6 +28,8 @@ pub struct ColumnFacts {
     pub type_name: String,
     /// It gets a value where an INSERT gives none: a default, or an identity.
     pub has_default: bool,
+    /// What it gets is not known where the INSERT is made.
+    pub is_filled_in: bool,
     /// Stored generated.
     pub generated: bool,
     /// `GENERATED ALWAYS AS IDENTITY`.
@@ -72,7 +77,10 @@ pub async fn read(client: &Client, table: &Table) -> Result<Facts, Error> {
         .await?
         .is_some_and(|row| row.get(0));
 
+    let defaults = defaults::read(client, std::iter::once(table)).await?;
+    let defaults = defaults.get(&table.oid);
     let columns = table.columns.iter().map(|column| {
+        let left_out = defaults.and_then(|of_table| of_table.get(&column.attnum));
         let row = attributes
             .iter()
             .find(|row| row.get::<_, i16>(0) == column.attnum);
@@ -88,6 +96,7 @@ pub async fn read(client: &Client, table: &Table) -> Result<Facts, Error> {
         Ok(ColumnFacts {
             type_name: named.get(1),
             has_default: row.get(2),
+            is_filled_in: left_out == Some(&LeftOut::Other),
             generated: row.get(3),
             always: row.get(4),
         })

@@ -171,8 +171,10 @@ impl Target {
             if is_null && self.is_key(place) {
                 return Err(NO_KEY);
             }
-            // A column that the program left out can't be told from NULL, which this one can't be.
-            let left_out = is_null && facts.has_default && self.rule.table.columns[place].not_null;
+            // A column that the program left out can't be told from NULL. This one can't be NULL, or its default is not in
+            // the replica's file.
+            let never_null = facts.has_default && self.rule.table.columns[place].not_null;
+            let left_out = is_null && (facts.is_filled_in || never_null);
             if facts.generated || left_out {
                 continue;
             }
