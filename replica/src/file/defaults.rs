@@ -23,7 +23,7 @@ const UUID: &str = "lower(hex(randomblob(4)) || '-' || hex(randomblob(2)) || '-4
 pub(super) fn clause(column: &Column) -> String {
     let expression = match &column.left_out {
         LeftOut::Null | LeftOut::Sequence | LeftOut::Other => return String::new(),
-        LeftOut::Value(literal) => literal,
+        LeftOut::Value(sql) => sql.as_str(),
         LeftOut::Now => NOW,
         LeftOut::Uuid => UUID,
     };

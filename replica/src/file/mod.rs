@@ -88,6 +88,7 @@ pub use local::{Local, Rejected};
 pub use outbox::Outgoing;
 use pieces::Pieces;
 use queue::Queue;
+pub use receipts::{Decision, Which};
 use schema::{Catalog, Version};
 use stage::{Stager, Stages};
 use state::{Heard, State};

@@ -88,9 +88,22 @@ const TOGETHER_MAX: usize = 128;
 /// As many rows are looked at by one statement after the effects.
 const CHECKED_AT_ONCE: usize = 1000;
 
-/// Errors that an old idea of a table's schema may be the reason of.
+/// Insufficient privilege.
+const NOT_ALLOWED: &str = "42501";
+
+/// Errors that an old idea of a table's schema, or of the rights to it, may be the reason of.
 const STALE: &[&str] = &[
-    "0A000", "23502", "26000", "428C9", "42703", "42704", "42804", "42846", "42883", "42P01",
+    "0A000",
+    "23502",
+    "26000",
+    "428C9",
+    NOT_ALLOWED,
+    "42703",
+    "42704",
+    "42804",
+    "42846",
+    "42883",
+    "42P01",
     "42P18",
 ];
 
@@ -129,7 +142,8 @@ const AFTER_NO_ROLE: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE"
 pub struct Writer {
     client: Client,
     prepared: Prepared,
-    facts: HashMap<Oid, (u32, Arc<Facts>)>,
+    /// Of tables, for the roles that wrote them.
+    facts: HashMap<(Oid, Option<String>), (u32, Arc<Facts>)>,
     /// A transaction is under way, or was when its future was dropped.
     busy: bool,
     /// Something was committed that may not be durable yet.
@@ -309,7 +323,10 @@ impl Writer {
                     {
                         looked_again = true;
                         self.facts.clear();
-                        self.prepared.clear();
+                        // A statement does not depend on rights but by the facts.
+                        if rejection.sqlstate != NOT_ALLOWED {
+                            self.prepared.clear();
+                        }
                     }
                     Verdict::Reject(rejection) => {
                         let previous = before(outcomes);
@@ -449,7 +466,7 @@ impl Writer {
         for transaction in transactions {
             let mut targets = Vec::new();
             for table in &transaction.as_ref().tables {
-                targets.push(self.target(table, rules).await?);
+                targets.push(self.target(table, rules, replica.role.as_deref()).await?);
             }
             found.push(targets);
         }
@@ -482,6 +499,7 @@ impl Writer {
         &mut self,
         table: &WriteTable,
         rules: &Rules,
+        role: Option<&str>,
     ) -> Result<Result<Target, Rejection>, Error> {
         let not_writable = |sqlstate: &str, message: String| {
             Ok(Err(Rejection {
@@ -517,21 +535,22 @@ impl Writer {
         }
         Ok(Ok(Target {
             rule: Arc::clone(rule),
-            facts: self.facts(&rule.table).await?,
+            facts: self.facts(&rule.table, role).await?,
             places,
             key,
         }))
     }
 
-    async fn facts(&mut self, table: &Table) -> Result<Arc<Facts>, Error> {
-        if let Some((version, facts)) = self.facts.get(&table.oid)
+    async fn facts(&mut self, table: &Table, role: Option<&str>) -> Result<Arc<Facts>, Error> {
+        let place = (table.oid, role.map(str::to_owned));
+        if let Some((version, facts)) = self.facts.get(&place)
             && *version == table.version
         {
             return Ok(Arc::clone(facts));
         }
-        let facts = Arc::new(facts::read(&self.client.client, table).await?);
+        let facts = Arc::new(facts::read(&self.client.client, table, role).await?);
         let kept = (table.version, Arc::clone(&facts));
-        self.facts.insert(table.oid, kept);
+        self.facts.insert(place, kept);
         Ok(facts)
     }
 }

@@ -1,6 +1,6 @@
 //! The writer against a real Postgres: what it promises of local transactions, whatever they do.
 
-mod fixture;
+pub mod fixture;
 mod load;
 mod types;
 
