@@ -28,13 +28,10 @@ pub struct ColumnFacts {
     pub type_name: String,
     /// It gets a value where an INSERT gives none: a default (its own or its type's), or an identity.
     pub has_default: bool,
-<<<<<<< HEAD
     /// What it gets is not known where the INSERT is made.
     pub is_filled_in: bool,
-=======
     /// The role may name it in an INSERT.
     pub insertable: bool,
->>>>>>> main
     /// Stored generated.
     pub generated: bool,
     /// `GENERATED ALWAYS AS IDENTITY`.
@@ -103,7 +100,8 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
         };
         Ok(ColumnFacts {
             type_name: named.get(1),
-            has_default: row.get(2),
+            // That of a domain is one too.
+            has_default: row.get::<_, bool>(2) || left_out.is_some(),
             is_filled_in: left_out == Some(&LeftOut::Other),
             generated: row.get(3),
             always: row.get(4),
