@@ -100,8 +100,7 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
         };
         Ok(ColumnFacts {
             type_name: named.get(1),
-            // That of a domain is one too.
-            has_default: row.get::<_, bool>(2) || left_out.is_some(),
+            has_default: row.get(2),
             is_filled_in: left_out == Some(&LeftOut::Other),
             generated: row.get(3),
             always: row.get(4),
