@@ -60,7 +60,7 @@ pub(super) fn renew(connection: &Connection, table: &Table) -> rusqlite::Result<
 }
 
 fn differs_by_them(connection: &Connection, table: &Table) -> rusqlite::Result<bool> {
-    let there: Vec<(String, String, bool, usize)> = connection
+    let there: Vec<(String, String, bool, i64)> = connection
         .prepare_cached(
             "SELECT name, type, \"notnull\", pk FROM pragma_table_info(?1) ORDER BY cid",
         )?
@@ -77,7 +77,7 @@ fn differs_by_them(connection: &Connection, table: &Table) -> rusqlite::Result<b
         let declared_key = table.key.iter().position(|key| *key == place);
         let is_same = column.name == *name
             && type_name(column.storage) == storage
-            && declared_key.map_or(0, |at| at + 1) == *key;
+            && declared_key.map_or(0, |at| at as i64 + 1) == *key;
         if !is_same
             || (column.not_null && !not_null && *key == 0 && has_null(connection, table, name)?)
         {
