@@ -5,7 +5,7 @@
 //! so is NOT NULL, which goes and comes with defaults that only Postgres knows. So the text is replaced, as SQLite's manual
 //! of ALTER TABLE says for such changes: rows, triggers, indexes and pending writes stay, however large the table is.
 
-use rusqlite::Connection;
+use rusqlite::{Connection, config::DbConfig};
 
 use super::{
     names::{literal, quote},
@@ -46,17 +46,25 @@ pub(super) fn renew(connection: &Connection, table: &Table) -> rusqlite::Result<
     if !differs_by_them(connection, table)? {
         return Ok(false);
     }
+    // Our connection is guarded against this very thing, which else is a mistake.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, false)?;
+    connection.pragma_update(None, "writable_schema", true)?;
+    let done = replace_text(connection, table);
+    connection.pragma_update(None, "writable_schema", false)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    done
+}
+
+fn replace_text(connection: &Connection, table: &Table) -> rusqlite::Result<bool> {
     let version: i64 = connection.pragma_query_value(None, "schema_version", |row| row.get(0))?;
     let sql = format!("CREATE TABLE {}{}", quote(&table.name), table.definition());
-    connection.pragma_update(None, "writable_schema", true)?;
     let updated = connection.execute(
         "UPDATE sqlite_schema SET sql = ?2 WHERE type = 'table' AND name = ?1",
         [&table.name, &sql],
-    );
-    connection.pragma_update(None, "writable_schema", false)?;
+    )?;
     // So that every connection reads it again, this one too.
     connection.pragma_update(None, "schema_version", version + 1)?;
-    Ok(updated? == 1)
+    Ok(updated == 1)
 }
 
 fn differs_by_them(connection: &Connection, table: &Table) -> rusqlite::Result<bool> {

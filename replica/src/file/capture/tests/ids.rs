@@ -189,8 +189,7 @@ fn what_is_captured_of_a_default_is_not_what_the_program_sees() {
         let connection = open(&path);
         let count =
             |sql: &str| query(&connection, &format!("SELECT count(*) FROM {sql}"))[0].clone();
-        let same =
-            "d JOIN _anabranch_entries_d ON n0 = id WHERE (n1, n2, n3, n4) IS (title, at, o, p)";
+        let same = "d JOIN _anabranch_entries_d ON n0 = d.id WHERE (n1, n2, n3, n4) IS (d.title, d.at, d.o, d.p)";
         assert_eq!(count(same), "2", "{engine:?}");
         let hex = |digits: usize| "[0-9a-f]".repeat(digits);
         let uuid = format!(
