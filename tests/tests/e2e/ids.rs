@@ -366,3 +366,49 @@ async fn a_default_that_changed_stays_what_it_was() {
     fleet.until_same().await;
     assert_eq!(number(&file, "SELECT count(*) FROM mine"), 3);
 }
+
+/// What stands between a replica and a sequence that its role could not use by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_may_not_insert_takes_ids() {
+    let fleet = Fleet::start(NOTES, 1).await;
+    let role = format!("may_not_insert_{}", fleet.database.name());
+    let lease = format!(
+        "SELECT sum(abs(last - first) + 1)::text FROM anabranch.lease('notes'::regclass, 1::int2, '{role}', 10)"
+    );
+    fleet
+        .database
+        .execute(&format!(
+            "CREATE ROLE {role}; GRANT SELECT ON notes TO {role}"
+        ))
+        .await;
+    assert_eq!(fleet.one(&lease).await, "");
+    fleet
+        .database
+        .execute(&format!("GRANT INSERT (title) ON notes TO {role}"))
+        .await;
+    assert_eq!(fleet.one(&lease).await, "10");
+    // Nor a trigger, which may run with the rights of the login role.
+    let in_a_trigger = format!(
+        "CREATE TABLE other (id int);
+         CREATE FUNCTION take() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {}; RETURN NEW; END $$;
+         CREATE TRIGGER take BEFORE INSERT ON other FOR EACH ROW EXECUTE FUNCTION take()",
+        lease.replace("SELECT", "PERFORM")
+    );
+    fleet.database.execute(&in_a_trigger).await;
+    let refused = fleet
+        .database
+        .try_execute("INSERT INTO other VALUES (1)")
+        .await;
+    let refused = format!("{:?}", refused.unwrap_err());
+    assert!(refused.contains("not within a trigger"), "{refused}");
+    // A key that is no sequence's has none.
+    fleet
+        .database
+        .execute("ALTER TABLE notes ALTER id DROP DEFAULT")
+        .await;
+    assert_eq!(fleet.one(&lease).await, "");
+    fleet
+        .database
+        .execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}"))
+        .await;
+}
