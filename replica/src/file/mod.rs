@@ -9,6 +9,7 @@
 //! ```
 //!
 //! - `table`, `names`: what the streamer declares, checked and turned into SQL; `grammar`: what may follow what.
+//! - `defaults`: what columns hold that an INSERT leaves out.
 //! - `queue`: elements wait for their commit. `stage`, `reset`: rows of tables that come in full wait in the file.
 //! - `commit`, `replay`: everything up to a resume token becomes one SQLite transaction, with the position and the token.
 //! - `overlay`: rows that programs changed show what Postgres has with the pending changes on top; `layout`: how those
@@ -36,6 +37,7 @@
 mod boundary;
 mod capture;
 mod commit;
+mod defaults;
 mod error;
 mod grammar;
 mod heartbeat;

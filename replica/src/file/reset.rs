@@ -65,6 +65,7 @@ pub(super) fn finish(
     // Another table's index may have taken the name since the table was declared.
     index::make_way(connection, &table.name)?;
     let overlaid = catalog.get(&table.name).is_some_and(|there| there.overlaid);
+    Arc::make_mut(catalog).renew(connection, table)?;
     let there = catalog.find(connection, table)?;
     let is_same = matches!(there, There::Same);
     match there {

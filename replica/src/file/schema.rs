@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{
-    Error, capture,
+    Error, capture, defaults,
     error::Doing,
     index, layout, leases, names,
     obstacle::{self, Obstacle},
@@ -211,6 +211,28 @@ impl Catalog {
                 Ok(if same { There::Same } else { There::Other })
             }
         }
+    }
+
+    /// Makes a table what it is declared as, if only defaults of it changed. Within a write transaction.
+    pub(super) fn renew(&mut self, connection: &Connection, table: &Table) -> Result<(), Error> {
+        let Some(synced) = self.tables.get_mut(&names::fold(&table.name)) else {
+            return Ok(());
+        };
+        let definition = table.definition();
+        let is_it = synced.altered.is_none()
+            && (&synced.name, &synced.schema, &synced.postgres_name)
+                == (&table.name, &table.schema, &table.postgres_name);
+        if is_it
+            && synced.definition != definition
+            && object(connection, &table.name)
+                .doing("look for a table")?
+                .is_some_and(|(_, sql)| sql == create_table(&synced.name, &synced.definition))
+            && defaults::renew(connection, table).doing("change defaults")?
+        {
+            synced.definition = definition;
+            tracing::info!(table = table.name, "defaults of its columns changed");
+        }
+        Ok(())
     }
 
     /// Makes an empty table.

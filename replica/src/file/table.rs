@@ -5,14 +5,11 @@
 
 use std::{collections::HashSet, fmt::Write};
 
-use anabranch_proto::{
-    record::{self, ValueRef},
-    v1,
-};
+use anabranch_proto::v1;
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, names};
+use super::{Error, defaults, names};
 
 /// Longest identifier that is taken. Postgres' own limit is 63 unless it was built otherwise.
 const IDENTIFIER_BYTES_MAX: usize = 255;
@@ -308,16 +305,12 @@ impl Table {
         let rowid = self.rowid();
         let mut sql = String::from("(");
         for (place, column) in self.columns.iter().enumerate() {
-            let storage = match column.storage {
-                Storage::Integer => "INTEGER",
-                Storage::Real => "REAL",
-                Storage::Text => "TEXT",
-                Storage::Blob => "BLOB",
-            };
+            let storage = defaults::type_name(column.storage);
             let more = match (rowid == Some(place), column.not_null) {
-                (true, _) => " PRIMARY KEY",
-                (false, true) => " NOT NULL",
-                (false, false) => "",
+                // SQLite does not look at a default of it.
+                (true, _) => " PRIMARY KEY".to_owned(),
+                (false, true) => format!(" NOT NULL{}", defaults::clause(column)),
+                (false, false) => defaults::clause(column),
             };
             let comma = if place == 0 { "" } else { ", " };
             let _ = write!(sql, "{comma}{} {storage}{more}", names::quote(&column.name));
@@ -407,30 +400,13 @@ impl Table {
 fn left_out(column: &v1::Column, storage: Storage) -> Option<LeftOut> {
     Some(match v1::DefaultKind::try_from(column.default_kind).ok()? {
         v1::DefaultKind::None => LeftOut::Null,
-        v1::DefaultKind::Value => LeftOut::Value(constant(&column.default_value, storage)?),
+        v1::DefaultKind::Value => {
+            LeftOut::Value(defaults::constant(&column.default_value, storage)?)
+        }
         v1::DefaultKind::Now if storage == Storage::Text => LeftOut::Now,
         v1::DefaultKind::Uuid if storage == Storage::Text => LeftOut::Uuid,
         v1::DefaultKind::Sequence if storage == Storage::Integer => LeftOut::Sequence,
         v1::DefaultKind::Other => LeftOut::Other,
-        _ => return None,
-    })
-}
-
-/// The one value of a record, as SQL.
-fn constant(record: &[u8], storage: Storage) -> Option<String> {
-    let mut values = record::values(record).ok()?;
-    let value = values.next()?.ok()?;
-    if values.next().is_some() {
-        return None;
-    }
-    Some(match (value, storage) {
-        (ValueRef::Integer(value), Storage::Integer) => value.to_string(),
-        (ValueRef::Real(value), Storage::Real) if value.is_finite() => format!("{value:?}"),
-        (ValueRef::Text(text), Storage::Text) if !text.contains('\0') => names::literal(text),
-        (ValueRef::Blob(bytes), Storage::Blob) => {
-            let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-            format!("x'{digits}'")
-        }
         _ => return None,
     })
 }

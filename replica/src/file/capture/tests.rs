@@ -3,6 +3,7 @@
 
 mod facts;
 mod guards;
+mod ids;
 mod model;
 mod repair;
 mod suite;
@@ -15,7 +16,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anabranch_proto::v1;
+use anabranch_proto::{
+    record::{self, ValueRef},
+    v1,
+};
 use rusqlite::Connection;
 use serde_json::json;
 use tempfile::TempDir;

@@ -4,6 +4,7 @@ mod apply;
 mod files;
 mod foreign;
 mod kill;
+mod leases;
 mod local;
 mod model;
 mod outbox;

@@ -3,7 +3,10 @@
 
 use tokio_postgres::Client;
 
-use crate::{postgres::sql::Error, table::Table};
+use crate::{
+    postgres::{catalog::defaults, sql::Error},
+    table::{LeftOut, Table},
+};
 
 /// A table that is written.
 #[derive(Clone, Debug)]
@@ -29,6 +32,8 @@ pub struct ColumnFacts {
     pub type_name: String,
     /// It gets a value where an INSERT gives none: a default (its own or its type's), or an identity.
     pub has_default: bool,
+    /// What it gets is not known where the INSERT is made.
+    pub is_filled_in: bool,
     /// The role may name it in an INSERT.
     pub insertable: bool,
     /// Stored generated.
@@ -85,7 +90,10 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
         .await?;
     let is = |place: usize| whole.as_ref().is_some_and(|row| row.get(place));
 
+    let defaults = defaults::read(client, std::iter::once(table)).await?;
+    let defaults = defaults.get(&table.oid);
     let columns = table.columns.iter().map(|column| {
+        let left_out = defaults.and_then(|of_table| of_table.get(&column.attnum));
         let row = attributes
             .iter()
             .find(|row| row.get::<_, i16>(0) == column.attnum);
@@ -101,6 +109,7 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
         Ok(ColumnFacts {
             type_name: named.get(1),
             has_default: row.get(2),
+            is_filled_in: left_out == Some(&LeftOut::Other),
             generated: row.get(3),
             always: row.get(4),
             insertable: row.get(5),

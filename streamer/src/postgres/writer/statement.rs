@@ -212,11 +212,11 @@ impl Target {
             if is_null && self.is_key(place) {
                 return Err(NO_KEY);
             }
-            // A column that the program left out can't be told from NULL, which this one can't be; or it would be NULL
-            // anyway, and the role may not name it.
+            // A column that the program left out can't be told from NULL. This one can't be NULL; or its default is not in
+            // the replica's file; or it would be NULL anyway, and the role may not name it.
             let left_out = is_null
                 && if facts.has_default {
-                    self.rule.table.columns[place].not_null
+                    facts.is_filled_in || self.rule.table.columns[place].not_null
                 } else {
                     !facts.insertable
                 };
