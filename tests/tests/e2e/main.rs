@@ -22,4 +22,5 @@ mod tls;
 mod tokens;
 mod types;
 mod writer;
+mod writers;
 mod writes;

@@ -1,4 +1,4 @@
-//! What the triggers rely on of SQLite, each in a few lines, in all three: if one of these fails with a new SQLite, so may
+//! What the triggers rely on of SQLite, each in a few lines, in all four: if one of these fails with a new SQLite, so may
 //! capture.
 
 use super::*;
@@ -27,6 +27,20 @@ fn check(statements: &[&str], seen: &[&str]) {
 
 const TABLES: &str = "CREATE TABLE seen(what, value)";
 const T: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v TEXT NOT NULL) STRICT";
+
+#[test]
+fn the_oldest_sqlite_is_as_old_as_it_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("app.db");
+    let statements = [TABLES, "INSERT INTO seen VALUES(sqlite_version(), 1)"].map(str::to_owned);
+    let work = Work {
+        path: path.clone(),
+        statements: statements.to_vec(),
+    };
+    run(Engine::Oldest, &[work]);
+    let version = query(&open(&path), "SELECT what FROM seen");
+    assert_eq!(version, [format!("'{}'", oldest::VERSION)]);
+}
 
 #[test]
 fn the_newest_trigger_fires_first() {

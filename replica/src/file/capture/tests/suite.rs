@@ -383,3 +383,8 @@ fn what_the_sqlite3_program_writes_is_captured() {
 fn what_python_writes_is_captured() {
     check_all(Engine::Python);
 }
+
+#[test]
+fn what_the_oldest_sqlite_writes_is_captured() {
+    check_all(Engine::Oldest);
+}
