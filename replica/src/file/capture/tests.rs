@@ -401,9 +401,9 @@ fn run_oldest(work: &Work) -> String {
     drop(stdin);
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout)
-        .unwrap()
-        .replace('\0', "\n")
+    let output = String::from_utf8(output.stdout).unwrap();
+    let errors = output.split('\0').filter(|error| !error.is_empty());
+    errors.collect::<Vec<_>>().join("\n")
 }
 
 const PYTHON: &str = "
