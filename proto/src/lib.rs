@@ -4,14 +4,17 @@
 //! - [`position`]: [`Lsn`], [`Epoch`], [`Position`]: places in the history of a source.
 //! - [`record`]: rows as packed records, and [`ops`]: runs of row operations made of them.
 //! - [`packed`]: messages in zstd.
+//! - [`local`]: what both sides must spell alike of local transactions.
 //!
 //! This crate knows neither side: it has no I/O, and no opinion on what is streamed.
 
+pub mod local;
 pub mod ops;
 pub mod packed;
 pub mod position;
 pub mod record;
 
+pub use local::Nonce;
 pub use position::{Epoch, Lsn, Position};
 
 /// Generated messages and gRPC stubs.
@@ -27,7 +30,9 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 ///
 /// - 1: first version.
 /// - 2: local writes: the call `Write`; tables with a purpose, which an older replica would show to programs.
-pub const PROTOCOL_VERSION: u32 = 2;
+/// - 3: entries have a nonce, and the hash covers what their tables are; a replica asks what became of its entries elsewhere;
+///   defaults of columns, and leases of ids.
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Largest gRPC message either side sends or accepts. A row above it travels in pieces, so this bounds
 /// memory per connection, not what can be streamed.

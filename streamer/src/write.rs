@@ -9,7 +9,10 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use anabranch_proto::record::{self, Malformed, ValueRef};
+use anabranch_proto::{
+    Nonce, local,
+    record::{self, Malformed, ValueRef},
+};
 use aws_lc_rs::digest;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -121,6 +124,7 @@ pub enum Kind {
 pub struct Entry {
     table: usize,
     kind: Kind,
+    nonce: Nonce,
     record: Bytes,
 }
 
@@ -140,6 +144,11 @@ impl Entry {
     /// What it does.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// What tells it from all others.
+    pub fn nonce(&self) -> Nonce {
+        self.nonce
     }
 }
 
@@ -205,10 +214,22 @@ pub enum Invalid {
 }
 
 /// The hash of a transaction.
-pub fn chain(previous: &Hash, seq: u64, entries: &[u8]) -> Hash {
+pub fn chain(previous: &Hash, seq: u64, tables: &[Arc<WriteTable>], entries: &[u8]) -> Hash {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(previous);
     context.update(&seq.to_be_bytes());
+    let mut covered = Vec::new();
+    local::push_number(&mut covered, tables.len());
+    for table in tables {
+        local::push_table(
+            &mut covered,
+            &table.schema,
+            &table.name,
+            table.columns.iter().map(String::as_str),
+            table.key.iter().copied(),
+        );
+    }
+    context.update(&covered);
     context.update(entries);
     let mut hash = NO_HASH;
     hash.copy_from_slice(context.finish().as_ref());
@@ -225,7 +246,7 @@ impl LocalTransaction {
         entries: Bytes,
         merged: bool,
     ) -> Result<LocalTransaction, Invalid> {
-        if chain(previous, seq, &entries) != hash {
+        if chain(previous, seq, &tables, &entries) != hash {
             return Err(Invalid::Hash);
         }
         let mut read = LocalTransaction {
@@ -245,6 +266,15 @@ impl LocalTransaction {
             return Err(Malformed("count of entries").into());
         }
         Ok(read)
+    }
+
+    /// What is to be remembered of it, so that it is known in a copy of the file too. Copies have all of what was one
+    /// transaction of a program or nothing of it, so its last entry stands for it; of several nobody knows where they end.
+    pub fn claimed(&self) -> &[Entry] {
+        match self.entries.len().checked_sub(1) {
+            Some(last) if !self.merged => &self.entries[last..],
+            _ => &self.entries,
+        }
     }
 
     /// What an entry of this transaction says. Does not fail for those that [`read`](Self::read) let through.
@@ -344,12 +374,16 @@ fn take(entries: &mut Bytes) -> Result<Entry, Malformed> {
     };
     let length = take_varint(entries)?;
     let length = usize::try_from(length).map_err(|_| Malformed("length of an entry"))?;
+    let ends = Malformed("ends within an entry");
+    let nonce = *entries.first_chunk::<{ Nonce::BYTES }>().ok_or(ends)?;
+    entries.advance(Nonce::BYTES);
     if length > entries.len() {
-        return Err(Malformed("ends within an entry"));
+        return Err(ends);
     }
     Ok(Entry {
         table,
         kind,
+        nonce: Nonce::from_bytes(nonce),
         record: entries.split_to(length),
     })
 }
@@ -376,7 +410,7 @@ fn take_varint(bytes: &mut Bytes) -> Result<u64, Malformed> {
 
 /// Adds an entry to the `entries` of a transaction. The streamer makes none; this is the other end of what it reads, for
 /// tests and benches.
-pub fn push(entries: &mut BytesMut, table: u64, kind: Kind, record: &[u8]) {
+pub fn push(entries: &mut BytesMut, table: u64, kind: Kind, nonce: Nonce, record: &[u8]) {
     let kind = match kind {
         Kind::Insert => 0,
         Kind::Update => 1,
@@ -389,6 +423,7 @@ pub fn push(entries: &mut BytesMut, table: u64, kind: Kind, record: &[u8]) {
         }
         entries.put_u8(value as u8);
     }
+    entries.extend_from_slice(&nonce.to_bytes());
     entries.extend_from_slice(record);
 }
 
@@ -404,9 +439,14 @@ mod tests {
     }
 
     fn read(table: Arc<WriteTable>, entries: &[u8]) -> Result<LocalTransaction, Invalid> {
-        let hash = chain(&NO_HASH, 1, entries);
+        let tables = vec![table];
+        let hash = chain(&NO_HASH, 1, &tables, entries);
         let entries = Bytes::copy_from_slice(entries);
-        LocalTransaction::read(&NO_HASH, 1, hash, vec![table], entries, false)
+        LocalTransaction::read(&NO_HASH, 1, hash, tables, entries, false)
+    }
+
+    fn nonce(random: u64) -> Nonce {
+        Nonce::new(1_800_000_000, random)
     }
 
     #[test]
@@ -417,12 +457,26 @@ mod tests {
         let table = table(&policy);
         let mut entries = BytesMut::new();
         let row = [Integer(1), Text("x"), Null];
-        push(&mut entries, 0, Kind::Insert, &record::build(row));
+        push(&mut entries, 0, Kind::Insert, nonce(1), &record::build(row));
         let update = [Integer(1), Text("011"), Text("y"), Integer(2), Null];
-        push(&mut entries, 0, Kind::Update, &record::build(update));
+        push(
+            &mut entries,
+            0,
+            Kind::Update,
+            nonce(2),
+            &record::build(update),
+        );
         let delete = [Integer(1), Integer(1), Text("y"), Integer(2)];
-        push(&mut entries, 0, Kind::Delete, &record::build(delete));
+        push(
+            &mut entries,
+            0,
+            Kind::Delete,
+            nonce(3),
+            &record::build(delete),
+        );
         let transaction = read(table, &entries).unwrap();
+        let nonces: Vec<_> = transaction.entries.iter().map(Entry::nonce).collect();
+        assert_eq!(nonces, [nonce(1), nonce(2), nonce(3)]);
         let changes: Vec<_> = transaction
             .entries
             .iter()
@@ -446,12 +500,39 @@ mod tests {
     }
 
     #[test]
+    fn one_transaction_is_remembered_by_its_last_entry_and_several_by_all() {
+        let mut entries = BytesMut::new();
+        for id in 1..=3 {
+            let row = [ValueRef::Integer(id); 3];
+            push(
+                &mut entries,
+                0,
+                Kind::Insert,
+                nonce(id as u64),
+                &record::build(row),
+            );
+        }
+        let mut one = read(table(&Policy::default()), &entries).unwrap();
+        assert_eq!(one.claimed(), &one.entries[2..]);
+        one.merged = true;
+        assert_eq!(one.claimed(), one.entries);
+        one.entries.clear();
+        assert_eq!(one.claimed(), []);
+    }
+
+    #[test]
     fn a_policy_that_changed_since_the_write_does_not_make_it_unreadable() {
         use ValueRef::{Integer, Text};
         let update = |values: &[ValueRef<'static>]| {
             let mut entries = BytesMut::new();
             let values = [Integer(1), Text("011")].into_iter().chain(values.to_vec());
-            push(&mut entries, 0, Kind::Update, &record::build(values));
+            push(
+                &mut entries,
+                0,
+                Kind::Update,
+                nonce(2),
+                &record::build(values),
+            );
             let mut policy = Policy::default();
             policy.columns.insert("b".into(), Conflict::Add);
             read(table(&policy), &entries)
@@ -481,14 +562,23 @@ mod tests {
     #[test]
     fn a_transaction_of_another_file_is_noticed() {
         let table = table(&Policy::default());
-        let mut hash = chain(&NO_HASH, 1, b"");
+        let mut hash = chain(&NO_HASH, 1, std::slice::from_ref(&table), b"");
         let read = |hash| {
             LocalTransaction::read(&NO_HASH, 1, hash, vec![table.clone()], Bytes::new(), false)
         };
         assert!(read(hash).is_ok());
         hash[31] ^= 1;
         assert_eq!(read(hash), Err(Invalid::Hash));
-        assert_ne!(chain(&NO_HASH, 1, b""), chain(&NO_HASH, 2, b""));
+        assert_ne!(chain(&NO_HASH, 1, &[], b""), chain(&NO_HASH, 2, &[], b""));
+        // The same bytes, to another table.
+        let other = WriteTable {
+            name: "u".into(),
+            ..WriteTable::clone(&table)
+        };
+        assert_ne!(
+            chain(&NO_HASH, 1, &[table], b""),
+            chain(&NO_HASH, 1, &[Arc::new(other)], b"")
+        );
     }
 
     #[test]
@@ -534,7 +624,7 @@ mod tests {
                 bytes[at] ^= 1 << bit;
             }
             let mut entries = BytesMut::new();
-            push(&mut entries, 0, [Kind::Insert, Kind::Update, Kind::Delete][kind], &bytes);
+            push(&mut entries, 0, [Kind::Insert, Kind::Update, Kind::Delete][kind], nonce(1), &bytes);
             let policy = Policy { table: Conflict::Add, ..Policy::default() };
             let _ = read(table(&policy), &entries);
         }

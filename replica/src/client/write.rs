@@ -3,7 +3,12 @@
 //! It only sends. What became of a transaction comes by the stream, with the effects; so an answer can't be lost with this
 //! call, and the stream never waits for it. When the call breaks, what was not answered is sent again by the next one.
 
-use std::{convert::Infallible, time::Duration};
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anabranch_proto::{
     HEARTBEAT_EVERY, MESSAGE_BYTES_TARGET, PROTOCOL_VERSION,
@@ -24,6 +29,9 @@ const READ_BYTES: usize = 4 * MESSAGE_BYTES_TARGET;
 
 /// Messages on their way into the connection.
 const MESSAGES_AHEAD: usize = 2;
+
+/// Ids that did not come are asked for again after this time: the streamer had none for us.
+const LEASE_AGAIN: Duration = Duration::from_secs(10);
 
 /// Why the call ended.
 enum Ended {
@@ -51,7 +59,7 @@ impl Client {
         let mut last_what = String::new();
         loop {
             let mut local = self.board.local.subscribe();
-            if (local.wait_for(|local| local.assigned > local.answered))
+            if (local.wait_for(|local| local.assigned > local.answered || local.wants_ids))
                 .await
                 .is_err()
             {
@@ -113,13 +121,19 @@ impl Client {
             }
             Err(failure) => return failure.into(),
         };
+        let asked = Asked::default();
         tokio::select! {
-            ended = self.send(ready, messages) => ended,
-            ended = listen(&mut down, silence_max) => ended,
+            ended = self.send(ready, messages, &asked) => ended,
+            ended = self.listen(&mut down, silence_max, &asked) => ended,
         }
     }
 
-    async fn send(&self, ready: v1::WriteReady, messages: mpsc::Sender<v1::WriteUp>) -> Ended {
+    async fn send(
+        &self,
+        ready: v1::WriteReady,
+        messages: mpsc::Sender<v1::WriteUp>,
+        asked: &Asked,
+    ) -> Ended {
         let mut local = self.board.local.subscribe();
         let mut settled = 0;
         let mut outgoing = Outgoing::After(ready.seq, ready.hash);
@@ -132,6 +146,17 @@ impl Client {
                     .is_none()
                 {
                     return over().await;
+                }
+            }
+            if now.wants_ids {
+                let Ok(wanted) = self.keeper.leases_wanted().await else {
+                    return Ended::Gone;
+                };
+                for (schema, table) in asked.due(wanted, Instant::now()) {
+                    let lease = write_up::Kind::Lease(v1::Lease { schema, table });
+                    if say(&messages, lease).await.is_none() {
+                        return over().await;
+                    }
                 }
             }
             let read = match self.keeper.outgoing(outgoing, READ_BYTES).await {
@@ -166,6 +191,58 @@ impl Client {
             }
         }
     }
+
+    /// Until the call ends.
+    async fn listen(
+        &self,
+        down: &mut Streaming<v1::WriteDown>,
+        silence_max: Duration,
+        asked: &Asked,
+    ) -> Ended {
+        loop {
+            match next(down, silence_max).await {
+                Ok(write_down::Kind::Alive(_)) => {}
+                Ok(write_down::Kind::Ids(ids)) => {
+                    let table = (ids.schema.clone(), ids.table.clone());
+                    let came = !ids.blocks.is_empty();
+                    if self.keeper.lease(ids).await.is_err() {
+                        return Ended::Gone;
+                    }
+                    if came {
+                        asked.answered(table);
+                    }
+                }
+                Ok(write_down::Kind::Ready(_)) => {
+                    return Failure::soon("write", "the streamer said twice where writes stand")
+                        .into();
+                }
+                Err(failure) => return failure.into(),
+            }
+        }
+    }
+}
+
+/// When ids were asked for, by schema and name of the table. An answer with ids allows to ask again at once.
+#[derive(Default)]
+struct Asked(Mutex<HashMap<(String, String), Instant>>);
+
+impl Asked {
+    /// The tables that are to be asked for now.
+    fn due(&self, mut wanted: Vec<(String, String)>, now: Instant) -> Vec<(String, String)> {
+        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        wanted.retain(|table| {
+            let is_due = |at: &Instant| now.saturating_duration_since(*at) >= LEASE_AGAIN;
+            asked.get(table).is_none_or(is_due)
+        });
+        asked.extend(wanted.iter().map(|table| (table.clone(), now)));
+        wanted
+    }
+
+    /// Ids came.
+    fn answered(&self, table: (String, String)) {
+        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.remove(&table);
+    }
 }
 
 /// The call has ended: whoever listens hears why.
@@ -186,19 +263,6 @@ fn silent(silence_max: Duration) -> Failure {
         "silence",
         format!("nothing from the streamer for {silence_max:?} in the call for writes"),
     )
-}
-
-/// Until the call ends.
-async fn listen(down: &mut Streaming<v1::WriteDown>, silence_max: Duration) -> Ended {
-    loop {
-        match next(down, silence_max).await {
-            Ok(write_down::Kind::Alive(_)) => {}
-            Ok(write_down::Kind::Ready(_)) => {
-                return Failure::soon("write", "the streamer said twice where writes stand").into();
-            }
-            Err(failure) => return failure.into(),
-        }
-    }
 }
 
 async fn next(

@@ -138,7 +138,7 @@ impl Layout {
         };
         connection.execute_batch(&format!(
             "CREATE TABLE IF NOT EXISTS {}(id INTEGER PRIMARY KEY, operation TEXT NOT NULL, captured_time TEXT NOT NULL, \
-             changed TEXT NOT NULL{}{}) STRICT",
+             changed TEXT NOT NULL{}{}, nonce INTEGER NOT NULL DEFAULT (random())) STRICT",
             quote(entries),
             side('o'),
             side('n')

@@ -29,6 +29,8 @@ pub struct Local {
     pub pending: u64,
     /// Rows of `_anabranch_rejected`.
     pub rejected: u64,
+    /// Ids should be leased.
+    pub wants_ids: bool,
 }
 
 /// A rejected entry, for those who wait.
@@ -194,6 +196,7 @@ impl File {
             assigned,
             answered,
             settled: settled as u64,
+            wants_ids: !self.leases_wanted()?.is_empty(),
         })
     }
 

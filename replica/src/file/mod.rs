@@ -17,6 +17,7 @@
 //! - `schema`, `obstacle`: the file is shared with programs, whose tables, indexes, views and triggers are welcome;
 //!   what they do to the synced tables is noticed here.
 //! - `boundary`: which local writes were one transaction of a program, and whether they are durable.
+//! - `leases`: ids of Postgres' sequences, for programs to use.
 //! - `capture`: what programs write to synced tables is queued by triggers, which what we write does not set off.
 //! - `open`: the file, its lock, its settings; `state`, `status`: what it says of itself.
 //!
@@ -40,6 +41,7 @@ mod grammar;
 mod heartbeat;
 mod index;
 mod layout;
+mod leases;
 mod local;
 mod names;
 mod obstacle;
@@ -84,6 +86,7 @@ pub use local::{Local, Rejected};
 pub use outbox::Outgoing;
 use pieces::Pieces;
 use queue::Queue;
+pub use receipts::{Decision, Which};
 use schema::{Catalog, Version};
 use stage::{Stager, Stages};
 use state::{Heard, State};

@@ -163,6 +163,7 @@ fn assign(connection: &Connection, ends: &[i64], merged: bool) -> Result<(), Err
             context.update(&hash);
             context.update(&seq.to_be_bytes());
             let mut encoder = entries.read(last, last, end)?;
+            context.update(&encoder.tables_hashed());
             let mut time = None;
             while let Some(entry) = encoder.next()? {
                 context.update(&entry.bytes);

@@ -294,9 +294,16 @@ pub(super) fn enter(
         .iter()
         .map(|changed| if *changed { '1' } else { '0' })
         .collect();
+    let sides = ['o', 'n'].map(|side| -> String {
+        (0..table.columns.len())
+            .map(|place| format!(", {side}{place}"))
+            .collect()
+    });
     let mut insert = connection.prepare_cached(&format!(
-        "INSERT INTO {} VALUES((SELECT last FROM _anabranch_head), ?, ?, ?{values})",
-        quote(&names::entries(&table.name))
+        "INSERT INTO {}(id, operation, captured_time, changed{}) \
+         VALUES((SELECT last FROM _anabranch_head), ?, ?, ?{values})",
+        quote(&names::entries(&table.name)),
+        sides.concat()
     ))?;
     insert.raw_bind_parameter(1, entry.operation.name())?;
     insert.raw_bind_parameter(2, time)?;

@@ -15,6 +15,8 @@
 mod forget;
 mod rejected;
 
+pub use rejected::{Decision, Which};
+
 use anabranch_proto::Lsn;
 use rusqlite::{Connection, OptionalExtension, params};
 

@@ -23,7 +23,7 @@ use super::{
     Error,
     capture::quiet::Quiet,
     error::{self, Doing},
-    index,
+    index, leases,
     names::{self, quote},
     obstacle::Obstacle,
     overlay,
@@ -106,6 +106,7 @@ pub(super) fn finish(
             forget_keys(keys);
         }
     }
+    leases::drop_of(connection, &table.name).doing("drop the leases of a table")?;
     Arc::make_mut(catalog).record(connection, table)?;
     Catalog::set_state(connection, &table.name, None)?;
     if !is_same {

@@ -19,7 +19,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::{
     Error, capture,
     error::Doing,
-    index, layout, names,
+    index, layout, leases, names,
     obstacle::{self, Obstacle},
     outbox, overlay,
     state::{self, replace_view},
@@ -276,6 +276,7 @@ impl Catalog {
         self.drop_table(connection, name)?;
         let forget = || {
             state::drop_view(connection, &names::base_view(name))?;
+            leases::drop_of(connection, name)?;
             for from in ["_anabranch_columns", "_anabranch_synced"] {
                 connection.execute(&format!("DELETE FROM {from} WHERE table_name = ?1"), [name])?;
             }

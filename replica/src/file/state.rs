@@ -13,14 +13,15 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::{
     Error, capture,
     error::{self, Doing},
-    outbox, receipts,
+    leases, outbox, receipts,
     status::{self, micros_text, time_text},
 };
 
 /// Version of our own tables.
 ///
 /// - 1: first version.
-const FORMAT: i64 = 1;
+/// - 2: entries have a nonce, and the file knows where the chain of its id begins.
+const FORMAT: i64 = 2;
 
 /// Longest text kept in `last_error`.
 const LAST_ERROR_BYTES_MAX: usize = 4096;
@@ -96,11 +97,13 @@ pub(super) struct State {
 pub(super) fn create(connection: &Connection, replica_id: &str) -> rusqlite::Result<()> {
     connection.execute_batch(TABLES)?;
     connection.execute_batch(receipts::TABLES)?;
+    connection.execute_batch(leases::TABLES)?;
     capture::create_shared(connection)?;
     for (name, sql) in [
         ("_anabranch_status", status::view()),
         ("_anabranch_tables", TABLES_VIEW.to_owned()),
         ("_anabranch_outbox", outbox::view(connection)?),
+        ("_anabranch_ids", leases::view()),
     ] {
         replace_view(connection, name, &sql)?;
     }
@@ -158,6 +161,10 @@ pub(super) fn check_format(connection: &Connection) -> Result<bool, Error> {
     match format {
         Some(format) if format > FORMAT => Err(Error::Definite(format!(
             "the file was written by a newer replica (its format is {format}, this program knows up to {FORMAT}): update this program"
+        ))),
+        Some(format) if format < FORMAT => Err(Error::Definite(format!(
+            "the file was written by an older replica (its format is {format}, this program writes {FORMAT}): let that one \
+             send what is pending in it, then remove it; its content is sent anew"
         ))),
         _ => Ok(true),
     }

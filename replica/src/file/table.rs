@@ -5,7 +5,10 @@
 
 use std::{collections::HashSet, fmt::Write};
 
-use anabranch_proto::v1;
+use anabranch_proto::{
+    record::{self, ValueRef},
+    v1,
+};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +57,23 @@ pub(super) enum Conflict {
     Function,
 }
 
+/// What a column holds that an INSERT leaves out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum LeftOut {
+    /// NULL; where that can't be, the INSERT fails.
+    Null,
+    /// A constant, as SQL.
+    Value(String),
+    /// The time.
+    Now,
+    /// A random uuid.
+    Uuid,
+    /// The next of a sequence.
+    Sequence,
+    /// NULL, for which Postgres puts something else.
+    Other,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Column {
     pub name: String,
@@ -61,6 +81,7 @@ pub(super) struct Column {
     pub storage: Storage,
     pub not_null: bool,
     pub conflict: Conflict,
+    pub left_out: LeftOut,
 }
 
 /// A secondary index, by Postgres' name.
@@ -157,8 +178,11 @@ impl Table {
                 Ok(v1::Conflict::Function) => Conflict::Function,
                 Err(_) => return Err(wrong("a column without known conflict policy")),
             };
+            let left_out = left_out(column, storage)
+                .ok_or_else(|| wrong("a column with a default that makes no sense"))?;
             columns.push(Column {
                 conflict,
+                left_out,
                 name: column.name.clone(),
                 postgres_type: column.postgres_type.clone(),
                 storage,
@@ -273,6 +297,12 @@ impl Table {
         }
     }
 
+    /// Postgres takes the key from a sequence, and programs may insert rows: they need ids.
+    pub(super) fn is_leased(&self) -> bool {
+        let is_sequence = |place: usize| self.columns[place].left_out == LeftOut::Sequence;
+        self.writable && self.rowid().is_some_and(is_sequence)
+    }
+
     /// What follows the name in CREATE TABLE. Two tables with the same one hold the same kind of rows.
     pub(super) fn definition(&self) -> String {
         let rowid = self.rowid();
@@ -371,6 +401,38 @@ impl Table {
             .collect::<Vec<_>>()
             .join(" AND ")
     }
+}
+
+/// The default of a column, if there can be such a one.
+fn left_out(column: &v1::Column, storage: Storage) -> Option<LeftOut> {
+    Some(match v1::DefaultKind::try_from(column.default_kind).ok()? {
+        v1::DefaultKind::None => LeftOut::Null,
+        v1::DefaultKind::Value => LeftOut::Value(constant(&column.default_value, storage)?),
+        v1::DefaultKind::Now if storage == Storage::Text => LeftOut::Now,
+        v1::DefaultKind::Uuid if storage == Storage::Text => LeftOut::Uuid,
+        v1::DefaultKind::Sequence if storage == Storage::Integer => LeftOut::Sequence,
+        v1::DefaultKind::Other => LeftOut::Other,
+        _ => return None,
+    })
+}
+
+/// The one value of a record, as SQL.
+fn constant(record: &[u8], storage: Storage) -> Option<String> {
+    let mut values = record::values(record).ok()?;
+    let value = values.next()?.ok()?;
+    if values.next().is_some() {
+        return None;
+    }
+    Some(match (value, storage) {
+        (ValueRef::Integer(value), Storage::Integer) => value.to_string(),
+        (ValueRef::Real(value), Storage::Real) if value.is_finite() => format!("{value:?}"),
+        (ValueRef::Text(text), Storage::Text) if !text.contains('\0') => names::literal(text),
+        (ValueRef::Blob(bytes), Storage::Blob) => {
+            let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            format!("x'{digits}'")
+        }
+        _ => return None,
+    })
 }
 
 #[cfg(test)]

@@ -8,7 +8,9 @@
 
 mod writing;
 
-pub use writing::{FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED, Writing};
+pub use writing::{
+    ALREADY_CLAIMED, CLAIMS_KEPT_DAYS, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED, Writing,
+};
 
 use std::{collections::HashMap, fmt};
 

@@ -11,7 +11,8 @@
 //!
 //! **Exactly once.** The claim moves the replica's row of `anabranch.replicas` from the transaction before to this one,
 //! or fails; it commits with the effects, or not at all. So a transaction that comes again is known for one, and nothing
-//! is remembered here. A rejection is a claim too, or a transaction sent behind a rejected one would have to be held
+//! is remembered here. The claim also notes the nonces of what was written, and fails where one is noted already: a copy of
+//! the file sent it, under whatever id. A rejection is a claim too, or a transaction sent behind a rejected one would have to be held
 //! until that is recorded: instead all are sent without waiting, and those behind one that failed fail at their claim.
 //!
 //! **Durable.** Of transactions that are sent together only the last one's COMMIT waits until it is as durable as the server
@@ -66,13 +67,13 @@ use self::{
     value::Param,
 };
 use super::{
-    setup::{FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED},
+    setup::{ALREADY_CLAIMED, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED},
     sql::{self, Client},
     target::Target as Server,
 };
 use crate::{
     table::{Oid, Table},
-    write::{Change, Hash, Kind, LocalTransaction, WriteTable},
+    write::{Change, Entry, Hash, Kind, LocalTransaction, WriteTable},
 };
 
 /// How often a transaction is tried that others keep from its locks.
@@ -87,32 +88,50 @@ const TOGETHER_MAX: usize = 128;
 /// As many rows are looked at by one statement after the effects.
 const CHECKED_AT_ONCE: usize = 1000;
 
-/// Errors that an old idea of a table's schema may be the reason of.
+/// Insufficient privilege.
+const NOT_ALLOWED: &str = "42501";
+
+/// Errors that an old idea of a table's schema, or of the rights to it, may be the reason of.
 const STALE: &[&str] = &[
-    "0A000", "23502", "26000", "428C9", "42703", "42704", "42804", "42846", "42883", "42P01",
+    "0A000",
+    "23502",
+    "26000",
+    "428C9",
+    NOT_ALLOWED,
+    "42703",
+    "42704",
+    "42804",
+    "42846",
+    "42883",
+    "42P01",
     "42P18",
 ];
 
-const CLAIM: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea), \
-     pg_catalog.set_config('role', $6::pg_catalog.text, true), \
-     pg_catalog.set_config('request.jwt.claims', $7::pg_catalog.text, true)";
+const CLAIM: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
+     $6::pg_catalog.uuid[]), \
+     pg_catalog.set_config('role', $7::pg_catalog.text, true), \
+     pg_catalog.set_config('request.jwt.claims', $8::pg_catalog.text, true)";
 
 /// Of a transaction behind which another is sent at once: that one's COMMIT waits for both to be durable.
-const CLAIM_NOT_LAST: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea), \
-     pg_catalog.set_config('role', $6::pg_catalog.text, true), \
-     pg_catalog.set_config('request.jwt.claims', $7::pg_catalog.text, true), \
+const CLAIM_NOT_LAST: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
+     $6::pg_catalog.uuid[]), \
+     pg_catalog.set_config('role', $7::pg_catalog.text, true), \
+     pg_catalog.set_config('request.jwt.claims', $8::pg_catalog.text, true), \
      pg_catalog.set_config('synchronous_commit', 'off', true)";
 
 /// Commits something, so that all that was committed before is durable. Nobody reads the message.
 const FLUSH: &str = "SELECT pg_catalog.pg_logical_emit_message(true, 'anabranch', '')";
 
 const REJECT: &str = "SELECT anabranch.reject($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
-     $6::pg_catalog.int4, $7::pg_catalog.text, $8::pg_catalog.text, $9::pg_catalog.text, $10::pg_catalog.text)";
+     $6::pg_catalog.uuid[], $7::pg_catalog.int4, $8::pg_catalog.text, $9::pg_catalog.text, $10::pg_catalog.text, \
+     $11::pg_catalog.text)";
 
 const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.int8)";
 
 const STANDING: &str =
     "SELECT subject, seq, hash FROM anabranch.replicas WHERE replica = $1::pg_catalog.text";
+
+const LEASE: &str = "SELECT first, last, step FROM anabranch.lease($1::pg_catalog.oid, $2::pg_catalog.int2, $3::pg_catalog.text, $4::pg_catalog.int4)";
 
 /// Claims stay in force for the last look where there is no other role to come back from.
 const AFTER_ROLE: &str =
@@ -123,7 +142,8 @@ const AFTER_NO_ROLE: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE"
 pub struct Writer {
     client: Client,
     prepared: Prepared,
-    facts: HashMap<Oid, (u32, Arc<Facts>)>,
+    /// Of tables, for the roles that wrote them.
+    facts: HashMap<(Oid, Option<String>), (u32, Arc<Facts>)>,
     /// A transaction is under way, or was when its future was dropped.
     busy: bool,
     /// Something was committed that may not be durable yet.
@@ -141,6 +161,17 @@ pub struct Replica {
     pub role: Option<String>,
     /// The claims of its token, as JSON, for `current_setting('request.jwt.claims')`.
     pub claims_json: String,
+}
+
+/// Ids of a sequence, `step` apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// The first.
+    pub first: i64,
+    /// The last, the first too if there is one only.
+    pub last: i64,
+    /// Never 0.
+    pub step: i64,
 }
 
 /// What became of transactions that were sent together.
@@ -292,13 +323,16 @@ impl Writer {
                     {
                         looked_again = true;
                         self.facts.clear();
-                        self.prepared.clear();
+                        // A statement does not depend on rights but by the facts.
+                        if rejection.sqlstate != NOT_ALLOWED {
+                            self.prepared.clear();
+                        }
                     }
                     Verdict::Reject(rejection) => {
                         let previous = before(outcomes);
-                        let (seq, hash) = (transaction.seq, &transaction.hash);
+                        let named = (transaction.seq, &transaction.hash);
                         let outcome = self
-                            .reject(replica, &previous, seq, hash, rejection)
+                            .reject(replica, &previous, named, transaction.claimed(), rejection)
                             .await?;
                         outcomes.push(outcome);
                         (attempt, looked_again) = (0, false);
@@ -314,13 +348,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Claims a transaction without effects, and records why.
+    /// Claims a transaction without effects, and records why. `claimed`: its entries that are to be remembered.
     pub async fn reject(
         &mut self,
         replica: &Replica,
         previous: &Hash,
-        seq: u64,
-        hash: &Hash,
+        (seq, hash): (u64, &Hash),
+        claimed: &[Entry],
         rejection: Rejection,
     ) -> Result<Outcome, Error> {
         let mut attempt = 0;
@@ -334,6 +368,7 @@ impl Writer {
                 Param::Text(seq.to_string()),
                 Param::Bytes(previous.to_vec()),
                 Param::Bytes(hash.to_vec()),
+                nonces(claimed),
                 optional(rejection.entry.map(|entry| entry.to_string())),
                 text(&rejection.outcome),
                 text(&rejection.sqlstate),
@@ -378,6 +413,37 @@ impl Writer {
         settled.map(drop).map_err(failed)
     }
 
+    /// Takes ids from the sequence that fills in the key of a table, for good. None: there is no such sequence, or the
+    /// replica may not insert.
+    pub async fn lease(
+        &mut self,
+        replica: &Replica,
+        table: &Table,
+        wanted: u32,
+    ) -> Result<Vec<Block>, Error> {
+        self.usable()?;
+        let Some(key) = table.integer_key() else {
+            return Ok(Vec::new());
+        };
+        let client = &self.client.client;
+        let statement = self.prepared.get(client, LEASE).await.map_err(failed)?;
+        let params = [
+            Param::Text(table.oid.to_string()),
+            Param::Text(table.columns[key].attnum.to_string()),
+            (replica.role.clone()).map_or(Param::Null, Param::Text),
+            Param::Text(wanted.to_string()),
+        ];
+        let [a, b, c, d] = &params;
+        let rows = client.query(&statement, &[a, b, c, d]).await;
+        let rows = rows.map_err(failed)?;
+        let block = |row: &tokio_postgres::Row| Block {
+            first: row.get(0),
+            last: row.get(1),
+            step: row.get(2),
+        };
+        Ok(rows.iter().map(block).collect())
+    }
+
     fn usable(&self) -> Result<(), Error> {
         if self.is_usable() {
             Ok(())
@@ -400,7 +466,7 @@ impl Writer {
         for transaction in transactions {
             let mut targets = Vec::new();
             for table in &transaction.as_ref().tables {
-                targets.push(self.target(table, rules).await?);
+                targets.push(self.target(table, rules, replica.role.as_deref()).await?);
             }
             found.push(targets);
         }
@@ -433,6 +499,7 @@ impl Writer {
         &mut self,
         table: &WriteTable,
         rules: &Rules,
+        role: Option<&str>,
     ) -> Result<Result<Target, Rejection>, Error> {
         let not_writable = |sqlstate: &str, message: String| {
             Ok(Err(Rejection {
@@ -468,21 +535,22 @@ impl Writer {
         }
         Ok(Ok(Target {
             rule: Arc::clone(rule),
-            facts: self.facts(&rule.table).await?,
+            facts: self.facts(&rule.table, role).await?,
             places,
             key,
         }))
     }
 
-    async fn facts(&mut self, table: &Table) -> Result<Arc<Facts>, Error> {
-        if let Some((version, facts)) = self.facts.get(&table.oid)
+    async fn facts(&mut self, table: &Table, role: Option<&str>) -> Result<Arc<Facts>, Error> {
+        let place = (table.oid, role.map(str::to_owned));
+        if let Some((version, facts)) = self.facts.get(&place)
             && *version == table.version
         {
             return Ok(Arc::clone(facts));
         }
-        let facts = Arc::new(facts::read(&self.client.client, table).await?);
+        let facts = Arc::new(facts::read(&self.client.client, table, role).await?);
         let kept = (table.version, Arc::clone(&facts));
-        self.facts.insert(table.oid, kept);
+        self.facts.insert(place, kept);
         Ok(facts)
     }
 }
@@ -491,6 +559,14 @@ impl AsRef<LocalTransaction> for LocalTransaction {
     fn as_ref(&self) -> &LocalTransaction {
         self
     }
+}
+
+/// An array of uuid.
+fn nonces(entries: &[Entry]) -> Param {
+    let all: Vec<_> = (entries.iter())
+        .map(|entry| entry.nonce().to_string())
+        .collect();
+    Param::Text(format!("{{{}}}", all.join(",")))
 }
 
 /// Sends one transaction.
@@ -512,6 +588,7 @@ async fn send(
             Param::Text(transaction.seq.to_string()),
             Param::Bytes(previous.to_vec()),
             Param::Bytes(transaction.hash.to_vec()),
+            nonces(transaction.claimed()),
             Param::Text(replica.role.clone().unwrap_or_else(|| "none".into())),
             Param::Text(replica.claims_json.clone()),
         ],
@@ -657,6 +734,7 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
                     expected: stored() + 1,
                 });
             }
+            ALREADY_CLAIMED => return Verdict::Fail(Error::AlreadyClaimed),
             FORKED => return Verdict::Fail(Error::Forked { seq: stored() }),
             OTHER_SUBJECT => return Verdict::Fail(Error::OtherSubject),
             _ => {}

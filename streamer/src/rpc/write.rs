@@ -21,13 +21,15 @@ use tokio::{
 use tokio_stream::StreamExt;
 use tonic::{Status, Streaming};
 
+use super::Budgets;
 use crate::{
     metrics::Metrics,
     postgres::{
         target::Target,
         writer::{self, Outcome, Rejection, Replica, Rules, Writer},
     },
-    write::{Hash, Invalid, LocalTransaction, NO_HASH, Policy, WriteTable},
+    table::Table,
+    write::{Hash, Invalid, Kind, LocalTransaction, NO_HASH, Policy, WriteTable},
 };
 
 /// Connections that write, at most: about as many as a small server can use at once. Each call takes one for a batch.
@@ -44,6 +46,9 @@ const BATCH_MAX: usize = 128;
 
 /// The pause after a failure that may pass: the first one, and the longest; each is twice the one before.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// Ids that are leased at a time: what a program inserts in a busy hour offline, and little to lose with a file.
+const LEASE_IDS: u32 = 1_000;
 
 /// The connections that write.
 pub struct Writers {
@@ -112,6 +117,7 @@ pub(super) struct Call {
     pub writers: Arc<Writers>,
     /// A larger local transaction is rejected.
     pub transaction_bytes_max: usize,
+    pub budgets: Arc<Budgets>,
     pub metrics: Arc<Metrics>,
     pub down: mpsc::Sender<v1::WriteDown>,
 }
@@ -120,6 +126,7 @@ pub(super) struct Call {
 enum Work {
     Transaction(Received, OwnedSemaphorePermit),
     Settled(u64),
+    Lease(v1::Lease),
 }
 
 /// A local transaction as it came.
@@ -180,6 +187,7 @@ impl Call {
                     Err(what) => return Status::invalid_argument(what),
                 },
                 Some(write_up::Kind::Settled(seq)) => Work::Settled(seq),
+                Some(write_up::Kind::Lease(lease)) => Work::Lease(lease),
                 Some(write_up::Kind::Alive(_)) => continue,
                 Some(write_up::Kind::Hello(_)) | None => {
                     return Status::invalid_argument("WriteHello is said once, and first");
@@ -219,6 +227,7 @@ impl Call {
             // Given back with the batch.
             let mut rooms = Vec::new();
             let mut settled = None;
+            let mut leases = Vec::new();
             for work in batch.drain(..) {
                 match work {
                     Work::Transaction(transaction, room) => {
@@ -226,11 +235,16 @@ impl Call {
                         rooms.push(room);
                     }
                     Work::Settled(seq) => settled = Some(seq),
+                    Work::Lease(lease) => leases.push(lease),
                 }
             }
             self.make(&mut answered, received).await?;
             if let Some(seq) = settled {
                 self.settle(seq).await?;
+            }
+            for lease in leases {
+                let ids = self.lease(lease).await?;
+                self.say(write_down::Kind::Ids(ids)).await?;
             }
         }
         Ok(())
@@ -318,6 +332,9 @@ impl Call {
             for outcome in applied.outcomes {
                 let transaction = &run[done].0;
                 self.answered(answered, transaction.seq, transaction.hash, &outcome);
+                if matches!(outcome, Outcome::Applied) {
+                    self.inserted(transaction);
+                }
                 done += 1;
                 patience = Patience::default();
             }
@@ -341,8 +358,15 @@ impl Call {
                 Ok(mut held) => {
                     let writer = held.writer();
                     let previous = &answered.hash;
+                    // What can't be read has no effect either where it comes again, so nothing of it is remembered.
                     writer
-                        .reject(&self.replica, previous, seq, &hash, rejection.clone())
+                        .reject(
+                            &self.replica,
+                            previous,
+                            (seq, &hash),
+                            &[],
+                            rejection.clone(),
+                        )
                         .await
                 }
                 Err(error) => Err(error),
@@ -371,6 +395,46 @@ impl Call {
         }
     }
 
+    /// Takes ids for the replica, if it may have some. Writes do not wait for what is wrong with that.
+    async fn lease(&self, wanted: v1::Lease) -> Result<v1::Ids, Status> {
+        let v1::Lease { schema, table } = wanted;
+        let mut blocks = Vec::new();
+        if let Some(rule) = self.rules.of(&schema, &table)
+            && self.budgets.take(&self.replica.subject, rule.table.oid)
+        {
+            blocks = self.leased(&rule.table).await?;
+        }
+        let block = |block: writer::Block| v1::Block {
+            first: block.first,
+            last: block.last,
+            step: block.step,
+        };
+        Ok(v1::Ids {
+            schema,
+            table,
+            blocks: blocks.into_iter().map(block).collect(),
+        })
+    }
+
+    async fn leased(&self, table: &Table) -> Result<Vec<writer::Block>, Status> {
+        let mut patience = Patience::default();
+        loop {
+            let tried = match self.writers.take().await {
+                Ok(mut held) => held.writer().lease(&self.replica, table, LEASE_IDS).await,
+                Err(error) => Err(error),
+            };
+            match tried {
+                Ok(blocks) => return Ok(blocks),
+                Err(writer::Error::Definite(reason)) => {
+                    let table = table.full_name();
+                    tracing::warn!(table, reason, "replicas get no ids");
+                    return Ok(Vec::new());
+                }
+                Err(error) => patience.after(error).await?,
+            }
+        }
+    }
+
     fn answered(&self, answered: &mut Answered, seq: u64, hash: Hash, outcome: &Outcome) {
         *answered = Answered { seq, hash };
         match outcome {
@@ -389,6 +453,23 @@ impl Call {
                 );
             }
             Outcome::AlreadyAnswered => {}
+        }
+    }
+
+    /// Whoever uses its ids may have more.
+    fn inserted(&self, transaction: &LocalTransaction) {
+        let mut rows = vec![0; transaction.tables.len()];
+        for entry in &transaction.entries {
+            rows[entry.table()] += u64::from(entry.kind() == Kind::Insert);
+        }
+        for (table, rows) in transaction.tables.iter().zip(rows) {
+            if rows > 0
+                && let Some(rule) = self.rules.of(&table.schema, &table.name)
+                && rule.table.integer_key().is_some()
+            {
+                let subject = &self.replica.subject;
+                (self.budgets).inserted(subject, rule.table.oid, rows, LEASE_IDS.into());
+            }
         }
     }
 
@@ -433,7 +514,9 @@ impl Patience {
                 return Err(Status::permission_denied(error.to_string()));
             }
             // Another call was faster, or the file is another one: what stands is told as a call begins.
-            error @ (writer::Error::OutOfOrder { .. } | writer::Error::Forked { .. }) => {
+            error @ (writer::Error::OutOfOrder { .. }
+            | writer::Error::Forked { .. }
+            | writer::Error::AlreadyClaimed) => {
                 return Err(Status::aborted(error.to_string()));
             }
         }

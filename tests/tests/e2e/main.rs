@@ -1,19 +1,26 @@
 //! Everything that needs a real Postgres, in one program, so that one process owns the one server.
 
 mod catalog;
+mod causality;
 mod columns;
 mod conditions;
+mod conflicts;
 mod copies;
+mod failover;
 mod faults;
 mod harness;
 mod history;
+mod ids;
 mod kills;
+mod large;
 mod ledger;
 mod pages;
 mod parameters;
 mod pgbench;
+mod poison;
 mod queues;
 mod refused;
+mod rights;
 mod road;
 mod roles;
 mod shapes;

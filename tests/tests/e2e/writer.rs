@@ -1,6 +1,6 @@
 //! The writer against a real Postgres: what it promises of local transactions, whatever they do.
 
-mod fixture;
+pub mod fixture;
 mod load;
 mod types;
 
@@ -525,7 +525,7 @@ async fn role_and_claims_are_in_force_for_the_effects_and_nothing_else() {
 
     // Not the role's, and not within a trigger, whoever calls.
     let zeros = "'\\x00'::bytea";
-    let claim = format!("SELECT anabranch.claim('r9', 's', 1, {zeros}, {zeros})");
+    let claim = format!("SELECT anabranch.claim('r9', 's', 1, {zeros}, {zeros}, '{{}}')");
     let other = fixture.database.connect().await;
     let as_app = format!("BEGIN; SET LOCAL ROLE \"{app}\"; {claim}");
     let denied = other.batch_execute(&as_app).await.unwrap_err();
@@ -1023,7 +1023,7 @@ async fn an_older_function_is_replaced_and_nobody_else_may_call_it() {
         .database
         .execute(
             "CREATE OR REPLACE FUNCTION anabranch.settle(replica text, seq bigint) RETURNS void LANGUAGE sql AS 'SELECT';
-             GRANT EXECUTE ON FUNCTION anabranch.claim(text, text, bigint, bytea, bytea) TO PUBLIC",
+             GRANT EXECUTE ON FUNCTION anabranch.claim(text, text, bigint, bytea, bytea, uuid[]) TO PUBLIC",
         )
         .await;
     // Panics if anything is missing afterwards.

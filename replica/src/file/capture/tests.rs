@@ -172,6 +172,7 @@ fn sources(connection: &Connection) -> Vec<Source> {
                 .collect(),
             key: source.layout.key,
             is_rowid: false,
+            is_leased: false,
             refusal: None,
         },
         entries: source.entries,

@@ -1,6 +1,7 @@
 //! Encodes entries as they travel: see `LocalTransaction.entries` in the protocol.
 
-use anabranch_proto::{record::Builder, v1};
+use anabranch_proto::{Nonce, local, record::Builder, v1};
+use jiff::Timestamp;
 use rusqlite::{CachedStatement, Connection};
 
 use super::super::{
@@ -70,7 +71,7 @@ impl<'c> Entries<'c> {
                 continue;
             };
             let statement = self.connection.prepare_cached(&format!(
-                "SELECT {}, captured_time FROM {entries} WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT 1",
+                "SELECT {}, captured_time, nonce FROM {entries} WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT 1",
                 Entry::columns(&source.layout)
             ))?;
             let cursor = Cursor {
@@ -92,6 +93,22 @@ impl<'c> Entries<'c> {
 }
 
 impl Encoder<'_> {
+    /// What the hash covers of them.
+    pub(super) fn tables_hashed(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        local::push_number(&mut out, self.cursors.len());
+        for Cursor { layout, .. } in &self.cursors {
+            local::push_table(
+                &mut out,
+                &layout.schema,
+                &layout.name,
+                layout.columns.iter().map(|field| field.name.as_str()),
+                layout.key.iter().copied(),
+            );
+        }
+        out
+    }
+
     /// The tables that the entries name.
     pub(super) fn tables(&self) -> Vec<v1::WriteTable> {
         let table = |cursor: &Cursor<'_>| {
@@ -133,16 +150,34 @@ impl Cursor<'_> {
         };
         let entry = Entry::read(row, self.layout)?;
         self.at = entry.id;
+        let behind = 3 + 2 * self.layout.columns.len();
+        let captured_time: String = row.get(behind)?;
+        let nonce = nonce(&captured_time, row.get(behind + 1)?);
         self.next = Some(Encoded {
             id: entry.id,
-            bytes: encode(&entry, self.layout, place, records),
-            captured_time: row.get(3 + 2 * self.layout.columns.len())?,
+            bytes: encode(&entry, nonce, self.layout, place, records),
+            captured_time,
         });
         Ok(())
     }
 }
 
-fn encode(entry: &Entry, layout: &Layout, place: u64, record: &mut Builder) -> Vec<u8> {
+/// Of an entry. A clock that stands before 1970 is no reason to fail.
+pub(in crate::file) fn nonce(captured_time: &str, random: i64) -> Nonce {
+    let time: Timestamp = captured_time.parse().unwrap_or_default();
+    Nonce::new(
+        u64::try_from(time.as_second()).unwrap_or_default(),
+        random.cast_unsigned(),
+    )
+}
+
+fn encode(
+    entry: &Entry,
+    nonce: Nonce,
+    layout: &Layout,
+    place: u64,
+    record: &mut Builder,
+) -> Vec<u8> {
     let is_compared = |place: usize| layout.columns[place].conflict != Conflict::LastWrite;
     let kind = match entry.operation {
         Operation::Insert => {
@@ -184,10 +219,11 @@ fn encode(entry: &Entry, layout: &Layout, place: u64, record: &mut Builder) -> V
         }
     };
     let record = record.finish();
-    let mut bytes = Vec::with_capacity(record.len() + 12);
+    let mut bytes = Vec::with_capacity(record.len() + Nonce::BYTES + 12);
     for number in [place, kind, record.len() as u64] {
         push_varint(&mut bytes, number);
     }
+    bytes.extend_from_slice(&nonce.to_bytes());
     bytes.extend_from_slice(&record);
     bytes
 }

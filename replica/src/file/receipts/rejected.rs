@@ -162,7 +162,46 @@ fn in_json(entry: &Entry, layout: &Layout) -> (&'static str, Json, Json) {
     (entry.operation.name(), key.collect(), changes.into())
 }
 
+/// Rows of `_anabranch_rejected`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// One, by its `id`.
+    Change(i64),
+    /// Those of a transaction, by its `txn`.
+    Transaction(i64),
+}
+
+/// What is to become of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// They are made again.
+    Retry,
+    /// They are forgotten.
+    Discard,
+}
+
 impl File {
+    /// Decides on rejected changes, as programs do by SQL. Says how many there were; what is to be made again is at the
+    /// next look.
+    pub fn decide(&mut self, which: Which, decision: Decision) -> Result<u64, Error> {
+        let (column, number) = match which {
+            Which::Change(id) => ("id", id),
+            Which::Transaction(txn) => ("txn", txn),
+        };
+        let sql = match decision {
+            Decision::Retry => "UPDATE _anabranch_rejected SET action = 'retry'",
+            Decision::Discard => "DELETE FROM _anabranch_rejected",
+        };
+        let write = Write::begin(&self.connection)?;
+        let count = self
+            .connection
+            .prepare_cached(&format!("{sql} WHERE {column} = ?1"))
+            .and_then(|mut decide| decide.execute([number]))
+            .doing("decide on rejected writes")?;
+        write.commit()?;
+        Ok(count as u64)
+    }
+
     /// Makes the changes again of which a program said so (`UPDATE _anabranch_rejected SET action = 'retry'`): they
     /// become new entries, behind all others, and their rows go. Those of tables that can't be written now wait. Says how
     /// many it were.

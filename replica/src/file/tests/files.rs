@@ -72,12 +72,14 @@ fn what_is_no_database_is_refused() {
 }
 
 #[test]
-fn a_file_of_a_newer_version_is_refused() {
+fn a_file_of_another_version_is_refused() {
     let folder = Folder::new();
     drop(folder.open());
-    folder.program("UPDATE _anabranch_state SET format = 2");
-    let text = definite(File::open(&folder.settings));
-    assert!(text.contains("newer"), "{text}");
+    for (to, said) in [("format + 1", "newer"), ("1", "older")] {
+        folder.program(&format!("UPDATE _anabranch_state SET format = {to}"));
+        let text = definite(File::open(&folder.settings));
+        assert!(text.contains(said), "{text}");
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Local transactions on their way out: what is sent, what it is called, and that it is the same the next time.
 
+use anabranch_proto::Nonce;
 use aws_lc_rs::digest;
 use rusqlite::types::Value;
 
@@ -51,7 +52,7 @@ fn decoded(mut entries: &[u8]) -> Vec<String> {
             varint(&mut entries),
             varint(&mut entries),
         );
-        let (record, rest) = entries.split_at(length as usize);
+        let (record, rest) = entries[Nonce::BYTES..].split_at(length as usize);
         let values: Vec<String> = record::values(record)
             .unwrap()
             .map(|value| match value.unwrap() {
@@ -66,6 +67,35 @@ fn decoded(mut entries: &[u8]) -> Vec<String> {
         entries = rest;
     }
     all
+}
+
+/// What the hash covers of tables, as the protocol says.
+fn hashed(tables: &[v1::WriteTable]) -> Vec<u8> {
+    let number = |number: usize| (number as u32).to_be_bytes().to_vec();
+    let text = |text: &str| [number(text.len()), text.as_bytes().to_vec()].concat();
+    let mut out = number(tables.len());
+    for table in tables {
+        out.extend([text(&table.schema), text(&table.name)].concat());
+        out.extend(number(table.columns.len()));
+        table
+            .columns
+            .iter()
+            .for_each(|column| out.extend(text(column)));
+        out.extend(number(table.key.len()));
+        table
+            .key
+            .iter()
+            .for_each(|place| out.extend(number(*place as usize)));
+    }
+    out
+}
+
+/// The first nonce of some entries.
+fn first_nonce(mut entries: &[u8]) -> Nonce {
+    for _ in 0..3 {
+        varint(&mut entries);
+    }
+    Nonce::from_bytes(*entries.first_chunk().unwrap())
 }
 
 fn sha(parts: &[&[u8]]) -> Vec<u8> {
@@ -119,12 +149,21 @@ fn entries_travel_as_the_protocol_says() {
     assert_eq!(table.columns, ["x", "k\"2", "i", "k1", "blob"]);
     assert_eq!(table.key, [3, 1]);
     assert_eq!([sent[0].merged, sent[1].merged], [false, true]);
-    let first = sha(&[&[0; 32], &1u64.to_be_bytes(), &sent[0].entries]);
+    let tables = hashed(&sent[0].tables);
+    assert_eq!(hashed(&sent[1].tables), tables);
+    let first = sha(&[&[0; 32], &1u64.to_be_bytes(), &tables, &sent[0].entries]);
     assert_eq!(sent[0].hash, first);
     assert_eq!(
         sent[1].hash,
-        sha(&[&first, &2u64.to_be_bytes(), &sent[1].entries])
+        sha(&[&first, &2u64.to_be_bytes(), &tables, &sent[1].entries])
     );
+    let nonce = first_nonce(&sent[0].entries);
+    assert_ne!(nonce, first_nonce(&sent[1].entries));
+    let kept = folder.query(
+        "SELECT strftime('%s', captured_time), nonce FROM \"_anabranch_entries_s.wide one\" WHERE id = 1",
+    );
+    let low = i64::from_be_bytes(*nonce.to_bytes().last_chunk().unwrap());
+    assert_eq!(kept, [format!("'{}'|{low}", nonce.seconds())]);
     assert_eq!(all(&file, 1, 1 << 20), sent[1..]);
     assert_eq!(file.assigned().unwrap(), (2, 4));
 }
@@ -168,7 +207,8 @@ fn a_large_transaction_travels_in_pieces_that_are_the_same_each_time() {
         .flat_map(|piece| piece.entries.to_vec())
         .collect();
     assert_eq!(decoded(&entries).len(), 3_000);
-    let hash = sha(&[&[0; 32], &1u64.to_be_bytes(), &entries]);
+    let tables = hashed(&large[0].tables);
+    let hash = sha(&[&[0; 32], &1u64.to_be_bytes(), &tables, &entries]);
     assert!(large.iter().all(|piece| piece.hash == hash));
     drop(file);
     let file = folder.open();

@@ -1,5 +1,5 @@
-//! What writes need in the database: two published tables, which are the receipts, and the functions that are the only way
-//! to them.
+//! What writes need in the database: two published tables, which are the receipts, one that remembers which entries were
+//! answered, and the functions that are the only way to them.
 //!
 //! The functions run with the rights of whoever set the database up, so each names every object with its schema, has a
 //! fixed `search_path`, and refuses inside a trigger: a trigger of the application could otherwise become the login role
@@ -15,6 +15,8 @@ pub const OUT_OF_ORDER: &str = "AB001";
 pub const FORKED: &str = "AB002";
 /// The replica's id belongs to somebody else.
 pub const OTHER_SUBJECT: &str = "AB003";
+/// An entry of the local transaction was answered before, under another number or another replica's id: the file is a copy.
+pub const ALREADY_CLAIMED: &str = "AB004";
 /// An effect was refused. COLUMN: the outcome; DATATYPE: which entry, if the statement is of several.
 pub const REFUSED: &str = "AB100";
 
@@ -53,6 +55,21 @@ CREATE TABLE IF NOT EXISTS anabranch.rejections (
   PRIMARY KEY (replica, seq)
 )";
 
+/// How long it is remembered which entries were answered: a backup that is restored, or a copy that is started, should not be
+/// older, or nobody can tell what became of what was pending in it. A row takes about 100 bytes with its index.
+pub const CLAIMS_KEPT_DAYS: u32 = 30;
+
+/// One row for each local transaction that was answered, by the nonce of its last entry; for each entry of one that may be
+/// several. Without an outcome it took effect. Its key is what keeps an entry from taking effect again, whichever copy of the
+/// file sends it.
+const CLAIMS: &str = "\
+CREATE TABLE IF NOT EXISTS anabranch.claims (
+  nonce    uuid PRIMARY KEY,
+  outcome  text,
+  sqlstate text,
+  at       timestamptz NOT NULL DEFAULT now()
+)";
+
 /// A function of the schema `anabranch`.
 struct Function {
     name: &'static str,
@@ -60,6 +77,7 @@ struct Function {
     arguments: &'static str,
     /// Types alone, as `oidvectortypes` prints them.
     types: &'static str,
+    returns: &'static str,
     /// Runs with the rights of its owner, and for the login role only; else for those that write too.
     trusted: bool,
     body: &'static str,
@@ -82,27 +100,33 @@ macro_rules! body {
     };
 }
 
-const FUNCTIONS: [Function; 4] = [
+const FUNCTIONS: [Function; 7] = [
     Function {
         name: "claim",
-        arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea",
-        types: "text, text, bigint, bytea, bytea",
+        arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea, nonces uuid[]",
+        types: "text, text, bigint, bytea, bytea, uuid[]",
+        returns: "void",
         trusted: true,
-        // The UPDATE waits for another claim of the replica that is under way, and then finds that it is too late.
+        // The UPDATE waits for another claim of the replica that is under way, and then finds that it is too late; the INSERT
+        // for one of the same entries. A new id begins at any number: numbers of a file go on when it gets one.
         body: body!(
-            "DECLARE\n  stored record;\n",
+            "DECLARE\n  stored record;\n  is_next boolean;\n  count bigint;\n",
             "\
-  IF $3 = 1 AND $4 = pg_catalog.decode(pg_catalog.repeat('00', 32), 'hex') THEN
+  IF $4 = pg_catalog.decode(pg_catalog.repeat('00', 32), 'hex') THEN
     INSERT INTO anabranch.replicas (replica, subject, seq, hash) VALUES ($1, $2, $3, $5) ON CONFLICT DO NOTHING;
-    IF FOUND THEN
-      RETURN;
-    END IF;
   ELSE
     UPDATE anabranch.replicas r SET seq = $3, hash = $5, seen = pg_catalog.now()
      WHERE r.replica = $1 AND r.subject = $2 AND r.seq = $3 - 1 AND r.hash = $4;
-    IF FOUND THEN
-      RETURN;
+  END IF;
+  is_next := FOUND;
+  IF is_next THEN
+    INSERT INTO anabranch.claims (nonce) SELECT pg_catalog.unnest($6) ON CONFLICT DO NOTHING;
+    GET DIAGNOSTICS count = ROW_COUNT;
+    IF count < pg_catalog.cardinality($6) THEN
+      RAISE EXCEPTION 'anabranch: local transaction % was answered before, for another copy of the file', $3
+        USING ERRCODE = 'AB004';
     END IF;
+    RETURN;
   END IF;
   SELECT r.subject, r.seq, r.hash INTO stored FROM anabranch.replicas r WHERE r.replica = $1;
   IF FOUND AND stored.subject <> $2 THEN
@@ -121,16 +145,18 @@ const FUNCTIONS: [Function; 4] = [
     },
     Function {
         name: "reject",
-        arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea, entry int, \
+        arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea, nonces uuid[], entry int, \
                     outcome text, sqlstate text, message text, constraint_name text",
-        types: "text, text, bigint, bytea, bytea, integer, text, text, text, text",
+        types: "text, text, bigint, bytea, bytea, uuid[], integer, text, text, text, text",
+        returns: "void",
         trusted: true,
         body: body!(
             "",
             "\
-  PERFORM anabranch.claim($1, $2, $3, $4, $5);
+  PERFORM anabranch.claim($1, $2, $3, $4, $5, $6);
   INSERT INTO anabranch.rejections (replica, subject, seq, entry, outcome, sqlstate, message, constraint_name)
-    VALUES ($1, $2, $3, $6, $7, $8, $9, $10);
+    VALUES ($1, $2, $3, $7, $8, $9, $10, $11);
+  UPDATE anabranch.claims c SET outcome = $8, sqlstate = $9 WHERE c.nonce = ANY ($6);
 "
         ),
     },
@@ -138,6 +164,7 @@ const FUNCTIONS: [Function; 4] = [
         name: "settle",
         arguments: "replica text, seq bigint",
         types: "text, bigint",
+        returns: "void",
         trusted: true,
         body: body!(
             "",
@@ -145,9 +172,91 @@ const FUNCTIONS: [Function; 4] = [
         ),
     },
     Function {
+        name: "judge",
+        arguments: "nonces uuid[]",
+        types: "uuid[]",
+        returns: "TABLE (nonce uuid, outcome text, sqlstate text)",
+        trusted: true,
+        body: body!(
+            "",
+            "\
+  RETURN QUERY SELECT c.nonce, c.outcome, c.sqlstate FROM anabranch.claims c WHERE c.nonce = ANY ($1);
+"
+        ),
+    },
+    Function {
+        name: "prune",
+        arguments: "days integer, rows integer",
+        types: "integer, integer",
+        returns: "bigint",
+        trusted: true,
+        // By both clocks: what is younger by that of the replica is still there, so of such an entry it is known for sure.
+        body: body!(
+            "DECLARE\n  count bigint;\n  since timestamptz := pg_catalog.now() - pg_catalog.make_interval(days => $1);\n",
+            "\
+  DELETE FROM anabranch.claims c WHERE c.nonce IN (
+    SELECT o.nonce FROM anabranch.claims o
+     WHERE o.nonce < pg_catalog.rpad(pg_catalog.lpad(pg_catalog.to_hex(
+             pg_catalog.floor(pg_catalog.extract('epoch', since))::bigint), 16, '0'), 32, '0')::uuid
+       AND o.at < since
+     ORDER BY o.nonce LIMIT $2);
+  GET DIAGNOSTICS count = ROW_COUNT;
+  RETURN count;
+"
+        ),
+    },
+    Function {
+        name: "lease",
+        arguments: "relation oid, place smallint, writer text, wanted int",
+        types: "oid, smallint, text, integer",
+        returns: "TABLE(first bigint, last bigint, step bigint)",
+        trusted: true,
+        // By nextval(), so that others who take ids meanwhile, the increment and the cache are as right as for them. Of a
+        // sequence that nears its end only a part is taken: ids that are leased and not used are lost.
+        body: body!(
+            "DECLARE\n  sequence pg_catalog.pg_sequence;\n  id bigint;\n",
+            "\
+  SELECT s.* INTO sequence
+    FROM pg_catalog.pg_attribute a
+    LEFT JOIN pg_catalog.pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
+     AND pg_catalog.pg_get_expr(f.adbin, f.adrelid) LIKE 'nextval(%::regclass)'
+    JOIN pg_catalog.pg_depend d
+      ON a.attidentity = '' AND d.classid = 'pg_catalog.pg_attrdef'::pg_catalog.regclass AND d.objid = f.oid
+         AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+      OR a.attidentity <> '' AND d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype = 'i'
+         AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+         AND d.refobjid = a.attrelid AND d.refobjsubid = a.attnum
+    JOIN pg_catalog.pg_sequence s ON s.seqrelid = CASE a.attidentity WHEN '' THEN d.refobjid ELSE d.objid END
+   WHERE a.attrelid = $1 AND a.attnum = $2;
+  IF NOT FOUND OR NOT pg_catalog.has_any_column_privilege(coalesce($3, session_user)::pg_catalog.name, $1, 'INSERT') THEN
+    RETURN;
+  END IF;
+  wanted := least(wanted, 1 + pg_catalog.trunc(
+    (CASE WHEN sequence.seqincrement > 0 THEN sequence.seqmax ELSE sequence.seqmin END
+      - coalesce(pg_catalog.pg_sequence_last_value(sequence.seqrelid), sequence.seqstart)::pg_catalog.numeric)
+    / sequence.seqincrement / 100));
+  step := sequence.seqincrement;
+  FOR i IN 1 .. wanted LOOP
+    id := pg_catalog.nextval(sequence.seqrelid::pg_catalog.regclass);
+    IF id - last = step THEN
+      last := id;
+    ELSE
+      IF first IS NOT NULL THEN
+        RETURN NEXT;
+      END IF;
+      first := id;
+      last := id;
+    END IF;
+  END LOOP;
+  RETURN NEXT;
+"
+        ),
+    },
+    Function {
         name: "refuse",
         arguments: "outcome text, entry int",
         types: "text, integer",
+        returns: "void",
         trusted: false,
         body: "
 BEGIN
@@ -165,10 +274,11 @@ impl Function {
 
     fn create(&self) -> String {
         format!(
-            "CREATE OR REPLACE FUNCTION anabranch.{}({}) RETURNS void\n\
+            "CREATE OR REPLACE FUNCTION anabranch.{}({}) RETURNS {}\n\
              LANGUAGE plpgsql {} SET search_path = pg_catalog, pg_temp AS $anabranch${}$anabranch$",
             self.name,
             self.arguments,
+            self.returns,
             if self.trusted {
                 "SECURITY DEFINER"
             } else {
@@ -258,13 +368,18 @@ async fn made(
             &[],
         )
         .await?;
-    for (name, create) in [("replicas", REPLICAS), ("rejections", REJECTIONS)] {
+    let tables = [
+        ("replicas", REPLICAS, true),
+        ("rejections", REJECTIONS, true),
+        ("claims", CLAIMS, false),
+    ];
+    for (name, create, is_read) in tables {
         let found = rows.iter().find(|row| row.get::<_, &str>(0) == name);
         if found.is_none() {
             statements.push(create.into());
             statements.push(format!("REVOKE ALL ON anabranch.{name} FROM PUBLIC"));
         }
-        if !found.is_some_and(|row| row.get(1)) {
+        if is_read && !found.is_some_and(|row| row.get(1)) {
             statements.push(format!("GRANT SELECT ON anabranch.{name} TO {reader}"));
         }
     }

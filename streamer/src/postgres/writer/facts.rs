@@ -1,5 +1,5 @@
 //! What the catalogs say of a table that is written, beyond what [`Table`] has: read when a connection first writes it,
-//! and again when its schema changed.
+//! and again when its schema changed. Rights are the role's that writes.
 
 use tokio_postgres::Client;
 
@@ -23,23 +23,28 @@ pub struct Facts {
 pub struct ColumnFacts {
     /// Its type (a domain's base), with its schema, quoted, without typmod.
     pub type_name: String,
-    /// It gets a value where an INSERT gives none: a default, or an identity.
+    /// It gets a value where an INSERT gives none: a default (its own or its type's), or an identity.
     pub has_default: bool,
+    /// The role may name it in an INSERT.
+    pub insertable: bool,
     /// Stored generated.
     pub generated: bool,
     /// `GENERATED ALWAYS AS IDENTITY`.
     pub always: bool,
 }
 
-/// Reads them.
-pub async fn read(client: &Client, table: &Table) -> Result<Facts, Error> {
+/// Reads them, for a role; `None`: the one that is logged in.
+pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<Facts, Error> {
     let attributes = client
         .query(
-            "SELECT attnum, attname::text, atthasdef AND attgenerated = '' OR attidentity <> '',
-                    attgenerated <> '', attidentity = 'a'
+            "SELECT attnum, attname::text,
+                    atthasdef AND attgenerated = '' OR attidentity <> ''
+                        OR EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid = atttypid AND t.typdefault IS NOT NULL),
+                    attgenerated <> '', attidentity = 'a',
+                    pg_catalog.has_column_privilege(coalesce($2, current_user::text), attrelid, attnum, 'INSERT')
                FROM pg_catalog.pg_attribute
               WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
-            &[&table.oid],
+            &[&table.oid, &role],
         )
         .await?;
     let oids: Vec<u32> = table.columns.iter().map(|column| column.base_oid).collect();
@@ -90,6 +95,7 @@ pub async fn read(client: &Client, table: &Table) -> Result<Facts, Error> {
             has_default: row.get(2),
             generated: row.get(3),
             always: row.get(4),
+            insertable: row.get(5),
         })
     });
     let mut key: Vec<_> = (table.key.iter())

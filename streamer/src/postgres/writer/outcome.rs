@@ -51,6 +51,9 @@ pub enum Error {
         /// The last that is in Postgres.
         seq: u64,
     },
+    /// An entry of the transaction was answered for another copy of the file.
+    #[error("the local transaction was answered before, for another copy of the replica's file")]
+    AlreadyClaimed,
     /// The id of the replica belongs to another subject.
     #[error("the replica's id belongs to another subject")]
     OtherSubject,

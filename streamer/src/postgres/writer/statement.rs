@@ -55,6 +55,24 @@ const NO_KEY: Unwritable = Unwritable {
     message: "a column of the key is NULL",
 };
 
+const ROUNDED: Unwritable = Unwritable {
+    sqlstate: "22003",
+    message: "a number of more than 15 digits can't be the base of a sum: SQLite rounds it",
+};
+
+/// Digits of a decimal that survive SQLite's arithmetic, which is in doubles.
+const EXACT_DIGITS: usize = 15;
+
+/// Whether SQLite's arithmetic on a decimal (a text) may have rounded, so that a difference from it is not exact.
+fn is_rounded(value: ValueRef<'_>) -> bool {
+    let ValueRef::Text(text) = value else {
+        return false;
+    };
+    let digits = text.bytes().filter(u8::is_ascii_digit);
+    let digits = digits.skip_while(|digit| *digit == b'0').count();
+    digits > EXACT_DIGITS || text.bytes().any(|byte| matches!(byte, b'e' | b'E'))
+}
+
 impl Sql {
     /// Adds a parameter; how it is written.
     fn bind(
@@ -171,8 +189,14 @@ impl Target {
             if is_null && self.is_key(place) {
                 return Err(NO_KEY);
             }
-            // A column that the program left out can't be told from NULL, which this one can't be.
-            let left_out = is_null && facts.has_default && self.rule.table.columns[place].not_null;
+            // A column that the program left out can't be told from NULL, which this one can't be; or it would be NULL
+            // anyway, and the role may not name it.
+            let left_out = is_null
+                && if facts.has_default {
+                    self.rule.table.columns[place].not_null
+                } else {
+                    !facts.insertable
+                };
             if facts.generated || left_out {
                 continue;
             }
@@ -209,6 +233,9 @@ impl Target {
             let _ = write!(assignments, "{comma}{name} = ");
             match (&table.conflicts[set.column], set.old) {
                 (Conflict::Add, Some(old)) => {
+                    if [old, set.new].into_iter().any(is_rounded) {
+                        return Err(ROUNDED);
+                    }
                     let old = sql.bind(self, place, old)?;
                     let _ = write!(
                         assignments,

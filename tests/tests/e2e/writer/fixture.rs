@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use anabranch_proto::record::{self, ValueRef};
+use anabranch_proto::{
+    Nonce,
+    record::{self, ValueRef},
+};
 use anabranch_streamer::{
     postgres::{
         catalog::{self, Name},
@@ -253,10 +256,11 @@ impl Program {
         let mut entries = BytesMut::new();
         for (table, kind, values) in made {
             let record = record::build(values.iter().copied());
-            push(&mut entries, *table, *kind, &record);
+            let nonce = Nonce::new(1_800_000_000, rand::random());
+            push(&mut entries, *table, *kind, nonce, &record);
         }
         self.seq += 1;
-        let hash = chain(&self.previous, self.seq, &entries);
+        let hash = chain(&self.previous, self.seq, &self.tables, &entries);
         let (tables, entries) = (self.tables.clone(), entries.freeze());
         let read = LocalTransaction::read(&self.previous, self.seq, hash, tables, entries, false);
         self.previous = hash;
