@@ -337,6 +337,13 @@ impl Stage {
     }
 }
 
+impl Drop for Stage {
+    /// A test that fails ends all programs too.
+    fn drop(&mut self) {
+        self.stop.store(true, SeqCst);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_writer_gets_busy_or_its_transactions_are_torn_or_merged() {
     let wanted = std::env::var("ANABRANCH_WRITERS_SECONDS").ok();
