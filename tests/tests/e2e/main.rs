@@ -29,4 +29,5 @@ mod tls;
 mod tokens;
 mod types;
 mod writer;
+mod writers;
 mod writes;
