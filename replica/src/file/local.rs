@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::{
     Boundaries, Error, File, capture,
     error::Doing,
-    names, open,
+    names, open, receipts,
     schema::{self, Catalog},
     transaction::{self, LOCK_WAIT_MAX, Write},
 };
@@ -32,6 +32,8 @@ pub struct Local {
     pub pending: u64,
     /// Rows of `_anabranch_rejected`.
     pub rejected: u64,
+    /// What came of answers is not of this file: the streamer is to be asked.
+    pub in_doubt: bool,
 }
 
 /// A rejected entry, for those who wait.
@@ -207,6 +209,8 @@ impl File {
             rejected: rejected.max(0) as u64,
             assigned,
             answered,
+            in_doubt: receipts::is_in_doubt(&self.connection, &self.state)
+                .doing("look at receipts")?,
             settled: settled as u64,
         })
     }

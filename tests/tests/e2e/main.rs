@@ -7,6 +7,7 @@ mod copies;
 mod faults;
 mod harness;
 mod history;
+mod identity;
 mod kills;
 mod ledger;
 mod pages;
