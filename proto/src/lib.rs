@@ -48,6 +48,9 @@ pub const ROW_BYTES_MAX: usize = 1_000_000_000;
 /// Shapes that one replica may subscribe to: more than any sensible one has. It bounds `Hello`.
 pub const SUBSCRIPTIONS_MAX: usize = 100;
 
+/// Entries that a replica asks for at once when its file is a copy: one message of [`MESSAGE_BYTES_TARGET`].
+pub const JUDGED_MAX: usize = MESSAGE_BYTES_TARGET / Nonce::BYTES;
+
 /// Silence on a stream, in either direction, after which it is taken to be dead.
 pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(10);
 

@@ -228,6 +228,12 @@ impl Board {
         });
     }
 
+    /// The file has a new id.
+    pub fn renamed(&self, replica_id: &str) {
+        self.status
+            .send_modify(|status| status.replica_id = replica_id.into());
+    }
+
     /// Something is wrong with the file.
     pub fn trouble(&self, why: &str) {
         self.status

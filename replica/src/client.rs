@@ -92,6 +92,7 @@ impl Failure {
             Code::Internal => ("internal", Pace::Soon),
             Code::Cancelled => ("cancelled", Pace::Soon),
             Code::Aborted => ("aborted", Pace::Soon),
+            Code::AlreadyExists => (write::CLAIMED, Pace::Soon),
             Code::DeadlineExceeded => ("deadline_exceeded", Pace::Soon),
             Code::DataLoss => ("data_loss", Pace::Soon),
             _ => ("unknown", Pace::Soon),
@@ -253,6 +254,7 @@ impl Client {
             resume_token: start.resume_token.clone(),
             subscriptions: self.subscriptions(),
             zstd: self.config.zstd,
+            token_replica_id: start.token_id.clone().unwrap_or_default(),
         }
     }
 

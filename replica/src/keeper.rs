@@ -18,7 +18,7 @@ use std::{
 };
 
 use anabranch_proto::{
-    Lsn, Position,
+    Lsn, Nonce, Position,
     v1::{self, element::Kind},
 };
 use bytes::Bytes;
@@ -33,7 +33,8 @@ use crate::{
     board::{Board, Heard},
     config::Timing,
     file::{
-        self, Applied, Decision, Error, File, Local, Rejected, Settings, TableState, Watch, Which,
+        self, Applied, Decision, Error, File, Judgement, Local, Rejected, Settings, TableState,
+        Watch, Which,
     },
 };
 use noted::Noted;
@@ -55,6 +56,8 @@ pub struct Start {
     pub replica_id: String,
     /// What proves what we have; may be empty.
     pub resume_token: Bytes,
+    /// The id that it was given to, if that was another.
+    pub token_id: Option<String>,
     /// What we have.
     pub position: Option<Position>,
 }
@@ -102,19 +105,38 @@ enum Command {
         ids: v1::Ids,
         kept: oneshot::Sender<()>,
     },
+    /// The pending entries after this one.
+    Pending {
+        after: i64,
+        read: oneshot::Sender<Result<Vec<(i64, Nonce)>, String>>,
+    },
+    /// The file is a copy: it is to have an id of its own.
+    Adopt {
+        judgement: Option<Judgement>,
+        adopted: oneshot::Sender<Result<bool, String>>,
+    },
 }
 
 /// Which local transactions are to be sent.
 #[derive(Clone, Debug)]
 pub enum Outgoing {
-    /// Those after this one, if the file knows it by this hash.
+    /// Those after the one that Postgres has as the last, if the file knows it by this hash; 0: it has none.
     After(u64, Bytes),
     /// Those after what was read before.
     On(file::Outgoing),
 }
 
 /// Pieces of local transactions, and where to go on; or why nothing may be sent.
-pub type Read = Result<(Vec<v1::LocalTransaction>, Outgoing), String>;
+pub type Read = Result<(Vec<v1::LocalTransaction>, Outgoing), Unsent>;
+
+/// Why nothing may be sent.
+#[derive(Clone, Debug)]
+pub enum Unsent {
+    /// Postgres has what this file did not send: it was restored from a backup, or copied.
+    Forked,
+    /// The file can't be read now.
+    Trouble(String),
+}
 
 /// What became of local transactions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -310,10 +332,27 @@ impl Keeper {
         done.await.map_err(|_| Gone)
     }
 
+    /// Pending entries after this one, in their order; nothing if there are no more.
+    pub async fn pending(&self, after: i64) -> Result<Result<Vec<(i64, Nonce)>, String>, Gone> {
+        let (read, done) = oneshot::channel();
+        let command = Command::Pending { after, read };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
     /// Offers ids to programs.
     pub async fn lease(&self, ids: v1::Ids) -> Result<(), Gone> {
         let (kept, done) = oneshot::channel();
         let command = Command::Lease { ids, kept };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// Gives the file a new id, and ends the stream. False: it was asked for only if nothing is pending (no judgement), and
+    /// something is.
+    pub async fn adopt(&self, judgement: Option<Judgement>) -> Result<Result<bool, String>, Gone> {
+        let (adopted, done) = oneshot::channel();
+        let command = Command::Adopt { judgement, adopted };
         self.commands.send(command).await.map_err(|_| Gone)?;
         done.await.map_err(|_| Gone)
     }
@@ -474,6 +513,7 @@ impl Keeping {
                 let _ = start.send(Start {
                     replica_id: self.file.replica_id().to_owned(),
                     resume_token: self.file.resume_token(),
+                    token_id: self.file.token_id(),
                     position: self.file.position(),
                 });
                 Ok(ControlFlow::Continue(()))
@@ -502,7 +542,7 @@ impl Keeping {
             } => {
                 let outgoing = match self.outgoing(after, bytes_max) {
                     Err(Error::Definite(why)) => return Err(Error::Definite(why)),
-                    Err(error) => Err(error.to_string()),
+                    Err(error) => Err(Unsent::Trouble(error.to_string())),
                     Ok(outgoing) => outgoing,
                 };
                 // Whoever asked may have given up.
@@ -534,6 +574,16 @@ impl Keeping {
                 unless_definite(self.file.lease(&ids))?;
                 self.tell_local()?;
                 let _ = kept.send(());
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Pending { after, read } => {
+                let pending = self.file.pending(after);
+                let _ = read.send(or_say(pending)?);
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Adopt { judgement, adopted } => {
+                let done = self.adopt(judgement.as_ref());
+                let _ = adopted.send(or_say(done)?);
                 Ok(ControlFlow::Continue(()))
             }
             Command::Look { looked } => {
@@ -572,19 +622,28 @@ impl Keeping {
     fn outgoing(&mut self, after: Outgoing, bytes_max: usize) -> Result<Read, Error> {
         let mut from = match after {
             Outgoing::On(from) => from,
-            Outgoing::After(0, _) => file::Outgoing::after(0),
-            Outgoing::After(seq, hash) => match self.file.hash_of(seq)? {
-                Some(known) if known[..] == hash[..] => file::Outgoing::after(seq),
-                _ => {
-                    return Ok(Err(format!(
-                        "Postgres has local transaction {seq} of this replica, and the file another one or none: it was \
-                         restored from a backup, or copied; local writes are kept in the file, and not sent"
-                    )));
-                }
+            Outgoing::After(seq, hash) => match self.file.go_on(seq, &hash)? {
+                Some(from) => from,
+                None => return Ok(Err(Unsent::Forked)),
             },
         };
         let pieces = self.file.outgoing(&mut from, bytes_max)?;
         Ok(Ok((pieces, Outgoing::On(from))))
+    }
+
+    fn adopt(&mut self, judgement: Option<&Judgement>) -> Result<bool, Error> {
+        if self.file.adopt(judgement)?.is_none() {
+            return Ok(false);
+        }
+        self.board.renamed(self.file.replica_id());
+        self.board.metrics.identities.inc();
+        // What still comes is of the former id.
+        self.generation = None;
+        if let Some(refused) = self.refused.take() {
+            let _ = refused.send("the file has a new id".to_owned());
+        }
+        self.tell_local()?;
+        Ok(true)
     }
 
     async fn begin_stream(&mut self) -> Result<ControlFlow<()>, Error> {
@@ -740,6 +799,14 @@ impl Keeping {
             self.board.moved(self.file.position());
         }
         Ok(())
+    }
+}
+
+/// What must not end the thread is told to whoever asked.
+fn or_say<T>(result: Result<T, Error>) -> Result<Result<T, String>, Error> {
+    match result {
+        Err(Error::Definite(why)) => Err(Error::Definite(why)),
+        result => Ok(result.map_err(|error| error.to_string())),
     }
 }
 

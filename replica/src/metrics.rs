@@ -46,6 +46,8 @@ pub struct Metrics {
     pub failures: Family<Cause, Counter>,
     /// Times that a message had to be tried again on the file.
     pub file_retries: Counter,
+    /// Times that the file got a new id.
+    pub identities: Counter,
     /// How long a message took in the file.
     pub apply: Histogram,
     /// How long the write lock was held for a commit.
@@ -110,6 +112,7 @@ impl Metrics {
             streams: Counter::default(),
             failures: Family::default(),
             file_retries: Counter::default(),
+            identities: Counter::default(),
             apply: seconds(),
             write_lock: seconds(),
             delay: seconds(),
@@ -143,6 +146,11 @@ impl Metrics {
             "file_retries",
             "Messages tried again on the file",
             metrics.file_retries.clone(),
+        );
+        registry.register(
+            "identities",
+            "Times that the file got a new id: it was restored from a backup, or copied",
+            metrics.identities.clone(),
         );
         registry.register_with_unit(
             "apply",

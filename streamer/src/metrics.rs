@@ -19,6 +19,8 @@ pub struct Metrics {
     pub writes_applied: Counter<u64, AtomicU64>,
     /// Local transactions that were rejected.
     pub writes_rejected: Counter<u64, AtomicU64>,
+    /// Replicas whose file got a new id.
+    pub forks: Counter<u64, AtomicU64>,
     /// Connections to Postgres that were lost.
     pub disconnects: Counter<u64, AtomicU64>,
     /// Catch-ups of sessions from the mirror.
@@ -63,6 +65,11 @@ impl Metrics {
             "writes_rejected",
             "Local transactions that were rejected",
         );
+        let forks = counter(
+            r,
+            "forks",
+            "Replicas that came with a new id: their file was restored from a backup, or copied",
+        );
         let disconnects = counter(r, "disconnects", "Connections to Postgres that were lost");
         let catch_ups = counter(
             r,
@@ -87,6 +94,7 @@ impl Metrics {
             writing,
             writes_applied,
             writes_rejected,
+            forks,
             disconnects,
             catch_ups,
             queue_bytes,

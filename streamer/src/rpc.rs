@@ -146,7 +146,21 @@ impl Service {
         let holder = core
             .token_key
             .bind(&hello.replica_id, principal.subject.as_deref());
-        let proof = holder.verify(&hello.resume_token);
+        let proof = match &*hello.token_replica_id {
+            "" => holder.verify(&hello.resume_token),
+            // Whoever knows both id and token could as well have said Hello as that replica: it proves no less.
+            former => {
+                check_replica_id(former)?;
+                tracing::warn!(
+                    replica = hello.replica_id,
+                    former,
+                    "a replica's file was restored from a backup, or copied, and has a new id"
+                );
+                core.metrics.forks.inc();
+                let holder = core.token_key.bind(former, principal.subject.as_deref());
+                holder.verify(&hello.resume_token)
+            }
+        };
         let fingerprints: Vec<_> = views.iter().map(|view| view.fingerprint()).collect();
         let id = self.sessions.fetch_add(1, Ordering::Relaxed);
         Ok(Session {

@@ -2,6 +2,9 @@
 //!
 //! It only sends. What became of a transaction comes by the stream, with the effects; so an answer can't be lost with this
 //! call, and the stream never waits for it. When the call breaks, what was not answered is sent again by the next one.
+//!
+//! Where the streamer knows something of this replica that the file does not, the file is a copy: then the call is for asking
+//! what became of what it has, and ends with a new id, under which all begins anew.
 
 use std::{
     collections::HashMap,
@@ -11,7 +14,7 @@ use std::{
 };
 
 use anabranch_proto::{
-    HEARTBEAT_EVERY, MESSAGE_BYTES_TARGET, PROTOCOL_VERSION,
+    HEARTBEAT_EVERY, Lsn, MESSAGE_BYTES_TARGET, Nonce, PROTOCOL_VERSION,
     v1::{self, anabranch_client::AnabranchClient, write_down, write_up},
 };
 use tokio::sync::mpsc;
@@ -22,10 +25,19 @@ use super::{
     Client, Failure, check_content_type,
     retry::{Retry, random},
 };
-use crate::keeper::{Outgoing, Start};
+use crate::{
+    file::{Claim, Judged, Judgement, Local},
+    keeper::{Outgoing, Start, Unsent},
+};
+
+/// Said of a message that nothing asked for.
+const NOT_ASKED: &str = "the streamer said what it was not asked";
 
 /// What is read from the file at a time.
 const READ_BYTES: usize = 4 * MESSAGE_BYTES_TARGET;
+
+/// The cause of a failure: an entry was answered for another copy of the file.
+pub(super) const CLAIMED: &str = "already_exists";
 
 /// Messages on their way into the connection.
 const MESSAGES_AHEAD: usize = 2;
@@ -59,19 +71,24 @@ impl Client {
         let mut last_what = String::new();
         // What an older call said of it says nothing of now.
         self.board.writes_wait(None);
+        let mut is_copy = false;
         loop {
             let mut local = self.board.local.subscribe();
-            if (local.wait_for(|local| local.assigned > local.answered || local.wants_ids))
-                .await
-                .is_err()
-            {
+            let is_wanted = |local: &Local| {
+                is_copy || local.in_doubt || local.wants_ids || local.assigned > local.answered
+            };
+            if local.wait_for(is_wanted).await.is_err() {
                 return std::future::pending().await;
             }
             let answered = local.borrow().answered;
-            let failure = match self.write(client.clone(), start, authorization).await {
+            let ended = self
+                .write(client.clone(), start, authorization, is_copy)
+                .await;
+            let failure = match ended {
                 Ended::Failed(failure) => failure,
                 Ended::Gone => return std::future::pending().await,
             };
+            is_copy = failure.cause == CLAIMED;
             if self.board.local.borrow().answered > answered {
                 retry.reset();
                 last_what.clear();
@@ -94,6 +111,7 @@ impl Client {
         mut client: AnabranchClient<Channel>,
         start: &Start,
         authorization: &MetadataValue<tonic::metadata::Ascii>,
+        is_copy: bool,
     ) -> Ended {
         let (messages, to_send) = mpsc::channel(MESSAGES_AHEAD);
         let hello = v1::WriteHello {
@@ -121,7 +139,7 @@ impl Client {
                 Ok(write_down::Kind::Ready(ready)) => break ready,
                 // It waits for Postgres itself.
                 Ok(write_down::Kind::Alive(_)) => {}
-                Ok(write_down::Kind::Ids(_)) => {
+                Ok(write_down::Kind::Ids(_) | write_down::Kind::Judged(_)) => {
                     return Failure::soon("write", "the streamer did not say where writes stand")
                         .into();
                 }
@@ -129,22 +147,113 @@ impl Client {
             }
         };
         self.board.writes_wait(None);
+        if ready.other_subject {
+            return self.leave().await;
+        }
+        let first = if is_copy {
+            Err(Unsent::Forked)
+        } else {
+            match self.first(&ready).await {
+                Ok(first) => first,
+                Err(gone) => return gone,
+            }
+        };
+        let outgoing = match first {
+            Ok(outgoing) => outgoing,
+            Err(Unsent::Forked) => return self.ask(&mut down, &messages).await,
+            Err(Unsent::Trouble(what)) => return Failure::slow("write", what).into(),
+        };
         let asked = Asked::default();
         tokio::select! {
-            ended = self.send(ready, messages, &asked) => ended,
+            ended = self.send(outgoing, messages, &asked) => ended,
             ended = self.listen(&mut down, silence_max, &asked) => ended,
+        }
+    }
+
+    /// Where sending begins.
+    async fn first(&self, ready: &v1::WriteReady) -> Result<Result<Outgoing, Unsent>, Ended> {
+        let after = Outgoing::After(ready.seq, ready.hash.clone());
+        match self.keeper.outgoing(after, 0).await {
+            Ok(read) => Ok(read.map(|(_, outgoing)| outgoing)),
+            Err(_) => Err(Ended::Gone),
+        }
+    }
+
+    /// The id belongs to another subject. What is pending was written by it, and must not be sent as somebody else.
+    async fn leave(&self) -> Ended {
+        match self.keeper.adopt(None).await {
+            Err(_) | Ok(Ok(true)) => Ended::Gone,
+            Ok(Ok(false)) => {
+                let what = "what is pending in this file was written with a token of another subject (sub): run the replica with such a \
+                            token until it is answered; it is kept, and not sent";
+                Failure::slow("other_subject", what).into()
+            }
+            Ok(Err(what)) => Failure::soon("file", what).into(),
+        }
+    }
+
+    /// The file is a copy: asks what became of what is pending, and takes a new id.
+    async fn ask(
+        &self,
+        down: &mut Streaming<v1::WriteDown>,
+        messages: &mpsc::Sender<v1::WriteUp>,
+    ) -> Ended {
+        let mut judgement = Judgement::default();
+        let mut after = 0;
+        loop {
+            let asked = match self.keeper.pending(after).await {
+                Ok(Ok(asked)) => asked,
+                Ok(Err(what)) => return Failure::soon("file", what).into(),
+                Err(_) => return Ended::Gone,
+            };
+            let Some((last, _)) = asked.last() else {
+                break;
+            };
+            after = *last;
+            let nonces: Vec<u8> = (asked.iter())
+                .flat_map(|(_, nonce)| nonce.to_bytes())
+                .collect();
+            let judge = v1::WriteJudge {
+                nonces: nonces.into(),
+            };
+            // If the call has ended, the answer says why.
+            let _ = say(messages, write_up::Kind::Judge(judge)).await;
+            match self.judged(down).await {
+                Ok(judged) => judgement.add(&asked, &judged),
+                Err(failure) => return failure.into(),
+            }
+        }
+        match self.keeper.adopt(Some(judgement)).await {
+            // The stream ends now, and all begins anew.
+            Err(_) | Ok(Ok(_)) => Ended::Gone,
+            Ok(Err(what)) => Failure::soon("file", what).into(),
+        }
+    }
+
+    async fn judged(&self, down: &mut Streaming<v1::WriteDown>) -> Result<Judged, Failure> {
+        loop {
+            match next(down, self.config.timing.silence_max).await? {
+                write_down::Kind::Alive(_) => {}
+                write_down::Kind::Judged(judged) => {
+                    return judged_of(judged).ok_or_else(|| {
+                        Failure::slow("write", "the streamer named what is no nonce")
+                    });
+                }
+                write_down::Kind::Ready(_) | write_down::Kind::Ids(_) => {
+                    return Err(Failure::soon("write", NOT_ASKED));
+                }
+            }
         }
     }
 
     async fn send(
         &self,
-        ready: v1::WriteReady,
+        mut outgoing: Outgoing,
         messages: mpsc::Sender<v1::WriteUp>,
         asked: &Asked,
     ) -> Ended {
         let mut local = self.board.local.subscribe();
         let mut settled = 0;
-        let mut outgoing = Outgoing::After(ready.seq, ready.hash);
         loop {
             let now = *local.borrow_and_update();
             if now.settled > settled {
@@ -174,7 +283,9 @@ impl Client {
             let pieces;
             (pieces, outgoing) = match read {
                 Ok(read) => read,
-                Err(what) => return Failure::slow("write", what).into(),
+                Err(Unsent::Trouble(what)) => return Failure::slow("write", what).into(),
+                // Only asked at the beginning.
+                Err(Unsent::Forked) => return Failure::soon("write", "the file changed").into(),
             };
             let is_idle = pieces.is_empty();
             for piece in pieces {
@@ -220,9 +331,8 @@ impl Client {
                         asked.answered(table);
                     }
                 }
-                Ok(write_down::Kind::Ready(_)) => {
-                    return Failure::soon("write", "the streamer said twice where writes stand")
-                        .into();
+                Ok(write_down::Kind::Ready(_) | write_down::Kind::Judged(_)) => {
+                    return Failure::soon("write", NOT_ASKED).into();
                 }
                 Err(failure) => return failure.into(),
             }
@@ -251,6 +361,23 @@ impl Asked {
         let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         asked.remove(&table);
     }
+}
+
+fn judged_of(judged: v1::WriteJudged) -> Option<Judged> {
+    let text = |text: String| (!text.is_empty()).then_some(text);
+    let claimed = judged.claimed.into_iter().map(|claimed| {
+        let nonce = Nonce::from_bytes(claimed.nonce[..].try_into().ok()?);
+        let claim = Claim {
+            outcome: text(claimed.outcome),
+            sqlstate: text(claimed.sqlstate),
+        };
+        Some((nonce, claim))
+    });
+    Some(Judged {
+        claimed: claimed.collect::<Option<_>>()?,
+        kept_since: judged.kept_since,
+        lsn: Lsn(judged.lsn),
+    })
 }
 
 /// The call has ended: whoever listens hears why.

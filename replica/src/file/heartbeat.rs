@@ -67,7 +67,7 @@ impl File {
     pub(super) fn note(&self, state: &mut State, now: Timestamp) {
         if let Some((position, token)) = &self.stream.noted {
             state.position = Some(*position);
-            state.resume_token = token.clone();
+            state.set_token(token.clone());
         }
         match &self.stream.heard {
             Some(heard) => state.hear(heard, now),

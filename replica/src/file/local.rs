@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::{
     Error, File, capture,
     error::Doing,
-    names, open,
+    names, open, receipts,
     schema::{self, Catalog},
     transaction::Write,
 };
@@ -31,6 +31,8 @@ pub struct Local {
     pub rejected: u64,
     /// Ids should be leased.
     pub wants_ids: bool,
+    /// What came of answers is not of this file: the streamer is to be asked.
+    pub in_doubt: bool,
 }
 
 /// A rejected entry, for those who wait.
@@ -195,6 +197,8 @@ impl File {
             rejected: rejected.max(0) as u64,
             assigned,
             answered,
+            in_doubt: receipts::is_in_doubt(&self.connection, &self.state)
+                .doing("look at receipts")?,
             settled: settled as u64,
             wants_ids: !self.leases_wanted()?.is_empty(),
         })

@@ -41,6 +41,7 @@ mod defaults;
 mod error;
 mod grammar;
 mod heartbeat;
+mod identity;
 mod index;
 mod layout;
 mod leases;
@@ -84,6 +85,7 @@ use capture::quiet::{self, Quiet};
 use error::Doing;
 pub use error::Error;
 use grammar::{Grammar, Place, Tables};
+pub use identity::{Adopted, Claim, Judged, Judgement};
 pub use local::{Local, Rejected};
 pub use outbox::Outgoing;
 use pieces::Pieces;
@@ -262,6 +264,11 @@ impl File {
         self.state.resume_token.clone()
     }
 
+    /// The id that the token was given to, if that was another one than today's.
+    pub fn token_id(&self) -> Option<String> {
+        self.state.token_id.clone()
+    }
+
     /// The tables that it holds, as the view `_anabranch_tables` tells them.
     pub fn tables(&self) -> Result<Vec<TableState>, Error> {
         let list = || -> rusqlite::Result<_> {
@@ -366,7 +373,9 @@ impl File {
             .iter()
             .all(|element| matches!(element.kind, Some(Kind::Heartbeat(_))));
         let commits = grammar.end(message)?;
-        if is_heartbeats_only && stream.queue.is_empty() {
+        // A heartbeat may be what brings the position where answers were waited for.
+        let is_awaited = commits && grammar.has_completed() && awaits(&self.state, message);
+        if is_heartbeats_only && stream.queue.is_empty() && !is_awaited {
             applied.position = self.heartbeats(message, commits)?;
         } else if commits {
             self.commit(message, &mut applied)?;
@@ -396,4 +405,14 @@ impl File {
         }
         Ok(())
     }
+}
+
+/// Whether local writes get answers without a receipt, at the position that this heartbeat brings.
+fn awaits(state: &State, message: &v1::Down) -> bool {
+    let heartbeat = message.elements.last().and_then(|last| match &last.kind {
+        Some(Kind::Heartbeat(heartbeat)) => heartbeat.position,
+        _ => None,
+    });
+    state.receipt_is_lost
+        || heartbeat.is_some_and(|position| state.settles_at(Position::from(position)))
 }

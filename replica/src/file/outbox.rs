@@ -21,12 +21,13 @@ use super::{
     transaction::Write,
 };
 use encode::Entries;
+pub(super) use encode::nonce;
 
 /// SELECTs that are joined by UNION ALL in one; SQLite takes 500.
 const UNION_MAX: usize = 200;
 
 /// The hash before the first local transaction.
-const NO_HASH: [u8; 32] = [0; 32];
+pub(super) const NO_HASH: [u8; 32] = [0; 32];
 
 /// How far local transactions were handed out. It goes on within a transaction.
 #[derive(Clone, Debug, Default)]
@@ -94,16 +95,25 @@ impl File {
     /// over, so that it can be done again after an error. `merged`: several transactions of programs may be in each.
     pub fn assign(&mut self, ends: &[i64], merged: bool) -> Result<(), Error> {
         self.guard.still_there()?;
-        // NORMAL does not sync at a commit; this commit must not be lost once its transactions were sent.
-        let synchronous = |how: &str| {
-            self.connection
+        let chain_seq = self.state.chain_seq;
+        let done = self.with_sync(|file| assign(&file.connection, chain_seq, ends, merged));
+        self.make_room_if_full(done)
+    }
+
+    /// NORMAL does not sync at a commit; a commit that others come to know of must not be lost afterwards.
+    pub(super) fn with_sync<T>(
+        &mut self,
+        mut commit: impl FnMut(&mut File) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let synchronous = |file: &File, how: &str| {
+            file.connection
                 .pragma_update(None, "synchronous", how)
                 .doing("make local writes durable")
         };
-        synchronous("FULL")?;
-        let done = assign(&self.connection, ends, merged);
-        synchronous("NORMAL")?;
-        self.make_room_if_full(done)
+        synchronous(self, "FULL")?;
+        let done = commit(self);
+        synchronous(self, "NORMAL")?;
+        done
     }
 
     /// The last local transaction, and its last entry; zeroes if there is none.
@@ -145,40 +155,56 @@ pub(super) fn assigned(connection: &Connection) -> Result<(u64, i64), Error> {
     Ok(newest.map_or((0, 0), |local| (local.seq as u64, local.last)))
 }
 
-fn assign(connection: &Connection, ends: &[i64], merged: bool) -> Result<(), Error> {
+fn assign(
+    connection: &Connection,
+    chain_seq: i64,
+    ends: &[i64],
+    merged: bool,
+) -> Result<(), Error> {
     let write = Write::begin(connection)?;
-    let assign = || {
-        let (mut seq, mut last, mut hash) = match newest(connection)? {
-            Some(newest) => (newest.seq, newest.last, newest.hash),
-            None => (0, 0, NO_HASH.to_vec()),
-        };
-        let furthest = ends.iter().copied().max().unwrap_or(last);
-        let entries = Entries::new(connection, last, furthest)?;
-        for &end in ends {
-            if end <= last {
-                continue;
-            }
-            seq += 1;
-            let mut context = digest::Context::new(&digest::SHA256);
-            context.update(&hash);
-            context.update(&seq.to_be_bytes());
-            let mut encoder = entries.read(last, last, end)?;
-            context.update(&encoder.tables_hashed());
-            let mut time = None;
-            while let Some(entry) = encoder.next()? {
-                context.update(&entry.bytes);
-                time = Some(entry.captured_time);
-            }
-            hash = context.finish().as_ref().to_vec();
-            connection
-                .prepare_cached("INSERT INTO _anabranch_local VALUES(?1, ?2, ?3, ?4, ?5, NULL)")?
-                .execute(params![seq, end, hash, merged, time.unwrap_or_default()])?;
-            last = end;
-        }
-        Ok(())
-    };
-    assign().doing("make local transactions of what programs wrote")?;
+    number(connection, chain_seq, ends.iter().map(|end| (*end, merged)))
+        .doing("make local transactions of what programs wrote")?;
     write.commit().map(drop)
+}
+
+/// Makes local transactions that end at these entries, and may be several. Within a write transaction.
+pub(super) fn number(
+    connection: &Connection,
+    chain_seq: i64,
+    ends: impl Iterator<Item = (i64, bool)> + Clone,
+) -> rusqlite::Result<()> {
+    let (mut seq, mut last, mut hash) = match newest(connection)? {
+        Some(newest) if newest.seq > chain_seq => (newest.seq, newest.last, newest.hash),
+        newest => (
+            chain_seq,
+            newest.map_or(0, |newest| newest.last),
+            NO_HASH.to_vec(),
+        ),
+    };
+    let furthest = ends.clone().map(|(end, _)| end).max().unwrap_or(last);
+    let entries = Entries::new(connection, last, furthest)?;
+    for (end, merged) in ends {
+        if end <= last {
+            continue;
+        }
+        seq += 1;
+        let mut context = digest::Context::new(&digest::SHA256);
+        context.update(&hash);
+        context.update(&seq.to_be_bytes());
+        let mut encoder = entries.read(last, last, end)?;
+        context.update(&encoder.tables_hashed());
+        let mut time = None;
+        while let Some(entry) = encoder.next()? {
+            context.update(&entry.bytes);
+            time = Some(entry.captured_time);
+        }
+        hash = context.finish().as_ref().to_vec();
+        connection
+            .prepare_cached("INSERT INTO _anabranch_local VALUES(?1, ?2, ?3, ?4, ?5, NULL)")?
+            .execute(params![seq, end, hash, merged, time.unwrap_or_default()])?;
+        last = end;
+    }
+    Ok(())
 }
 
 fn outgoing(

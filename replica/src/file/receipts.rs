@@ -10,7 +10,7 @@
 //! again if they say so.
 //!
 //! A receipt is only taken if its hash is the one that we know of that `seq`: otherwise this file is not the one that sent
-//! it (it was copied, or restored from a backup), and its entries are not answered by it.
+//! it (it was copied, or restored from a backup), and its entries are not answered by it: see `identity`.
 
 mod forget;
 mod rejected;
@@ -24,6 +24,8 @@ use super::{
     grammar::Tables,
     layout, names,
     overlay::{self, Overlay},
+    schema::object,
+    state::State,
     write::RowError,
 };
 
@@ -66,6 +68,11 @@ CREATE TABLE IF NOT EXISTS _anabranch_rejected(
     action TEXT,
     merged INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+CREATE TABLE IF NOT EXISTS _anabranch_judged(
+    seq INTEGER PRIMARY KEY,
+    outcome TEXT NOT NULL,
+    sqlstate TEXT
+) STRICT;
 ";
 
 /// The greatest id of an answered entry, as a scalar subquery.
@@ -101,59 +108,94 @@ pub(super) fn last_of(connection: &Connection, seq: i64) -> rusqlite::Result<i64
 }
 
 /// Up to which local transaction the entries are forgotten. Its row stays, so that it is known where the next begins.
-fn forgotten(connection: &Connection) -> rusqlite::Result<i64> {
+pub(super) fn forgotten(connection: &Connection) -> rusqlite::Result<i64> {
     let first: Option<i64> = connection
         .prepare_cached("SELECT min(seq) FROM _anabranch_local")?
         .query_row([], |row| row.get(0))?;
     Ok(first.filter(|first| *first > 1).unwrap_or(0))
 }
 
-/// What the receipt says, if it speaks of this file.
-fn receipt(connection: &Connection, replica_id: &str) -> rusqlite::Result<Option<i64>> {
+/// What the receipt says.
+enum Receipt {
+    /// Answered up to this one.
+    Upto(i64),
+    /// There is none.
+    Missing,
+    /// It is of a local transaction that this file did not send, or that is so old that what followed it is forgotten.
+    Foreign,
+}
+
+/// Whether this file sent the local transaction `seq` with this hash, and has all that comes behind it.
+pub(super) fn is_known(
+    connection: &Connection,
+    chain_seq: i64,
+    seq: i64,
+    hash: &[u8],
+) -> rusqlite::Result<bool> {
+    let known: Option<Vec<u8>> = connection
+        .prepare_cached("SELECT hash FROM _anabranch_local WHERE seq = ?1")?
+        .query_row([seq], |row| row.get(0))
+        .optional()?;
+    Ok(seq > chain_seq && known.is_some_and(|known| known == hash))
+}
+
+fn receipt(connection: &Connection, state: &State) -> rusqlite::Result<Receipt> {
     let receipt: Option<(i64, Vec<u8>)> = connection
         .prepare_cached(&format!(
             "SELECT seq, hash FROM {} WHERE replica = ?1",
             names::RECEIPTS
         ))?
-        .query_row([replica_id], |row| Ok((row.get(0)?, row.get(1)?)))
+        .query_row([&state.replica_id], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()?;
-    let Some((seq, hash)) = receipt else {
-        return Ok(Some(0));
-    };
-    let known: Option<Vec<u8>> = connection
-        .prepare_cached("SELECT hash FROM _anabranch_local WHERE seq = ?1")?
-        .query_row([seq], |row| row.get(0))
-        .optional()?;
-    let is_ours = match known {
-        Some(known) => known == hash,
-        // It went back behind what is kept, or is of a transaction that this file never made.
-        None => connection
-            .prepare_cached("SELECT 1 FROM _anabranch_local WHERE seq > ?1")?
-            .exists([seq])?,
-    };
-    if !is_ours {
-        tracing::warn!(
-            seq,
-            "a receipt is of a local transaction that this file did not make: was it copied, or restored from a backup?"
-        );
-    }
-    Ok(is_ours.then_some(seq))
+    Ok(match receipt {
+        None => Receipt::Missing,
+        Some((seq, hash)) if is_known(connection, state.chain_seq, seq, &hash)? => {
+            Receipt::Upto(seq)
+        }
+        Some(_) => Receipt::Foreign,
+    })
 }
 
-/// Takes what came of receipts and rejections, as of `lsn`. The keys that are to be rebuilt are touched.
+/// Whether the streamer must be asked what became of local writes, since the receipts don't tell.
+pub(super) fn is_in_doubt(connection: &Connection, state: &State) -> rusqlite::Result<bool> {
+    if object(connection, names::RECEIPTS)?.is_none() {
+        return Ok(false);
+    }
+    Ok(state.settles_elsewhere()
+        || match receipt(connection, state)? {
+            Receipt::Upto(_) => false,
+            Receipt::Foreign => true,
+            // Who may see it changed with the token's subject, or it is gone.
+            Receipt::Missing => {
+                !state.receipt_is_lost
+                    && answered(connection)?.is_some_and(|(seq, _)| seq > state.chain_seq)
+            }
+        })
+}
+
+/// Takes what came of receipts and rejections, as of the position. The keys that are to be rebuilt are touched.
 pub(super) fn take(
     connection: &Connection,
-    replica_id: &str,
-    lsn: Lsn,
+    state: &mut State,
     tables: &Tables,
     overlay: &mut Overlay<'_>,
 ) -> Result<(), RowError> {
-    let Some(now) = receipt(connection, replica_id)? else {
-        return Ok(());
-    };
-    // What was forgotten can't be pending again.
-    let now = now.max(forgotten(connection)?);
+    let lsn = state.position.map_or(Lsn(0), |position| position.lsn);
     let before = answered(connection)?.map_or(0, |(seq, _)| seq);
+    if (state.position).is_some_and(|position| state.settles_at(position)) {
+        state.settle = None;
+    }
+    // What was forgotten can't be pending again, nor what was settled.
+    let floor = match state.settle {
+        Some(_) => before,
+        None => forgotten(connection)?.max(state.chain_seq),
+    };
+    let now = match receipt(connection, state)? {
+        Receipt::Upto(seq) => seq.max(floor),
+        Receipt::Missing if state.receipt_is_lost => floor,
+        Receipt::Missing | Receipt::Foreign => before.max(floor),
+    };
+    state.receipt_is_lost = false;
     if now == before {
         return Ok(());
     }
@@ -166,8 +208,9 @@ pub(super) fn take(
         )?;
         let declared = |name: &str| tables.values().any(|table| table.name == name);
         if declared(names::REJECTIONS) {
-            rejected::list(connection, replica_id, before, now)?;
+            rejected::list(connection, &state.replica_id, before, now)?;
         }
+        rejected::list_judged(connection, before, now)?;
     } else {
         tracing::warn!(before, now, "answered local transactions are pending again");
         for sql in [

@@ -166,7 +166,9 @@ impl<'c> Replay<'c> {
         }
         self.rebuild()?;
         let outcome = &mut self.outcome;
-        outcome.state.resume_token = bytes::Bytes::copy_from_slice(resume_token);
+        outcome
+            .state
+            .set_token(bytes::Bytes::copy_from_slice(resume_token));
         outcome.state.connected = true;
         outcome.state.hear(&outcome.heard, Timestamp::now());
         if outcome.transactions > 0 {
@@ -194,11 +196,13 @@ impl<'c> Replay<'c> {
     fn rebuild(&mut self) -> Result<(), Failure> {
         let connection = self.connection;
         let tables = self.outcome.tables.clone();
-        let state = &self.outcome.state;
-        let lsn = state.position.map_or(Lsn(0), |position| position.lsn);
+        let state = &mut self.outcome.state;
         let mut overlay = std::mem::replace(&mut self.overlay, Overlay::new(connection));
-        if self.answers {
-            receipts::take(connection, &state.replica_id, lsn, &tables, &mut overlay)
+        let settles = state
+            .position
+            .is_some_and(|position| state.settles_at(position));
+        if self.answers || settles || state.receipt_is_lost {
+            receipts::take(connection, state, &tables, &mut overlay)
                 .map_err(|error| failure("_anabranch_rejected", error))?;
         }
         let catalog = &self.outcome.catalog;

@@ -31,9 +31,12 @@ CREATE TABLE IF NOT EXISTS _anabranch_state(
     id INTEGER PRIMARY KEY CHECK(id = 1),
     format INTEGER NOT NULL,
     replica_id TEXT NOT NULL,
+    chain_seq INTEGER NOT NULL,
+    settle TEXT,
     epoch TEXT,
     lsn TEXT,
     resume_token BLOB NOT NULL,
+    token_id TEXT,
     commit_time TEXT,
     received_time TEXT,
     heartbeat_time TEXT,
@@ -84,6 +87,14 @@ const TABLES_VIEW: &str = "CREATE VIEW _anabranch_tables AS SELECT table_name, s
 #[derive(Clone, Debug)]
 pub(super) struct State {
     pub replica_id: String,
+    /// Behind this local transaction the chain of this id begins.
+    pub chain_seq: i64,
+    /// From here on those up to there have their effects in the file, or are given up: see `identity`.
+    pub settle: Option<Position>,
+    /// Not in the file: Postgres said that it has no row of receipts for this id.
+    pub receipt_is_lost: bool,
+    /// The id that the token was given to, if that was another.
+    pub token_id: Option<String>,
     pub position: Option<Position>,
     pub resume_token: Bytes,
     pub commit_time: Option<String>,
@@ -108,8 +119,8 @@ pub(super) fn create(connection: &Connection, replica_id: &str) -> rusqlite::Res
         replace_view(connection, name, &sql)?;
     }
     connection.execute(
-        "INSERT INTO _anabranch_state(id, format, replica_id, resume_token, connected, caught_up) \
-         VALUES(1, ?1, ?2, x'', 0, 0) ON CONFLICT DO NOTHING",
+        "INSERT INTO _anabranch_state(id, format, replica_id, chain_seq, resume_token, connected, caught_up) \
+         VALUES(1, ?1, ?2, 0, x'', 0, 0) ON CONFLICT DO NOTHING",
         params![FORMAT, replica_id],
     )?;
     Ok(())
@@ -176,7 +187,7 @@ impl State {
         connection
             .query_row(
                 "SELECT replica_id, epoch, lsn, resume_token, commit_time, received_time, connected, caught_up, \
-                 last_error FROM _anabranch_state",
+                 last_error, chain_seq, settle, token_id FROM _anabranch_state",
                 [],
                 |row| {
                     let epoch: Option<String> = row.get(1)?;
@@ -190,6 +201,12 @@ impl State {
                     let token: Vec<u8> = row.get(3)?;
                     Ok(State {
                         replica_id: row.get(0)?,
+                        chain_seq: row.get(9)?,
+                        settle: row
+                            .get::<_, Option<String>>(10)?
+                            .and_then(|settle| settle.parse().ok()),
+                        receipt_is_lost: false,
+                        token_id: row.get(11)?,
                         // Without a position that can be read, the token proves nothing.
                         resume_token: if position.is_some() { token.into() } else { Bytes::new() },
                         position,
@@ -239,13 +256,14 @@ impl State {
         connection
             .prepare_cached(
                 "INSERT INTO _anabranch_state(id, format, replica_id, epoch, lsn, resume_token, commit_time, \
-                 received_time, heartbeat_time, connected, caught_up, last_error) \
-                 VALUES(1, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11) \
+                 received_time, heartbeat_time, connected, caught_up, last_error, chain_seq, settle, token_id) \
+                 VALUES(1, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14) \
                  ON CONFLICT(id) DO UPDATE SET format = excluded.format, replica_id = excluded.replica_id, \
                  epoch = excluded.epoch, lsn = excluded.lsn, resume_token = excluded.resume_token, \
                  commit_time = excluded.commit_time, received_time = excluded.received_time, \
                  heartbeat_time = excluded.heartbeat_time, connected = excluded.connected, \
-                 caught_up = excluded.caught_up, last_error = excluded.last_error",
+                 caught_up = excluded.caught_up, last_error = excluded.last_error, \
+                 chain_seq = excluded.chain_seq, settle = excluded.settle, token_id = excluded.token_id",
             )?
             .execute(params![
                 FORMAT,
@@ -259,8 +277,30 @@ impl State {
                 self.connected,
                 self.caught_up,
                 self.last_error,
+                self.chain_seq,
+                self.settle.map(|settle| settle.to_string()),
+                self.token_id,
             ])
             .map(drop)
+    }
+
+    /// Takes over a token, which was given to this id.
+    pub(super) fn set_token(&mut self, token: Bytes) {
+        self.resume_token = token;
+        self.token_id = None;
+    }
+
+    /// Whether what was answered elsewhere has its effects in the file at this position.
+    pub(super) fn settles_at(&self, position: Position) -> bool {
+        self.settle.is_some_and(|settle| {
+            settle.epoch == position.epoch && status::reaches(position.lsn, settle.lsn)
+        })
+    }
+
+    /// Whether that can't be told any more: another history goes on, which may lack what was answered.
+    pub(super) fn settles_elsewhere(&self) -> bool {
+        let settle = self.settle.zip(self.position);
+        settle.is_some_and(|(settle, position)| settle.epoch != position.epoch)
     }
 
     /// Keeps an error for people to read.

@@ -55,7 +55,7 @@ use std::{
     time::Duration,
 };
 
-use anabranch_proto::record;
+use anabranch_proto::{Lsn, Nonce, record};
 pub use outcome::{Error, Outcome, Rejection};
 pub use rules::{Rule, Rules};
 
@@ -67,7 +67,7 @@ use self::{
     value::Param,
 };
 use super::{
-    setup::{ALREADY_CLAIMED, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED},
+    setup::{ALREADY_CLAIMED, CLAIMS_KEPT_DAYS, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED},
     sql::{self, Client},
     target::Target as Server,
 };
@@ -84,6 +84,9 @@ const WAIT_MAX: Duration = Duration::from_millis(20);
 
 /// As many transactions are sent together: one that fails makes those behind it be sent again.
 const TOGETHER_MAX: usize = 128;
+
+/// As many claims are forgotten by one statement.
+const PRUNED_AT_ONCE: i32 = 1000;
 
 /// As many rows are looked at by one statement after the effects.
 const CHECKED_AT_ONCE: usize = 1000;
@@ -125,6 +128,17 @@ const FLUSH: &str = "SELECT pg_catalog.pg_logical_emit_message(true, 'anabranch'
 const REJECT: &str = "SELECT anabranch.reject($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
      $6::pg_catalog.uuid[], $7::pg_catalog.int4, $8::pg_catalog.text, $9::pg_catalog.text, $10::pg_catalog.text, \
      $11::pg_catalog.text)";
+
+/// Which entries are claimed.
+const JUDGE: &str =
+    "SELECT nonce::pg_catalog.text, outcome, sqlstate FROM anabranch.judge($1::pg_catalog.uuid[])";
+
+/// Asked behind that, and durable by then: up to where that is in the WAL; and from when on claims are kept for sure.
+const JUDGED: &str = "SELECT pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text, \
+     greatest(0, floor(extract('epoch' from pg_catalog.now() - pg_catalog.make_interval(days => $1))))::pg_catalog.int8";
+
+/// Forgets claims that are too old, some at a time.
+const PRUNE: &str = "SELECT anabranch.prune($1, $2)";
 
 const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.int8)";
 
@@ -181,6 +195,28 @@ pub struct Applied {
     pub outcomes: Vec<Outcome>,
     /// Why there are not as many as transactions: what stopped the next one.
     pub error: Option<Error>,
+}
+
+/// What became of entries that were asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Judged {
+    /// Those that were answered.
+    pub claimed: Vec<Claimed>,
+    /// Of entries that were captured at or after this it is known; in seconds since 1970.
+    pub kept_since: u64,
+    /// Their effects are in the WAL up to here, durably.
+    pub lsn: Lsn,
+}
+
+/// An entry that was answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claimed {
+    /// Which.
+    pub nonce: Nonce,
+    /// As what it was rejected; `None`: it took effect.
+    pub outcome: Option<String>,
+    /// Why.
+    pub sqlstate: Option<String>,
 }
 
 /// What is to be done about a failure.
@@ -368,7 +404,7 @@ impl Writer {
                 Param::Text(seq.to_string()),
                 Param::Bytes(previous.to_vec()),
                 Param::Bytes(hash.to_vec()),
-                nonces(claimed),
+                nonces(claimed.iter().map(Entry::nonce)),
                 optional(rejection.entry.map(|entry| entry.to_string())),
                 text(&rejection.outcome),
                 text(&rejection.sqlstate),
@@ -398,6 +434,50 @@ impl Writer {
                 }
             }
         }
+    }
+
+    /// What became of entries, whichever copy of the file sent them.
+    pub async fn judge(&mut self, asked: &[Nonce]) -> Result<Judged, Error> {
+        self.usable()?;
+        let client = &self.client.client;
+        let judge = self.prepared.get(client, JUDGE).await.map_err(failed)?;
+        let rows = client
+            .query(&judge, &[&nonces(asked.iter().copied())])
+            .await;
+        let mut claimed = Vec::new();
+        for row in rows.map_err(failed)? {
+            let nonce = row.get::<_, &str>(0).replace('-', "");
+            let nonce = u128::from_str_radix(&nonce, 16);
+            let nonce = nonce.map_err(|_| Error::Definite("a nonce is no uuid".into()))?;
+            claimed.push(Claimed {
+                nonce: Nonce::from_bytes(nonce.to_be_bytes()),
+                outcome: row.get(1),
+                sqlstate: row.get(2),
+            });
+        }
+        // A claim is seen before it is durable: a crash could take it back behind what we say, and with it that WAL.
+        client.batch_execute(FLUSH).await.map_err(failed)?;
+        let judged = self.prepared.get(client, JUDGED).await.map_err(failed)?;
+        let days = CLAIMS_KEPT_DAYS as i32;
+        let row = client.query_one(&judged, &[&days]).await.map_err(failed)?;
+        let lsn = row.get::<_, &str>(0).parse();
+        Ok(Judged {
+            claimed,
+            kept_since: row.get::<_, i64>(1).cast_unsigned(),
+            lsn: lsn.map_err(|_| Error::Definite("an LSN can't be read".into()))?,
+        })
+    }
+
+    /// Forgets claims that are older than they are kept, some of them. True: there may be more.
+    pub async fn prune(&mut self) -> Result<bool, Error> {
+        self.usable()?;
+        let client = &self.client.client;
+        let statement = self.prepared.get(client, PRUNE).await.map_err(failed)?;
+        let days = CLAIMS_KEPT_DAYS as i32;
+        let row = client
+            .query_one(&statement, &[&days, &PRUNED_AT_ONCE])
+            .await;
+        Ok(row.map_err(failed)?.get::<_, i64>(0) >= i64::from(PRUNED_AT_ONCE))
     }
 
     /// Forgets rejections up to `seq`: the replica has them.
@@ -562,10 +642,8 @@ impl AsRef<LocalTransaction> for LocalTransaction {
 }
 
 /// An array of uuid.
-fn nonces(entries: &[Entry]) -> Param {
-    let all: Vec<_> = (entries.iter())
-        .map(|entry| entry.nonce().to_string())
-        .collect();
+fn nonces(nonces: impl Iterator<Item = Nonce>) -> Param {
+    let all: Vec<_> = nonces.map(|nonce| nonce.to_string()).collect();
     Param::Text(format!("{{{}}}", all.join(",")))
 }
 
@@ -588,7 +666,7 @@ async fn send(
             Param::Text(transaction.seq.to_string()),
             Param::Bytes(previous.to_vec()),
             Param::Bytes(transaction.hash.to_vec()),
-            nonces(transaction.claimed()),
+            nonces(transaction.claimed().iter().map(Entry::nonce)),
             Param::Text(replica.role.clone().unwrap_or_else(|| "none".into())),
             Param::Text(replica.claims_json.clone()),
         ],

@@ -6,11 +6,11 @@
 use std::{
     borrow::Cow,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anabranch_proto::{
-    HEARTBEAT_EVERY, SILENCE_MAX,
+    HEARTBEAT_EVERY, JUDGED_MAX, Nonce, SILENCE_MAX,
     v1::{self, write_down, write_up},
 };
 use bytes::{Bytes, BytesMut};
@@ -50,9 +50,14 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_s
 /// Ids that are leased at a time: what a program inserts in a busy hour offline, and little to lose with a file.
 const LEASE_IDS: u32 = 1_000;
 
+/// How often claims that are too old are looked for, where none were left over.
+const PRUNE_EVERY: Duration = Duration::from_secs(60);
+
 /// The connections that write.
 pub struct Writers {
     target: Target,
+    /// When claims are to be pruned next. Claims are made by those who do it, so it keeps up.
+    prune_due: Mutex<Instant>,
     /// As many as there may be.
     free: Arc<Semaphore>,
     /// Open, and used by nobody.
@@ -71,6 +76,7 @@ impl Writers {
     pub fn new(target: Target) -> Arc<Writers> {
         Arc::new(Writers {
             target,
+            prune_due: Mutex::new(Instant::now()),
             free: Arc::new(Semaphore::new(WRITERS_MAX)),
             idle: Mutex::default(),
         })
@@ -89,6 +95,28 @@ impl Writers {
             writer: Some(writer),
             _place: place,
         })
+    }
+
+    /// Prunes, if it is time.
+    async fn prune(&self) -> Result<(), writer::Error> {
+        let now = Instant::now();
+        {
+            let mut due = self
+                .prune_due
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            if *due > now {
+                return Ok(());
+            }
+            *due = now + PRUNE_EVERY;
+        }
+        if self.take().await?.writer().prune().await? {
+            *self
+                .prune_due
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = now;
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Writer>> {
@@ -125,6 +153,7 @@ pub(super) struct Call {
 /// What waits for its turn.
 enum Work {
     Transaction(Received, OwnedSemaphorePermit),
+    Judge(Vec<Nonce>),
     Settled(u64),
     Lease(v1::Lease),
 }
@@ -188,6 +217,10 @@ impl Call {
                 },
                 Some(write_up::Kind::Settled(seq)) => Work::Settled(seq),
                 Some(write_up::Kind::Lease(lease)) => Work::Lease(lease),
+                Some(write_up::Kind::Judge(judge)) => match asked(&judge.nonces) {
+                    Some(nonces) => Work::Judge(nonces),
+                    None => return Status::invalid_argument("nonces have 16 bytes, and are some"),
+                },
                 Some(write_up::Kind::Alive(_)) => continue,
                 Some(write_up::Kind::Hello(_)) | None => {
                     return Status::invalid_argument("WriteHello is said once, and first");
@@ -208,7 +241,8 @@ impl Call {
             let tried = held.writer().standing(&self.replica).await;
             drop(held);
             match tried {
-                Ok(standing) => break standing,
+                Ok(standing) => break Some(standing.unwrap_or((0, NO_HASH))),
+                Err(writer::Error::OtherSubject) => break None,
                 Err(error) => patience.after(error).await?,
             }
         };
@@ -218,8 +252,10 @@ impl Call {
             seq,
             hash: hash.to_vec().into(),
             transaction_bytes_max: self.transaction_bytes_max as u64,
+            other_subject: standing.is_none(),
         }))
         .await?;
+        // Whatever it sends now is refused at the claim.
         let mut batch = Vec::new();
         while waiting.recv_many(&mut batch, BATCH_MAX).await > 0 {
             let mut received = Vec::with_capacity(batch.len());
@@ -235,6 +271,7 @@ impl Call {
                     }
                     Work::Settled(seq) => settled = Some(seq),
                     Work::Lease(lease) => leases.push(lease),
+                    Work::Judge(nonces) => self.judge(&nonces).await?,
                 }
             }
             self.make(&mut answered, received).await?;
@@ -244,6 +281,9 @@ impl Call {
             for lease in leases {
                 let ids = self.lease(lease).await?;
                 self.say(write_down::Kind::Ids(ids)).await?;
+            }
+            if let Err(error) = self.writers.prune().await {
+                tracing::debug!(%error, "old claims could not be forgotten now");
             }
         }
         Ok(())
@@ -363,6 +403,38 @@ impl Call {
                 Err(error) => patience.after(error).await?,
             }
         }
+    }
+
+    /// Says what became of entries that a copy of the file may have sent.
+    async fn judge(&self, nonces: &[Nonce]) -> Result<(), Status> {
+        let mut patience = Patience::default();
+        let judged = loop {
+            let tried = match self.writers.take().await {
+                Ok(mut held) => held.writer().judge(nonces).await,
+                Err(error) => Err(error),
+            };
+            match tried {
+                Ok(judged) => break judged,
+                Err(error) => patience.after(error).await?,
+            }
+        };
+        tracing::warn!(
+            replica = self.replica.id,
+            asked = nonces.len(),
+            claimed = judged.claimed.len(),
+            "a replica's file was restored from a backup, or copied: told what is answered of its writes"
+        );
+        let claimed = judged.claimed.into_iter().map(|claimed| v1::Claimed {
+            nonce: claimed.nonce.to_bytes().to_vec().into(),
+            outcome: claimed.outcome.unwrap_or_default(),
+            sqlstate: claimed.sqlstate.unwrap_or_default(),
+        });
+        self.say(write_down::Kind::Judged(v1::WriteJudged {
+            claimed: claimed.collect(),
+            kept_since: judged.kept_since,
+            lsn: judged.lsn.0,
+        }))
+        .await
     }
 
     async fn settle(&self, seq: u64) -> Result<(), Status> {
@@ -505,10 +577,12 @@ impl Patience {
             error @ writer::Error::OtherSubject => {
                 return Err(Status::permission_denied(error.to_string()));
             }
+            // Only the replica can tell what else it has that was answered.
+            error @ writer::Error::AlreadyClaimed => {
+                return Err(Status::already_exists(error.to_string()));
+            }
             // Another call was faster, or the file is another one: what stands is told as a call begins.
-            error @ (writer::Error::OutOfOrder { .. }
-            | writer::Error::Forked { .. }
-            | writer::Error::AlreadyClaimed) => {
+            error @ (writer::Error::OutOfOrder { .. } | writer::Error::Forked { .. }) => {
                 return Err(Status::aborted(error.to_string()));
             }
         }
@@ -544,6 +618,16 @@ fn refused(outcome: &'static str, sqlstate: &str, message: String) -> Rejection 
         message,
         constraint: None,
     }
+}
+
+/// The nonces that are asked for, if they are that.
+fn asked(bytes: &[u8]) -> Option<Vec<Nonce>> {
+    let (nonces, rest) = bytes.as_chunks::<{ Nonce::BYTES }>();
+    let is_fine = rest.is_empty() && (1..=JUDGED_MAX).contains(&nonces.len());
+    is_fine.then(|| {
+        let nonces = nonces.iter().map(|bytes| Nonce::from_bytes(*bytes));
+        nonces.collect()
+    })
 }
 
 /// Puts pieces together.
@@ -641,6 +725,15 @@ mod tests {
                 .push(v1::LocalTransaction::default())
                 .is_err()
         );
+    }
+
+    #[test]
+    fn what_is_asked_for_is_some_whole_nonces() {
+        assert_eq!(asked(&[]), None);
+        assert_eq!(asked(&[0; 17]), None);
+        assert_eq!(asked(&[0; 32]).unwrap().len(), 2);
+        assert_eq!(asked(&vec![0; 16 * JUDGED_MAX]).unwrap().len(), JUDGED_MAX);
+        assert_eq!(asked(&vec![0; 16 * (JUDGED_MAX + 1)]), None);
     }
 
     #[test]

@@ -232,7 +232,7 @@ fn paced(file: &Path, count: i64) -> Vec<f64> {
     let failed = Arc::new(AtomicBool::new(false));
     let watching = {
         let failed = failed.clone();
-        thread::spawn(move || {
+        let eye = move || {
             let mut answered = Vec::with_capacity(count as usize);
             let began = Instant::now();
             while (answered.len() as i64) < count && !failed.load(Ordering::Relaxed) {
@@ -244,7 +244,9 @@ fn paced(file: &Path, count: i64) -> Vec<f64> {
                 thread::park_timeout(LOOK_EVERY);
             }
             answered
-        })
+        };
+        let thread = thread::Builder::new().name("eye".into());
+        thread.spawn(eye).expect("start a thread")
     };
     let began = Instant::now();
     let mut committed = Vec::with_capacity(count as usize);

@@ -10,6 +10,7 @@ mod failover;
 mod faults;
 mod harness;
 mod history;
+mod identity;
 mod ids;
 mod kills;
 mod large;

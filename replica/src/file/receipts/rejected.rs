@@ -9,6 +9,7 @@ use super::{
         Error, File,
         error::{self, Doing},
         grammar::Tables,
+        identity,
         layout::{self, Layout, Source},
         names::{self, quote},
         overlay::{self, Entry, Operation, Overlay},
@@ -62,8 +63,45 @@ pub(super) fn list(
             })
         })?
         .collect::<Result<_, _>>()?;
+    list_all(connection, &rejections)
+}
+
+/// The same of what was sent by another copy of the file.
+pub(super) fn list_judged(connection: &Connection, before: i64, now: i64) -> rusqlite::Result<()> {
+    let rejections: Vec<Rejection> = connection
+        .prepare_cached(
+            "SELECT seq, outcome, sqlstate, \
+             coalesce((SELECT merged FROM _anabranch_local AS l WHERE l.seq = j.seq), 0) FROM _anabranch_judged AS j \
+             WHERE seq > ?1 AND seq <= ?2 ORDER BY seq",
+        )?
+        .query_map([before, now], |row| {
+            let outcome: String = row.get(1)?;
+            let message = match &*outcome {
+                identity::UNKNOWN => {
+                    "nobody can tell any more whether another copy of this file sent it: look, then try it again or delete this row"
+                }
+                _ => "it was rejected when another copy of this file sent it",
+            };
+            Ok(Rejection {
+                seq: row.get(0)?,
+                entry: None,
+                outcome,
+                sqlstate: row.get(2)?,
+                message: Some(message.to_owned()),
+                constraint_name: None,
+                merged: row.get(3)?,
+            })
+        })?
+        .collect::<Result<_, _>>()?;
+    connection
+        .prepare_cached("DELETE FROM _anabranch_judged WHERE seq > ?1 AND seq <= ?2")?
+        .execute([before, now])?;
+    list_all(connection, &rejections)
+}
+
+fn list_all(connection: &Connection, rejections: &[Rejection]) -> rusqlite::Result<()> {
     let time = time_text(Timestamp::now());
-    for rejection in &rejections {
+    for rejection in rejections {
         tracing::warn!(
             txn = rejection.seq,
             sqlstate = rejection.sqlstate,

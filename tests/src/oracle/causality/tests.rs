@@ -133,14 +133,14 @@ fn found(sessions: &[Session]) -> BTreeSet<Broken> {
 
 /// The events of a session that are reads, with their order.
 fn read(sessions: &mut [Session], session: usize, which: usize) -> &mut Read {
-    let reads = sessions[session]
+    let mut reads = sessions[session]
         .events
         .iter_mut()
         .filter_map(|event| match event {
             Event::Read(read) => Some(read),
             Event::Wrote(_) => None,
         });
-    reads.skip(which).next().expect("so many reads")
+    reads.nth(which).expect("so many reads")
 }
 
 /// Changes a right history, and looks that this is found, maybe with others.
