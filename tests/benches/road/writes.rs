@@ -91,7 +91,10 @@ impl Writing {
             .await;
         database.execute("VACUUM ANALYZE items").await;
         let mut streamer = Streamer::config(&database)
-            .set("postgres.write_url", database.url_as("bench_login", "bench"))
+            .set(
+                "postgres.write_url",
+                database.url_as("bench_login", "bench"),
+            )
             .toml(SHAPE);
         for owner in 0..REPLICAS {
             let claims = serde_json::json!({
