@@ -336,6 +336,21 @@ fn a_reader_of_a_program_makes_no_way_impossible_only_while_it_lasts() {
 }
 
 #[test]
+fn a_checkpoint_waits_for_a_holder_that_is_older_than_what_was_read() {
+    let folder = Folder::new("");
+    let mut boundaries = folder.boundaries();
+    folder.own.execute_batch(&one("a")).unwrap();
+    assert_eq!(exact(&mut boundaries), [1]);
+    folder.own.execute_batch(&one("b")).unwrap();
+    // As if that was committed after the holder began, and before the length of the WAL was asked for.
+    boundaries.published = boundaries.wal.published(&boundaries.asking).unwrap();
+    boundaries.look().unwrap();
+    let mut shell = Shell::open(&folder.path());
+    let done = shell.run("PRAGMA wal_checkpoint(FULL);");
+    assert!(done[0].starts_with("0|"), "{done:?}");
+}
+
+#[test]
 fn a_transaction_that_captures_nothing_is_no_boundary() {
     let folder = Folder::new("");
     let mut boundaries = folder.boundaries();
