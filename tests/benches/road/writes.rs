@@ -54,6 +54,9 @@ const CONNECTIONS: usize = 8;
 /// Transactions that pgbench sends without waiting: as many as the streamer does of one replica at most.
 const PIPELINED: usize = 128;
 
+/// Claims are chained by hashes, and nobody minds if all are the same.
+const HASH: &str = "'\\x0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef'";
+
 const ITEMS: &str = "
     CREATE TABLE items (id bigint PRIMARY KEY, owner int NOT NULL, n int NOT NULL, note text NOT NULL);
     CREATE ROLE bench_login LOGIN NOINHERIT PASSWORD 'bench';
@@ -91,7 +94,10 @@ impl Writing {
             .await;
         database.execute("VACUUM ANALYZE items").await;
         let mut streamer = Streamer::config(&database)
-            .set("postgres.write_url", database.url_as("bench_login", "bench"))
+            .set(
+                "postgres.write_url",
+                database.url_as("bench_login", "bench"),
+            )
             .toml(SHAPE);
         for owner in 0..REPLICAS {
             let claims = serde_json::json!({
@@ -331,10 +337,11 @@ pub async fn pgbench(
     report: &mut Report,
 ) {
     let connections = connections.min(CONNECTIONS);
-    writing
-        .database
-        .execute("DELETE FROM anabranch.replicas WHERE replica LIKE 'pgbench%'")
-        .await;
+    let known = format!(
+        "INSERT INTO anabranch.replicas (replica, subject, seq, hash)
+           SELECT 'pgbench' || g, 'pgbench', 0, {HASH} FROM generate_series(0, {connections} - 1) g"
+    );
+    writing.database.execute(&known).await;
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("write.sql");
     std::fs::write(&file, script()).expect("write a script");
@@ -370,7 +377,6 @@ pub async fn pgbench(
 /// The statements of `streamer/src/postgres/writer.rs`, in as many transactions as are sent together.
 fn script() -> String {
     let mut script = String::from("\\startpipeline\n");
-    let zeroes = "'\\x0000000000000000000000000000000000000000000000000000000000000000'";
     for at in 1..=PIPELINED {
         let off = if at < PIPELINED {
             ", set_config('synchronous_commit', 'off', true)"
@@ -381,7 +387,7 @@ fn script() -> String {
             "\\set seq :seq + 1
              \\set id :client_id * {ROWS} + :seq % {ROWS}
              BEGIN READ WRITE;
-             SELECT anabranch.claim('pgbench' || :client_id, 'pgbench', :seq, {zeroes}, {zeroes}), set_config('role', 'bench_writer', true), set_config('request.jwt.claims', '{{\"sub\":\"pgbench\"}}', true){off};
+             SELECT anabranch.claim('pgbench' || :client_id, 'pgbench', :seq, {HASH}, {HASH}, ARRAY[gen_random_uuid()]), set_config('role', 'bench_writer', true), set_config('request.jwt.claims', '{{\"sub\":\"pgbench\"}}', true){off};
              WITH changed AS (UPDATE ONLY public.items AS t SET n = :seq::int4 WHERE t.id = :id::int8 AND ((t.owner = :client_id) IS TRUE) RETURNING 1) SELECT anabranch.refuse('update_missing', NULL) WHERE NOT EXISTS (SELECT FROM changed);
              SET CONSTRAINTS ALL IMMEDIATE;
              SET LOCAL ROLE NONE;
