@@ -607,9 +607,11 @@ impl Keeping {
     /// Looks for local transactions, and tells that there are some. What is not possible just now is tried at the next look.
     fn look(&mut self) -> Result<(), Error> {
         if unless_definite(self.file.look())?.unwrap_or_default() {
-            self.tell_local()?;
+            self.tell_local()
+        } else {
+            self.watch.found_nothing();
+            Ok(())
         }
-        Ok(())
     }
 
     fn tell_local(&mut self) -> Result<(), Error> {

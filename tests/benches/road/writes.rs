@@ -54,6 +54,9 @@ const CONNECTIONS: usize = 8;
 /// Transactions that pgbench sends without waiting: as many as the streamer does of one replica at most.
 const PIPELINED: usize = 128;
 
+/// Claims are chained by hashes, and nobody minds if all are the same.
+const HASH: &str = "'\\x0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef'";
+
 const ITEMS: &str = "
     CREATE TABLE items (id bigint PRIMARY KEY, owner int NOT NULL, n int NOT NULL, note text NOT NULL);
     CREATE ROLE bench_login LOGIN NOINHERIT PASSWORD 'bench';
@@ -326,7 +329,8 @@ fn add(cost: &mut Cost, streamer: &Streamer, replicas: &[Replica]) {
     );
 }
 
-/// The same statements by pgbench, sent in the same way: what this machine's Postgres can do, with nothing else running.
+/// The same statements by pgbench: what this machine's Postgres can do with nothing else running, where nobody waits for an
+/// answer before the last of many transactions, and where each statement waits for the one before.
 pub async fn pgbench(
     lab: &Lab,
     work: &'static str,
@@ -336,13 +340,29 @@ pub async fn pgbench(
     report: &mut Report,
 ) {
     let connections = connections.min(CONNECTIONS);
-    writing
-        .database
-        .execute("DELETE FROM anabranch.replicas WHERE replica LIKE 'pgbench%'")
-        .await;
+    for pipelined in [true, false] {
+        pgbench_once(lab, work, writing, connections, pipelined, total, report).await;
+    }
+}
+
+async fn pgbench_once(
+    lab: &Lab,
+    work: &'static str,
+    writing: &Writing,
+    connections: usize,
+    pipelined: bool,
+    total: u64,
+    report: &mut Report,
+) {
+    let known = format!(
+        "DELETE FROM anabranch.replicas WHERE subject = 'pgbench';
+         INSERT INTO anabranch.replicas (replica, subject, seq, hash)
+           SELECT 'pgbench' || g, 'pgbench', 0, {HASH} FROM generate_series(0, {connections} - 1) g"
+    );
+    writing.database.execute(&known).await;
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("write.sql");
-    std::fs::write(&file, script()).expect("write a script");
+    std::fs::write(&file, script(pipelined)).expect("write a script");
     let readable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(directory.path(), readable).expect("let the server's user read it");
     let rounds = (total / (connections * PIPELINED) as u64).max(1);
@@ -368,14 +388,21 @@ pub async fn pgbench(
     lab.source.tool("pgbench", database, &arguments).await;
     let took = began.elapsed();
     let made = rounds * (connections * PIPELINED) as u64;
-    let name = format!("limit: pgbench, {connections} connections");
+    let how = if pipelined {
+        "pipelined"
+    } else {
+        "step by step"
+    };
+    let name = format!("limit: pgbench, {connections} connections, {how}");
     report.rate(work, &name, made, took, lab.cost(before));
 }
 
 /// The statements of `streamer/src/postgres/writer.rs`, in as many transactions as are sent together.
-fn script() -> String {
-    let mut script = String::from("\\startpipeline\n");
-    let zeroes = "'\\x0000000000000000000000000000000000000000000000000000000000000000'";
+fn script(pipelined: bool) -> String {
+    let mut script = String::new();
+    if pipelined {
+        script += "\\startpipeline\n";
+    }
     for at in 1..=PIPELINED {
         let off = if at < PIPELINED {
             ", set_config('synchronous_commit', 'off', true)"
@@ -386,7 +413,7 @@ fn script() -> String {
             "\\set seq :seq + 1
              \\set id :client_id * {ROWS} + :seq % {ROWS}
              BEGIN READ WRITE;
-             SELECT anabranch.claim('pgbench' || :client_id, 'pgbench', :seq, {zeroes}, {zeroes}), set_config('role', 'bench_writer', true), set_config('request.jwt.claims', '{{\"sub\":\"pgbench\"}}', true){off};
+             SELECT anabranch.claim('pgbench' || :client_id, 'pgbench', :seq, {HASH}, {HASH}, ARRAY[gen_random_uuid()]), set_config('role', 'bench_writer', true), set_config('request.jwt.claims', '{{\"sub\":\"pgbench\"}}', true){off};
              WITH changed AS (UPDATE ONLY public.items AS t SET n = :seq::int4 WHERE t.id = :id::int8 AND ((t.owner = :client_id) IS TRUE) RETURNING 1) SELECT anabranch.refuse('update_missing', NULL) WHERE NOT EXISTS (SELECT FROM changed);
              SET CONSTRAINTS ALL IMMEDIATE;
              SET LOCAL ROLE NONE;
@@ -396,7 +423,9 @@ fn script() -> String {
 "
         );
     }
-    script += "\\endpipeline\n";
+    if pipelined {
+        script += "\\endpipeline\n";
+    }
     script
         .lines()
         .map(|line| format!("{}\n", line.trim()))

@@ -9,7 +9,8 @@
 //! lock, until our reader has gone to mark 0. That is possible as soon as all is written back, shortly after the last write.
 //!
 //! Our own commits can't be told from others'. They are many where the replica has a backlog, so one wake stands for
-//! all writes of [`PACE`].
+//! all writes of [`PACE`]. After one that found nothing it is [`IDLE_PACE`]: a program that writes next must not wait because
+//! of our own commits.
 
 use std::{
     ffi::OsString,
@@ -33,6 +34,9 @@ use super::super::Error;
 /// Two wakes are at least this far apart.
 pub const PACE: Duration = Duration::from_millis(5);
 
+/// The same after a wake that found nothing, which costs less.
+pub const IDLE_PACE: Duration = Duration::from_millis(1);
+
 /// The pause after a wake; it doubles from one to the next.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
@@ -54,6 +58,8 @@ pub struct Watch {
     due: Instant,
     heard: bool,
     woke: Instant,
+    /// As long at least until the next wake.
+    pace: Duration,
 }
 
 impl Watch {
@@ -96,6 +102,7 @@ impl Watch {
             due: now,
             heard: false,
             woke: now - PACE,
+            pace: PACE,
         };
         watch.watch_wal();
         Ok(watch)
@@ -127,7 +134,7 @@ impl Watch {
                 },
             }
         }
-        sleep_until(self.woke + PACE).await;
+        sleep_until(self.woke + self.pace).await;
         // What came meanwhile is looked at now.
         self.hear();
         self.heard = false;
@@ -135,8 +142,14 @@ impl Watch {
         self.wake();
     }
 
+    /// The wake that was last found nothing.
+    pub fn found_nothing(&mut self) {
+        self.pace = IDLE_PACE;
+    }
+
     fn wake(&mut self) {
         self.woke = Instant::now();
+        self.pace = PACE;
         self.due = self.woke + self.pause;
     }
 

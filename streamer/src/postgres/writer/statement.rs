@@ -421,40 +421,70 @@ impl Target {
     /// do not look, and then nobody knows whether it left the shape.
     pub fn check(&self, left: &[Left]) -> Option<Sql> {
         let shown = self.rule.shown()?;
-        let (mut arrays, mut names, mut condition) = (String::new(), String::new(), String::new());
+        let mut condition = String::new();
         for (i, &place) in self.key.iter().enumerate() {
-            let _ = write!(arrays, ", pg_catalog.unnest(${}::pg_catalog.text[])", i + 3);
-            let _ = write!(names, ", k{i}");
             let (and, name) = (if i == 0 { "" } else { " AND " }, self.name(place));
             let type_name = &self.facts.columns[place].type_name;
             let _ = write!(condition, "{and}t.{name} = k.k{i}::{type_name}");
         }
+        let (keys, params) = keys(left, self.key.len());
         let table = self.rule.qualified();
-        let entries: Vec<_> = left.iter().map(|left| left.entry.to_string()).collect();
-        let there = left.iter().map(|left| if left.there { "t" } else { "f" });
-        let mut params = vec![literal(entries.iter().map(String::as_str)), literal(there)];
-        for i in 0..self.key.len() {
-            params.push(literal(left.iter().map(|left| left.key[i].as_str())));
-        }
+        // Scalar subqueries are only run when a row is not seen: hardly ever.
+        let oid = format!("{}::pg_catalog.oid", self.rule.table.oid);
+        let active = format!("(SELECT pg_catalog.row_security_active({oid}))");
+        let shows = format!(
+            "(SELECT EXISTS (SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = {oid} AND y.polpermissive \
+             AND y.polcmd IN ('r', '*') AND EXISTS (SELECT FROM pg_catalog.unnest(y.polroles) AS r(oid) \
+                 WHERE CASE WHEN r.oid = 0 THEN true ELSE pg_catalog.pg_has_role(r.oid, 'USAGE') END)))"
+        );
         // OFFSET keeps the planner from looking at the whole table, whatever it believes about the arrays.
-        let oid = self.rule.table.oid;
         Some(Sql {
             text: format!(
                 "SELECT anabranch.refuse(CASE WHEN s.shown IS NOT NULL THEN '{OUT_OF_SHAPE}' \
-                     WHEN NOT p.active THEN '{GONE}' WHEN p.shows THEN '{HIDDEN}' ELSE '{UNREADABLE}' END, k.entry) \
-                 FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.int4[]), pg_catalog.unnest($2::pg_catalog.bool[]){arrays}) \
-                     AS k(entry, there{names}) \
-                 CROSS JOIN (SELECT pg_catalog.row_security_active({oid}::pg_catalog.oid) AS active, EXISTS ( \
-                     SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = {oid}::pg_catalog.oid AND y.polpermissive \
-                     AND y.polcmd IN ('r', '*') AND EXISTS (SELECT FROM pg_catalog.unnest(y.polroles) AS r(oid) \
-                         WHERE CASE WHEN r.oid = 0 THEN true ELSE pg_catalog.pg_has_role(r.oid, 'USAGE') END)) AS shows \
-                     OFFSET 0) AS p \
+                     WHEN NOT {active} THEN '{GONE}' WHEN {shows} THEN '{HIDDEN}' ELSE '{UNREADABLE}' END, k.entry) \
+                 FROM {keys} \
                  LEFT JOIN LATERAL (SELECT {shown} AS shown FROM ONLY {table} AS t WHERE {condition} OFFSET 0) AS s ON true \
-                 WHERE s.shown IS NOT TRUE AND (k.there OR s.shown IS NOT NULL OR p.active AND NOT p.shows)"
+                 WHERE s.shown IS NOT TRUE AND (k.there OR s.shown IS NOT NULL OR {active} AND NOT {shows})"
             ),
             params,
         })
     }
+}
+
+/// SQL for the keys, as a table `k`, and its parameters. A single one has no arrays: Postgres would plan the statement anew
+/// each time, as it does not know how long they are, and that takes five times as long as to run it.
+fn keys(left: &[Left], columns: usize) -> (String, Vec<Param>) {
+    let there = |left: &Left| if left.there { "t" } else { "f" };
+    if let [one] = left {
+        let mut params = vec![
+            Param::Text(one.entry.to_string()),
+            Param::Text(there(one).to_owned()),
+        ];
+        params.extend(one.key.iter().cloned().map(Param::Text));
+        let names: String = (0..columns)
+            .map(|i| format!(", ${}::pg_catalog.text AS k{i}", i + 3))
+            .collect();
+        let keys = format!(
+            "(SELECT $1::pg_catalog.int4 AS entry, $2::pg_catalog.bool AS there{names}) AS k"
+        );
+        return (keys, params);
+    }
+    let entries: Vec<_> = left.iter().map(|left| left.entry.to_string()).collect();
+    let mut params = vec![
+        literal(entries.iter().map(String::as_str)),
+        literal(left.iter().map(there)),
+    ];
+    let (mut arrays, mut names) = (String::new(), String::new());
+    for i in 0..columns {
+        let _ = write!(arrays, ", pg_catalog.unnest(${}::pg_catalog.text[])", i + 3);
+        let _ = write!(names, ", k{i}");
+        params.push(literal(left.iter().map(|left| left.key[i].as_str())));
+    }
+    let keys = format!(
+        "ROWS FROM (pg_catalog.unnest($1::pg_catalog.int4[]), pg_catalog.unnest($2::pg_catalog.bool[]){arrays}) \
+         AS k(entry, there{names})"
+    );
+    (keys, params)
 }
 
 /// Seen, and not shown.
