@@ -157,8 +157,9 @@ async fn a_program_may_write_more_or_less_than_its_role() {
             let rows = |schema: &str| {
                 format!("SELECT string_agg(t::text, E'\\n' ORDER BY id) FROM {schema}.{table} t")
             };
-            let (here, there) = (edge.text(&rows("public")), edge.text(&rows("oracle")));
-            assert_eq!(here.await, there.await, "{rights}\n{writes:#?}");
+            let here = edge.text(&rows("public")).await;
+            let there = edge.text(&rows("oracle")).await;
+            assert_eq!(here, there, "{rights}\n{writes:#?}");
             counts.count(&ours);
         }
     }
