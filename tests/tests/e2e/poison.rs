@@ -55,7 +55,7 @@ const BAD: &[(&str, &str, &str, Option<&str>)] = &[
         None,
     ),
     (
-        "UPDATE t SET day = 'tomorrow?' WHERE id = 1",
+        "UPDATE t SET day = 'some day' WHERE id = 1",
         "22007",
         "error",
         None,
