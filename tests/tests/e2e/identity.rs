@@ -1,5 +1,7 @@
 //! A file restored from a backup, copied to a second node, or run twice: no write is lost, none is made twice.
 
+mod ledger;
+
 use std::path::{Path, PathBuf};
 
 use anabranch_tests::{
@@ -97,6 +99,10 @@ fn copy(from: &Path, to: &Path) {
 
 fn text(file: &Path, sql: &str) -> String {
     let connection = Connection::open(file).unwrap();
+    // The first to open a file that was put back recovers its WAL.
+    connection
+        .busy_timeout(std::time::Duration::from_secs(5))
+        .unwrap();
     connection.query_row(sql, [], |row| row.get(0)).unwrap()
 }
 
