@@ -30,7 +30,8 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 ///
 /// - 1: first version.
 /// - 2: local writes: the call `Write`; tables with a purpose, which an older replica would show to programs.
-/// - 3: entries have a nonce, and the hash covers what their tables are; a replica asks what became of its entries elsewhere.
+/// - 3: entries have a nonce, and the hash covers what their tables are; a replica asks what became of its entries elsewhere;
+///   defaults of columns, and leases of ids.
 pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Largest gRPC message either side sends or accepts. A row above it travels in pieces, so this bounds

@@ -224,6 +224,16 @@ impl Board {
             .send_modify(|status| status.replica_id = replica_id.into());
     }
 
+    /// Local writes can't be sent now, and why; `None`: they can, or there is no reason any more to say so.
+    pub fn writes_wait(&self, why: Option<&str>) {
+        let why: Option<Arc<str>> = why.map(|why| format!("local writes wait: {why}").into());
+        self.status.send_if_modified(|status| {
+            let is_new = status.writes_error != why;
+            status.writes_error = why;
+            is_new
+        });
+    }
+
     /// Something is wrong with the file.
     pub fn trouble(&self, why: &str) {
         self.status

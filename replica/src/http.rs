@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     board::Board,
+    file::{Decision, Which},
     keeper::{Flushed, Keeper},
     status::now,
     wait::{Outcome, Target},
@@ -68,8 +69,10 @@ pub fn router(view: View) -> Router {
         .route("/wait", get(wait))
         .route("/changes", get(changes))
         .route("/flush", post(flush))
+        .route("/rejected/retry", post(retry))
+        .route("/rejected/discard", post(discard))
         .fallback(async || {
-            let known = "/status /healthz /readyz /metrics /changes /wait /flush";
+            let known = "/status /healthz /readyz /metrics /changes /wait /flush /rejected/retry /rejected/discard";
             refuse(
                 StatusCode::NOT_FOUND,
                 format!("there is no such page; there are {known}"),
@@ -78,7 +81,7 @@ pub fn router(view: View) -> Router {
         .method_not_allowed_fallback(async || {
             refuse(
                 StatusCode::METHOD_NOT_ALLOWED,
-                "what acts (/flush) is asked for by POST, all else by GET".into(),
+                "what acts (/flush, /rejected/…) is asked for by POST, all else by GET".into(),
             )
         })
         .layer(middleware::from_fn_with_state(view.clone(), check_host))
@@ -233,6 +236,44 @@ async fn flush(State(view): State<View>, RawQuery(query): RawQuery) -> Response 
     (status, Json(body)).into_response()
 }
 
+/// Makes rejected changes again.
+async fn retry(State(view): State<View>, RawQuery(query): RawQuery) -> Response {
+    decide(&view, query, Decision::Retry).await
+}
+
+/// Forgets rejected changes.
+async fn discard(State(view): State<View>, RawQuery(query): RawQuery) -> Response {
+    decide(&view, query, Decision::Discard).await
+}
+
+async fn decide(view: &View, query: Option<String>, decision: Decision) -> Response {
+    let which = match parse_which(query.as_deref().unwrap_or_default()) {
+        Ok(which) => which,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, error),
+    };
+    match view.keeper.decide(which, decision).await {
+        Ok(Ok(0)) => {
+            let error = "no such row is in _anabranch_rejected";
+            refuse(StatusCode::NOT_FOUND, error.into())
+        }
+        Ok(Ok(changes)) => Json(json!({ "changes": changes })).into_response(),
+        Ok(Err(why)) => refuse(StatusCode::SERVICE_UNAVAILABLE, why),
+        Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "stopping".into()),
+    }
+}
+
+fn parse_which(query: &str) -> Result<Which, String> {
+    const RIGHT: &str = "write ?id=7 for a row of _anabranch_rejected, or ?txn=3 for a transaction";
+    let (key, value) = query.split_once('=').unwrap_or((query, ""));
+    let which = match key {
+        "id" => Which::Change,
+        "txn" => Which::Transaction,
+        _ => return Err(RIGHT.into()),
+    };
+    let number = value.parse::<i64>().map_err(|_| RIGHT)?;
+    Ok(which(number))
+}
+
 fn parse_flush(query: &str) -> Result<Duration, String> {
     let mut timeout = None;
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -342,6 +383,15 @@ mod tests {
         }
         assert!(is_ours("localhost", 80));
         assert!(is_ours("[::1]", 80));
+    }
+
+    #[test]
+    fn what_is_to_be_decided_on_is_guessed() {
+        assert_eq!(parse_which("id=7"), Ok(Which::Change(7)));
+        assert_eq!(parse_which("txn=3"), Ok(Which::Transaction(3)));
+        for query in ["", "id", "id=", "id=x", "id=1&txn=2", "key=1", "id=1%20"] {
+            assert!(parse_which(query).is_err(), "{query}");
+        }
     }
 
     #[test]

@@ -8,8 +8,9 @@
 //! Each stream has a number, its *generation*. The file is told `begin_stream` before the first message of a stream, and
 //! messages of any other generation are thrown away: late frames of an old connection can't come after a new one.
 
+mod noted;
+
 use std::{
-    collections::VecDeque,
     ops::ControlFlow,
     sync::{Arc, atomic::Ordering},
     thread::JoinHandle,
@@ -31,20 +32,18 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     board::{Board, Heard},
     config::Timing,
-    file::{self, Applied, Error, File, Judgement, Local, Rejected, Settings, TableState, Watch},
+    file::{
+        self, Applied, Decision, Error, File, Judgement, Local, Rejected, Settings, TableState,
+        Watch, Which,
+    },
 };
+use noted::Noted;
 
 /// Commands that wait at most; messages are bounded by their bytes before that.
 const COMMANDS_MAX: usize = 1_024;
 
 /// The channel counts in units of this.
 const QUEUE_UNIT_BYTES: usize = 1_024;
-
-/// Answered writes are kept as long as this: should Postgres lose them with a failover, they are sent again.
-const ANSWERED_KEPT: Duration = Duration::from_secs(3_600);
-
-/// How often the position is noted for that.
-const NOTE_EVERY: Duration = Duration::from_secs(60);
 
 /// The file is looked at at least this often: what nobody told, and so that our reader of the WAL gets out of the way of a
 /// program's checkpoint.
@@ -75,6 +74,13 @@ enum Command {
         queued: Queued,
     },
     Ended,
+    /// Decide on rejected changes.
+    Decide {
+        which: Which,
+        decision: Decision,
+        /// How many there were, or why that can't be done now.
+        decided: oneshot::Sender<Result<u64, String>>,
+    },
     /// Look for local writes now.
     Look {
         looked: oneshot::Sender<Local>,
@@ -99,6 +105,15 @@ enum Command {
     Adopt {
         judgement: Option<Judgement>,
         adopted: oneshot::Sender<Result<bool, String>>,
+    },
+    /// Which tables should have more ids.
+    LeasesWanted {
+        wanted: oneshot::Sender<Vec<(String, String)>>,
+    },
+    /// Ids were leased.
+    Lease {
+        ids: v1::Ids,
+        kept: oneshot::Sender<()>,
     },
 }
 
@@ -273,6 +288,22 @@ impl Keeper {
         done.await.map_err(|_| Gone)
     }
 
+    /// Decides on rejected changes. Says how many there were, or why that can't be done now.
+    pub async fn decide(
+        &self,
+        which: Which,
+        decision: Decision,
+    ) -> Result<Result<u64, String>, Gone> {
+        let (decided, done) = oneshot::channel();
+        let command = Command::Decide {
+            which,
+            decision,
+            decided,
+        };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
     /// What became of the local transactions that were not answered then.
     pub async fn flushed(&self, since: Local) -> Result<Flushed, Gone> {
         let (flushed, done) = oneshot::channel();
@@ -301,11 +332,27 @@ impl Keeper {
         done.await.map_err(|_| Gone)
     }
 
+    /// Which tables should have more ids leased, by schema and name in Postgres.
+    pub async fn leases_wanted(&self) -> Result<Vec<(String, String)>, Gone> {
+        let (wanted, done) = oneshot::channel();
+        let command = Command::LeasesWanted { wanted };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
     /// Gives the file a new id, and ends the stream. False: it was asked for only if nothing is pending (no judgement), and
     /// something is.
     pub async fn adopt(&self, judgement: Option<Judgement>) -> Result<Result<bool, String>, Gone> {
         let (adopted, done) = oneshot::channel();
         let command = Command::Adopt { judgement, adopted };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// Offers ids to programs.
+    pub async fn lease(&self, ids: v1::Ids) -> Result<(), Gone> {
+        let (kept, done) = oneshot::channel();
+        let command = Command::Lease { ids, kept };
         self.commands.send(command).await.map_err(|_| Gone)?;
         done.await.map_err(|_| Gone)
     }
@@ -355,7 +402,7 @@ fn keep(
             collecting: false,
             caught_up_told: false,
             last_report: None,
-            noted: VecDeque::new(),
+            noted: Noted::default(),
         }
         .run(inbox)
         .await
@@ -413,8 +460,8 @@ struct Keeping {
     /// The log says once for each stream that it has caught up.
     caught_up_told: bool,
     last_report: Option<Instant>,
-    /// Where the file was at some moments of the last [`ANSWERED_KEPT`].
-    noted: VecDeque<(Instant, Lsn)>,
+    /// For how long answered writes are kept.
+    noted: Noted,
 }
 
 impl Keeping {
@@ -512,6 +559,33 @@ impl Keeping {
                 let _ = adopted.send(or_say(done)?);
                 Ok(ControlFlow::Continue(()))
             }
+            Command::Decide {
+                which,
+                decision,
+                decided,
+            } => {
+                let count = match self.file.decide(which, decision) {
+                    Err(Error::Definite(why)) => return Err(Error::Definite(why)),
+                    Err(error) => Err(error.to_string()),
+                    Ok(count) => Ok(count),
+                };
+                self.look()?;
+                self.tell_local()?;
+                let _ = decided.send(count);
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::LeasesWanted { wanted } => {
+                let _ =
+                    wanted.send(unless_definite(self.file.leases_wanted())?.unwrap_or_default());
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Lease { ids, kept } => {
+                // Those that can't be kept are lost, and others are asked for.
+                unless_definite(self.file.lease(&ids))?;
+                self.tell_local()?;
+                let _ = kept.send(());
+                Ok(ControlFlow::Continue(()))
+            }
             Command::Look { looked } => {
                 self.look()?;
                 let local = *self.board.local.borrow();
@@ -548,10 +622,15 @@ impl Keeping {
     fn outgoing(&mut self, after: Outgoing, bytes_max: usize) -> Result<Read, Error> {
         let mut from = match after {
             Outgoing::On(from) => from,
-            Outgoing::After(seq, hash) => match self.file.go_on(seq, &hash)? {
-                Some(from) => from,
-                None => return Ok(Err(Unsent::Forked)),
-            },
+            Outgoing::After(seq, hash) => {
+                let on = self.file.go_on(seq, &hash)?;
+                // It may have dispelled a doubt.
+                self.tell_local()?;
+                match on {
+                    Some(from) => from,
+                    None => return Ok(Err(Unsent::Forked)),
+                }
+            }
         };
         let pieces = self.file.outgoing(&mut from, bytes_max)?;
         Ok(Ok((pieces, Outgoing::On(from))))
@@ -688,28 +767,20 @@ impl Keeping {
         {
             self.report()?;
         }
-        if stopped_within(&self.cancel, *pause).await {
-            return Ok(ControlFlow::Break(()));
+        let end = tokio::time::sleep(*pause);
+        tokio::pin!(end);
+        let cancel = self.cancel.clone();
+        loop {
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => return Ok(ControlFlow::Break(())),
+                () = &mut end => break,
+                // A program's checkpoint may be what the file waits for, and that may wait for our reader.
+                () = self.watch.changed() => self.look()?,
+            }
         }
         *pause = (*pause * 2).min(self.timing.file_retry.1);
         Ok(ControlFlow::Continue(()))
-    }
-
-    /// Up to where answered writes may be forgotten: where the file was long enough ago.
-    fn forgettable(&mut self) -> Option<Lsn> {
-        let now = Instant::now();
-        let is_due = |(noted, _): &(Instant, Lsn)| now - *noted >= NOTE_EVERY;
-        if let Some(position) = self.file.position()
-            && self.noted.back().is_none_or(is_due)
-        {
-            self.noted.push_back((now, position.lsn));
-        }
-        let is_old = |(noted, _): &(Instant, Lsn)| now - *noted >= ANSWERED_KEPT;
-        let mut forget = None;
-        while self.noted.front().is_some_and(is_old) {
-            forget = self.noted.pop_front().map(|(_, lsn)| lsn);
-        }
-        forget
     }
 
     /// Writes the state row. A file that is locked now is no trouble: the next heartbeat comes.
@@ -717,10 +788,10 @@ impl Keeping {
         let (connected, last_error) = {
             let status = self.board.watch();
             let status = status.borrow();
-            (status.connected, status.last_error.clone())
+            (status.connected, status.trouble())
         };
         self.last_report = Some(Instant::now());
-        let forget = self.forgettable();
+        let forget = self.noted.forgettable(Instant::now(), self.file.position());
         unless_definite(self.file.tidy(forget))?;
         match self.file.report(connected, last_error.as_deref()) {
             Ok(()) => {}

@@ -37,6 +37,8 @@ pub struct Status {
     pub rejected: u64,
     /// What last went wrong, until something goes right again.
     pub last_error: Option<Arc<str>>,
+    /// Why local writes wait, until they don't.
+    pub writes_error: Option<Arc<str>>,
     /// The tables of the file.
     pub tables: Arc<[TableState]>,
     /// Transactions applied since the start.
@@ -78,6 +80,14 @@ impl Status {
         }
     }
 
+    /// What last went wrong: of the stream, or else of local writes.
+    pub fn trouble(&self) -> Option<Arc<str>> {
+        self.last_error
+            .as_ref()
+            .or(self.writes_error.as_ref())
+            .cloned()
+    }
+
     /// As `/status` tells it.
     pub fn to_json(&self, now: i64, streamer: &str, database: &str) -> Value {
         json!({
@@ -98,7 +108,7 @@ impl Status {
             "lag_ms": self.lag(now).map(|lag| lag.as_millis() as u64),
             "pending": self.pending,
             "rejected": self.rejected,
-            "last_error": self.last_error.as_deref(),
+            "last_error": self.trouble().as_deref(),
             "tables": self.tables.iter().map(|table| json!({
                 "table": table.name,
                 "state": table.state,

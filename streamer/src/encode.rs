@@ -12,7 +12,7 @@ use crate::{
     delta::Op,
     engine::Source,
     receipts,
-    table::{Column, Table},
+    table::{Column, Defaults, LeftOut, Table},
     write::{Conflict, Policy},
 };
 
@@ -36,7 +36,8 @@ impl Encoder {
         self.push(v1::element::Kind::Begin(v1::Begin { first, reset }), 0);
     }
 
-    /// Declares a table with the columns at `columns`. `policy`: how conflicts are settled.
+    /// Declares a table with the columns at `columns`. `policy`: how conflicts are settled; `defaults`: what columns hold
+    /// that an INSERT leaves out.
     pub fn table(
         &mut self,
         id: u32,
@@ -44,11 +45,17 @@ impl Encoder {
         columns: &[usize],
         writable: bool,
         policy: Option<&Policy>,
+        defaults: &Defaults,
     ) {
         let place = |column: &usize| columns.iter().position(|other| other == column);
         let key_position = |column: usize| {
             let at = table.key.iter().position(|key| *key == column);
             at.map_or(0, |at| at as u32 + 1)
+        };
+        let of_table = defaults.get(&table.oid);
+        let left_out = |column: &Column| {
+            let left_out = of_table.and_then(|of_table| of_table.get(&column.attnum));
+            left_out.unwrap_or(&LeftOut::Null)
         };
         let declared = v1::Table {
             id,
@@ -58,7 +65,11 @@ impl Encoder {
                 .iter()
                 .map(|at| v1::Column {
                     conflict: conflict(policy, &table.columns[*at].name).into(),
-                    ..declare(&table.columns[*at], key_position(*at))
+                    ..declare(
+                        &table.columns[*at],
+                        key_position(*at),
+                        left_out(&table.columns[*at]),
+                    )
                 })
                 .collect(),
             indexes: table
@@ -207,15 +218,29 @@ fn conflict(policy: Option<&Policy>, column: &str) -> v1::Conflict {
     }
 }
 
-fn declare(column: &Column, key_position: u32) -> v1::Column {
+fn declare(column: &Column, key_position: u32, left_out: &LeftOut) -> v1::Column {
     let storage = column.kind.storage();
+    let default = match left_out {
+        LeftOut::Null => v1::DefaultKind::None,
+        LeftOut::Value(_) => v1::DefaultKind::Value,
+        LeftOut::Now => v1::DefaultKind::Now,
+        LeftOut::Uuid => v1::DefaultKind::Uuid,
+        LeftOut::Sequence => v1::DefaultKind::Sequence,
+        LeftOut::Other => v1::DefaultKind::Other,
+    };
+    let default_value = match left_out {
+        LeftOut::Value(record) => Bytes::copy_from_slice(record),
+        _ => Bytes::new(),
+    };
     v1::Column {
         name: column.name.clone(),
         postgres_type: column.postgres_type.clone(),
         storage: storage.into(),
-        // A NaN is NULL in SQLite.
-        not_null: column.not_null && storage != v1::Storage::Real,
+        // A NaN is NULL in SQLite; and so is what only Postgres can fill in.
+        not_null: column.not_null && storage != v1::Storage::Real && *left_out != LeftOut::Other,
         key_position,
+        default_kind: default.into(),
+        default_value,
         ..v1::Column::default()
     }
 }

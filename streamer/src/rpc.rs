@@ -3,6 +3,7 @@
 //!
 //! Nothing about the replica is believed but its verified token of access and its authenticated resume token.
 
+mod budget;
 mod write;
 
 use std::{
@@ -25,7 +26,10 @@ use tokio_stream::{Stream, StreamExt};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Request, Response, Status, Streaming};
 
-pub use self::write::{WRITERS_MAX, Writers};
+pub use self::{
+    budget::Budgets,
+    write::{WRITERS_MAX, Writers},
+};
 use crate::{
     auth::{Principal, Verifier},
     config::Role,
@@ -36,6 +40,7 @@ use crate::{
     receipts,
     session::{Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total},
     shape::{BindError, Bound, Shape},
+    table::Defaults,
     token,
 };
 
@@ -66,6 +71,8 @@ pub struct Core {
     pub inputs: Inputs,
     /// How far it is.
     pub progress: watch::Receiver<Progress>,
+    /// What columns hold that an INSERT leaves out.
+    pub defaults: watch::Receiver<Arc<Defaults>>,
     /// For catch-ups.
     pub readers: Arc<Readers>,
     /// Counts what the initial copy brings, if one is under way.
@@ -90,6 +97,8 @@ pub struct Writes {
     pub role: Option<Role>,
     /// A larger local transaction is rejected.
     pub transaction_bytes_max: usize,
+    /// How many ids are leased.
+    pub budgets: Arc<Budgets>,
 }
 
 /// The service.
@@ -162,6 +171,7 @@ impl Service {
             issue: Box::new(move |position| holder.issue(position, &fingerprints)),
             inputs: core.inputs.clone(),
             progress: core.progress.clone(),
+            defaults: core.defaults.clone(),
             readers: core.readers.clone(),
             copied: core.copied.clone(),
             zstd: hello.zstd,
@@ -298,6 +308,7 @@ impl v1::anabranch_server::Anabranch for Service {
             metrics: self.core.metrics.clone(),
             writers: writes.writers.clone(),
             transaction_bytes_max: writes.transaction_bytes_max,
+            budgets: writes.budgets.clone(),
             down,
         };
         let (over, ended) = oneshot::channel();

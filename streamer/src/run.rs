@@ -30,6 +30,7 @@ use crate::{
     session::{self, Readers, Total},
     source::{Retained, Source},
     start::{self, Opening},
+    table::Defaults,
     tls,
 };
 
@@ -149,6 +150,7 @@ async fn parts(
     let (inputs, taken) = mpsc::sync_channel(INPUTS_MAX);
     let (told, progress) = watch::channel(Progress::default());
     let (copied, copied_seen) = watch::channel(0);
+    let (defaults, _) = watch::channel(Arc::default());
     let parts = Parts {
         config,
         shared,
@@ -158,6 +160,7 @@ async fn parts(
         queues: Total::new(config.memory().queues_bytes_max),
         inputs,
         progress,
+        defaults: Arc::new(defaults),
         copied: copied_seen,
     };
     let result = parts.run(taken, told, copied).await;
@@ -182,6 +185,7 @@ struct Parts<'a> {
     queues: Arc<Total>,
     inputs: Inputs,
     progress: watch::Receiver<Progress>,
+    defaults: Arc<watch::Sender<Arc<Defaults>>>,
     copied: watch::Receiver<u64>,
 }
 
@@ -226,6 +230,7 @@ impl Parts<'_> {
             streaming: self.config.postgres.streaming,
             tables: Arc::new(started.tables),
             witnesses: started.witnesses,
+            defaults: self.defaults.clone(),
             spool_directory: self.config.data_dir.clone(),
             limits: self.limits(),
             inputs: self.inputs.clone(),
@@ -262,6 +267,7 @@ impl Parts<'_> {
     }
 
     fn grpc(&self, opening: Opening) -> Result<axum::Router, start::Error> {
+        self.defaults.send_replace(Arc::new(opening.defaults));
         let core = rpc::Core {
             verifier: self.shared.verifier.clone(),
             shapes: opening.shapes,
@@ -271,10 +277,12 @@ impl Parts<'_> {
                 writers: rpc::Writers::new(self.config.postgres.write_target.clone()),
                 role: self.config.auth.role.clone(),
                 transaction_bytes_max: self.config.memory().transaction_bytes_max,
+                budgets: Arc::default(),
             }),
             token_key: opening.token_key,
             inputs: self.inputs.clone(),
             progress: self.progress.clone(),
+            defaults: self.defaults.subscribe(),
             readers: Readers::new(opening.readers),
             copied: self.copied.clone(),
             queue_bytes_max: self.config.memory().queue_bytes_max,

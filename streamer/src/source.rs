@@ -20,6 +20,7 @@ use crate::{
     metrics::Metrics,
     mirror::{self, Mirror},
     postgres::{
+        catalog::defaults,
         check,
         history::{self, Remembered, Verdict},
         replication::Replication,
@@ -30,7 +31,7 @@ use crate::{
     },
     session,
     start::{WATCH_EVERY, watch},
-    table::{Oid, Table},
+    table::{Defaults, Oid, Table},
 };
 
 /// The first wait after a lost connection, at most; doubled each time up to [`BACKOFF_MAX`]. The wait is a random part
@@ -76,6 +77,8 @@ pub struct Source {
     pub tables: Arc<HashMap<Oid, Arc<Table>>>,
     /// The witness of each, as of the last look; the mirror has the same.
     pub witnesses: BTreeMap<Oid, Witness>,
+    /// What columns hold that an INSERT leaves out, as of the last look.
+    pub defaults: Arc<watch::Sender<Arc<Defaults>>>,
     /// In-progress transactions are spooled here.
     pub spool_directory: PathBuf,
     /// Bounds of memory.
@@ -247,15 +250,32 @@ impl Source {
         }
         let tables: Vec<_> = self.tables.values().cloned().collect();
         let found = watch(client, &self.publication, &tables, &self.witnesses).await?;
+        let tables: Vec<_> = (tables.into_iter())
+            .filter(|table| found.stop.iter().all(|(stopped, _)| *stopped != table.oid))
+            .collect();
         for (table, reason) in found.stop {
             session::send(&self.inputs, Input::Stop(table, reason));
         }
+        self.look_at_defaults(client, &tables).await?;
         if found.witnesses != self.witnesses {
             let witnesses = found.witnesses.clone();
             self.mirror(move |mirror| Remembered::witnesses(mirror, &witnesses))
                 .await?;
             self.witnesses = found.witnesses;
         }
+        Ok(())
+    }
+
+    /// Tells sessions what columns hold that an INSERT leaves out, where that changed.
+    async fn look_at_defaults(&self, client: &Client, tables: &[Arc<Table>]) -> Result<(), Error> {
+        let now = defaults::read(&client.client, tables.iter().map(|table| &**table)).await?;
+        self.defaults.send_if_modified(|known| {
+            let is_new = (now.iter()).any(|(table, of_table)| known.get(table) != Some(of_table));
+            if is_new {
+                Arc::make_mut(known).extend(now);
+            }
+            is_new
+        });
         Ok(())
     }
 

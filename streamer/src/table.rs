@@ -3,6 +3,8 @@
 //! A table's identity is its OID, never its name. [`Table`] is made by `postgres::catalog` from the system
 //! catalogs, kept by the mirror, and shared, unchanged, by everything that handles its rows.
 
+use std::collections::{BTreeMap, HashMap};
+
 use anabranch_proto::v1::Storage;
 use serde::{Deserialize, Serialize};
 
@@ -119,6 +121,28 @@ pub enum Kind {
     /// Any other type, in Postgres' own text.
     Other,
 }
+
+/// What Postgres puts into a column that an INSERT leaves out, as far as SQLite can do the same.
+///
+/// Not a part of [`Column`]: it has no meaning for rows that are there, and changes without a word in the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LeftOut {
+    /// NULL.
+    Null,
+    /// A constant: a record of it.
+    Value(Vec<u8>),
+    /// The time.
+    Now,
+    /// A random uuid.
+    Uuid,
+    /// The next of a sequence, of a key of one integer column.
+    Sequence,
+    /// What only Postgres knows.
+    Other,
+}
+
+/// By table, and by `attnum`; NULL where there is nothing.
+pub type Defaults = HashMap<Oid, BTreeMap<i16, LeftOut>>;
 
 /// A secondary index that replicas get too, as a plain one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

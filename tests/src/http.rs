@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use http_body_util::{BodyExt, Full};
-use hyper::{Request, Response, body::Incoming, header};
+use hyper::{Request, Response, body::Incoming, header, http::request::Builder};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
@@ -41,7 +41,16 @@ impl Answer {
 
 /// GETs a path, such as `/status`, from `host:port`.
 pub async fn get(address: &str, path: &str) -> anyhow::Result<Answer> {
-    let request = Request::get(path).body(Full::default())?;
+    ask(address, path, Request::get(path)).await
+}
+
+/// POSTs nothing to a path.
+pub async fn post(address: &str, path: &str) -> anyhow::Result<Answer> {
+    ask(address, path, Request::post(path)).await
+}
+
+async fn ask(address: &str, path: &str, request: Builder) -> anyhow::Result<Answer> {
+    let request = request.body(Full::default())?;
     let asked = async {
         let response = send(address, request).await?;
         let status = response.status().as_u16();
@@ -53,7 +62,7 @@ pub async fn get(address: &str, path: &str) -> anyhow::Result<Answer> {
     };
     tokio::time::timeout(ANSWER_WITHIN, asked)
         .await
-        .with_context(|| format!("no answer to GET {path}"))?
+        .with_context(|| format!("no answer to {path}"))?
 }
 
 /// Sends any request and gives the answer with its body unread: that of server-sent events has no end.

@@ -93,8 +93,8 @@ impl Faults {
         self.way(way).stall = true;
     }
 
-    /// Takes bytes and throws them away, as a half-open connection does. A connection that lost some can't be used
-    /// again, so cut it before healing.
+    /// Takes bytes and throws them away, as a half-open connection does. A connection that lost some is never healed: cut
+    /// it.
     pub fn swallow(&mut self, way: Way) {
         self.way(way).swallow = true;
     }
@@ -369,6 +369,8 @@ async fn pump(
     let mut under_way_bytes = 0;
     let mut sender_is_done = false;
     let (mut times, mut passed) = (0, 0u64);
+    // No network lets bytes through behind some that it lost: whoever heals while it is being cut would see that.
+    let mut lost = false;
     let mut buffer = vec![0; READ_BYTES_MAX];
     loop {
         let fault = {
@@ -399,7 +401,8 @@ async fn pump(
             () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() && !fault.stall => {
                 let (_, mut bytes) = under_way.pop_front().expect("it is due");
                 under_way_bytes -= bytes.len();
-                if fault.swallow {
+                lost |= fault.swallow;
+                if lost {
                     continue;
                 }
                 if let Some((budget, _)) = fault.cut_after {

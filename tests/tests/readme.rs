@@ -57,7 +57,7 @@ fn the_columns_of_the_readme_are_those_of_the_file() {
     drop(anabranch_replica::file::File::open(&settings).unwrap());
     let sqlite = rusqlite::Connection::open(&path).unwrap();
     for name in [
-        "status", "tables", "columns", "dropped", "outbox", "rejected",
+        "status", "tables", "columns", "dropped", "outbox", "rejected", "ids",
     ] {
         let name = format!("_anabranch_{name}");
         let sql = format!("SELECT name FROM pragma_table_info('{name}') ORDER BY cid");

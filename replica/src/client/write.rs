@@ -6,7 +6,12 @@
 //! Where the streamer knows something of this replica that the file does not, the file is a copy: then the call is for asking
 //! what became of what it has, and ends with a new id, under which all begins anew.
 
-use std::{convert::Infallible, time::Duration};
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anabranch_proto::{
     HEARTBEAT_EVERY, Lsn, MESSAGE_BYTES_TARGET, Nonce, PROTOCOL_VERSION,
@@ -21,7 +26,7 @@ use super::{
     retry::{Retry, random},
 };
 use crate::{
-    file::{Claim, Judged, Judgement},
+    file::{Claim, Judged, Judgement, Local},
     keeper::{Outgoing, Start, Unsent},
 };
 
@@ -33,6 +38,9 @@ pub(super) const CLAIMED: &str = "already_exists";
 
 /// Messages on their way into the connection.
 const MESSAGES_AHEAD: usize = 2;
+
+/// Ids that did not come are asked for again after this time: the streamer had none for us.
+const LEASE_AGAIN: Duration = Duration::from_secs(10);
 
 /// Why the call ended.
 enum Ended {
@@ -59,13 +67,14 @@ impl Client {
         let mut retry = Retry::new(&self.config.timing);
         let mut last_what = String::new();
         let mut is_copy = false;
+        // What an older call said of it says nothing of now.
+        self.board.writes_wait(None);
         loop {
             let mut local = self.board.local.subscribe();
-            if (local
-                .wait_for(|local| is_copy || local.in_doubt || local.assigned > local.answered))
-            .await
-            .is_err()
-            {
+            let is_due = |local: &Local| {
+                is_copy || local.in_doubt || local.assigned > local.answered || local.wants_ids
+            };
+            if local.wait_for(is_due).await.is_err() {
                 return std::future::pending().await;
             }
             let answered = local.borrow().answered;
@@ -82,6 +91,7 @@ impl Client {
                 last_what.clear();
             }
             self.board.metrics.failed(failure.cause);
+            self.board.writes_wait(Some(&failure.what));
             let pause = retry.pause(failure.pace, random());
             if failure.what != last_what {
                 let pause_ms = pause.as_millis() as u64;
@@ -121,13 +131,17 @@ impl Client {
             return failure.into();
         }
         let mut down = response.into_inner();
-        let ready = match next(&mut down, silence_max).await {
-            Ok(write_down::Kind::Ready(ready)) => ready,
-            Ok(_) => {
-                return Failure::soon("write", "the streamer did not say where writes stand")
-                    .into();
+        let ready = loop {
+            match next(&mut down, silence_max).await {
+                Ok(write_down::Kind::Ready(ready)) => break ready,
+                // It waits for Postgres itself.
+                Ok(write_down::Kind::Alive(_)) => {}
+                Ok(write_down::Kind::Ids(_) | write_down::Kind::Judged(_)) => {
+                    return Failure::soon("write", "the streamer did not say where writes stand")
+                        .into();
+                }
+                Err(failure) => return failure.into(),
             }
-            Err(failure) => return failure.into(),
         };
         if ready.other_subject {
             return self.leave().await;
@@ -145,9 +159,11 @@ impl Client {
             Err(Unsent::Forked) => return self.ask(&mut down, &messages).await,
             Err(Unsent::Trouble(what)) => return Failure::slow("write", what).into(),
         };
+        self.board.writes_wait(None);
+        let asked = Asked::default();
         tokio::select! {
-            ended = self.send(outgoing, messages) => ended,
-            ended = listen(&mut down, silence_max) => ended,
+            ended = self.send(outgoing, messages, &asked) => ended,
+            ended = self.listen(&mut down, silence_max, &asked) => ended,
         }
     }
 
@@ -167,7 +183,6 @@ impl Client {
             Ok(Ok(false)) => {
                 let what = "what is pending in this file was written with a token of another subject (sub): run the replica with such a \
                             token until it is answered; it is kept, and not sent";
-                self.board.trouble(what);
                 Failure::slow("other_subject", what).into()
             }
             Ok(Err(what)) => Failure::soon("file", what).into(),
@@ -221,21 +236,29 @@ impl Client {
                         Failure::slow("write", "the streamer named what is no nonce")
                     });
                 }
-                write_down::Kind::Ready(_) => {
+                write_down::Kind::Ready(_) | write_down::Kind::Ids(_) => {
                     return Err(Failure::soon(
                         "write",
-                        "the streamer said twice where writes stand",
+                        "the streamer said what it was not asked",
                     ));
                 }
             }
         }
     }
 
-    async fn send(&self, mut outgoing: Outgoing, messages: mpsc::Sender<v1::WriteUp>) -> Ended {
+    async fn send(
+        &self,
+        mut outgoing: Outgoing,
+        messages: mpsc::Sender<v1::WriteUp>,
+        asked: &Asked,
+    ) -> Ended {
         let mut local = self.board.local.subscribe();
         let mut settled = 0;
         loop {
             let now = *local.borrow_and_update();
+            if now.in_doubt {
+                return Failure::soon("write", "answers came that are not of this file").into();
+            }
             if now.settled > settled {
                 settled = now.settled;
                 if say(&messages, write_up::Kind::Settled(settled))
@@ -243,6 +266,17 @@ impl Client {
                     .is_none()
                 {
                     return over().await;
+                }
+            }
+            if now.wants_ids {
+                let Ok(wanted) = self.keeper.leases_wanted().await else {
+                    return Ended::Gone;
+                };
+                for (schema, table) in asked.due(wanted, Instant::now()) {
+                    let lease = write_up::Kind::Lease(v1::Lease { schema, table });
+                    if say(&messages, lease).await.is_none() {
+                        return over().await;
+                    }
                 }
             }
             let read = match self.keeper.outgoing(outgoing, READ_BYTES).await {
@@ -278,6 +312,58 @@ impl Client {
                 }
             }
         }
+    }
+
+    /// Until the call ends.
+    async fn listen(
+        &self,
+        down: &mut Streaming<v1::WriteDown>,
+        silence_max: Duration,
+        asked: &Asked,
+    ) -> Ended {
+        loop {
+            match next(down, silence_max).await {
+                Ok(write_down::Kind::Alive(_)) => {}
+                Ok(write_down::Kind::Ids(ids)) => {
+                    let table = (ids.schema.clone(), ids.table.clone());
+                    let came = !ids.blocks.is_empty();
+                    if self.keeper.lease(ids).await.is_err() {
+                        return Ended::Gone;
+                    }
+                    if came {
+                        asked.answered(table);
+                    }
+                }
+                Ok(write_down::Kind::Ready(_) | write_down::Kind::Judged(_)) => {
+                    return Failure::soon("write", "the streamer said what it was not asked")
+                        .into();
+                }
+                Err(failure) => return failure.into(),
+            }
+        }
+    }
+}
+
+/// When ids were asked for, by schema and name of the table. An answer with ids allows to ask again at once.
+#[derive(Default)]
+struct Asked(Mutex<HashMap<(String, String), Instant>>);
+
+impl Asked {
+    /// The tables that are to be asked for now.
+    fn due(&self, mut wanted: Vec<(String, String)>, now: Instant) -> Vec<(String, String)> {
+        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        wanted.retain(|table| {
+            let is_due = |at: &Instant| now.saturating_duration_since(*at) >= LEASE_AGAIN;
+            asked.get(table).is_none_or(is_due)
+        });
+        asked.extend(wanted.iter().map(|table| (table.clone(), now)));
+        wanted
+    }
+
+    /// Ids came.
+    fn answered(&self, table: (String, String)) {
+        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.remove(&table);
     }
 }
 
@@ -316,19 +402,6 @@ fn silent(silence_max: Duration) -> Failure {
         "silence",
         format!("nothing from the streamer for {silence_max:?} in the call for writes"),
     )
-}
-
-/// Until the call ends.
-async fn listen(down: &mut Streaming<v1::WriteDown>, silence_max: Duration) -> Ended {
-    loop {
-        match next(down, silence_max).await {
-            Ok(write_down::Kind::Alive(_)) => {}
-            Ok(write_down::Kind::Ready(_) | write_down::Kind::Judged(_)) => {
-                return Failure::soon("write", "the streamer said what it was not asked").into();
-            }
-            Err(failure) => return failure.into(),
-        }
-    }
 }
 
 async fn next(

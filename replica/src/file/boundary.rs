@@ -7,7 +7,7 @@
 //!
 //! - `wal`, `page`: the bytes of a `-wal` and of its pages. No I/O.
 //! - `reader`: snapshots, what SQLite tells of the WAL, and the file itself by a descriptor of our own.
-//! - `notify`: when to look.
+//! - `notify`: when to look. `following`: also while their thread waits for a lock.
 //!
 //! It does not assign numbers to local transactions, and does not read entries.
 //!
@@ -54,7 +54,7 @@
 //!
 //! A holder on marks 1 to 4 does no harm until everything is written back; then it is what keeps the WAL from being
 //! started over. So a look that finds everything written back lets the holder begin again, which gets it to mark 0. Where a
-//! program writes all the time there may be no such moment: [`Boundaries::make_way`] makes one.
+//! program writes all the time there may be no such moment: [`Following::make_way`] makes one.
 //!
 //! # Pages move
 //!
@@ -77,6 +77,7 @@
 //! then `make_durable` has it written back. A sync that failed is never taken back: the kernel may
 //! have dropped what it could not write, and would report success the next time.
 
+mod following;
 mod notify;
 mod page;
 mod reader;
@@ -92,6 +93,7 @@ use std::{
 
 use rusqlite::Connection;
 
+pub use following::Following;
 pub use notify::Watch;
 use reader::{Published, Scanned, Snapshot, Told, Wal};
 use wal::Resume;
@@ -191,10 +193,7 @@ impl Boundaries {
     /// Local transactions since the last look. Costs some microseconds if nothing happened. After an error nothing is lost: what was
     /// not told comes with the next look.
     pub fn look(&mut self) -> Result<Look, Error> {
-        self.wal.still_there()?;
-        if !self.is_idle()? {
-            self.follow()?;
-        }
+        self.go_on()?;
         let found = std::mem::take(&mut self.found);
         Ok(Look {
             ends: found.ends,
@@ -202,6 +201,15 @@ impl Boundaries {
             wal_pages: self.published.frames,
             is_pinned: self.is_pinned(),
         })
+    }
+
+    /// Reads on, so that the holder is in nobody's way; what is found is told by the next look.
+    fn go_on(&mut self) -> Result<(), Error> {
+        self.wal.still_there()?;
+        if !self.is_idle()? {
+            self.follow()?;
+        }
+        Ok(())
     }
 
     /// Waits until all that was told by now would survive a power cut; returns the newest id of which that is so. It is lower than
@@ -228,31 +236,26 @@ impl Boundaries {
         }
     }
 
-    /// Has the WAL written back, and gets out of the way, so that the next writer starts it over. Programs that write all the
-    /// time are held up for that, shortly: then `writer` takes the write lock, and waits for it as it always does. It must not be in a
-    /// transaction. False: a program that reads was in the way, or one that wrote for too long. What is found meanwhile comes with
-    /// the next look.
-    pub fn make_way(&mut self, writer: &Connection) -> Result<bool, Error> {
+    /// The first part of [`Following::make_way`]: most of the work, without a lock. True: that will do. It does unless it did
+    /// not the last time: a program that had begun to write before goes on in the same file.
+    fn make_way_beside_writers(&mut self) -> Result<bool, Error> {
         self.wal.still_there()?;
-        // Most of the work without a lock. That may do, unless it did not the last time: a program that had begun to
-        // write before goes on in the same file.
         let was = self.way.take();
-        if self.step_aside(Duration::ZERO)? {
-            let is_useless = was.is_some_and(|was| {
-                was.header == self.published.header && was.frames < self.published.frames
-            });
-            if !is_useless {
-                self.way = Some(self.published);
-                return Ok(true);
-            }
+        if !self.step_aside(Duration::ZERO)? {
+            return Ok(false);
         }
-        let write = match Write::begin(writer) {
-            Err(Error::Transient(_)) => return Ok(false),
-            begun => begun?,
-        };
-        let is_aside = self.step_aside(CHECKPOINT_WAIT_MAX);
-        drop(write);
-        is_aside
+        let is_useless = was.is_some_and(|was| {
+            was.header == self.published.header && was.frames < self.published.frames
+        });
+        if !is_useless {
+            self.way = Some(self.published);
+        }
+        Ok(!is_useless)
+    }
+
+    /// The second part, while nobody can write.
+    fn make_way_without_writers(&mut self, _write: &Write<'_>) -> Result<bool, Error> {
+        self.step_aside(CHECKPOINT_WAIT_MAX)
     }
 
     /// Writes back what there is now, and begins to read after that. A checkpoint of somebody else is waited for.

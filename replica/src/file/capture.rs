@@ -63,7 +63,7 @@ CREATE TABLE IF NOT EXISTS _anabranch_capture(
 
 /// Version of the SQL of the triggers, to be raised with each change to it: those that an earlier program made are no
 /// work of somebody who meddled.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What of a table's declaration its triggers are made of, and its entries are to be read with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +79,9 @@ pub(super) struct Captured {
     /// Places in `columns`, in the order of the key.
     pub key: Vec<usize>,
     is_rowid: bool,
+    /// Its key is taken from a lease.
+    #[serde(default)]
+    is_leased: bool,
     /// Why programs can't write it; `None`: they can.
     refusal: Option<String>,
 }
@@ -342,6 +345,7 @@ impl Captured {
                 .collect(),
             key: table.key.clone(),
             is_rowid: table.rowid().is_some(),
+            is_leased: table.is_leased(),
             refusal: None,
         };
         if !table.writable {
@@ -370,8 +374,16 @@ impl Captured {
             .key
             .first()
             .map_or("", |&place| &self.columns[place].name);
+        let how = match self.is_leased {
+            true => format!(
+                "; take it from _anabranch_ids: VALUES((SELECT next_id FROM _anabranch_ids WHERE table_name = {}), …), which \
+                 is NULL where no id is left until the replica is connected",
+                names::literal(&self.table)
+            ),
+            false => String::new(),
+        };
         format!(
-            "anabranch: a row of {} must be inserted with its {column}: one that SQLite makes up may be in use elsewhere",
+            "anabranch: a row of {} must be inserted with its {column}: one that SQLite makes up may be in use elsewhere{how}",
             self.table
         )
     }

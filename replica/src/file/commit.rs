@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use super::{
     Applied, Error, File,
     error::Doing,
+    leases,
     obstacle::Obstacle,
     replay::{Failure, Outcome, Replay},
     schema::{self, Catalog},
@@ -203,6 +204,8 @@ impl File {
         let read_anew = || {
             let write = Write::begin(connection)?;
             state::create(connection, &replica_id).doing("make our own tables")?;
+            // Since that state of the file was written its ids may have been used.
+            leases::drop_all(connection).doing("drop leased ids")?;
             let mut state = State {
                 replica_id,
                 resume_token: Bytes::new(),

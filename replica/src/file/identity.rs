@@ -25,7 +25,7 @@ pub use self::judge::{Claim, Judged, Judgement};
 use super::{
     Error, File, Outgoing,
     error::Doing,
-    layout,
+    layout, leases,
     names::quote,
     outbox::{NO_HASH, nonce, number},
     receipts,
@@ -146,6 +146,8 @@ impl File {
 
 /// What belongs to an id ends with it. Within the write transaction that brings the new one.
 fn on_new_identity(connection: &Connection, state: &State) -> rusqlite::Result<()> {
+    // The other copy uses them too.
+    leases::drop_all(connection)?;
     state.store(connection)
 }
 

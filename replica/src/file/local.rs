@@ -3,21 +3,18 @@
 //! `boundary` tells which entries were one transaction of a program, `outbox` numbers them, `receipts` says what became of
 //! them; here is the order in which that happens: found, durable, numbered, sent.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use anabranch_proto::Lsn;
 use bytes::Bytes;
 
 use super::{
-    Boundaries, Error, File, capture,
+    Error, File, capture,
     error::Doing,
     names, open, receipts,
     schema::{self, Catalog},
-    transaction::{self, LOCK_WAIT_MAX, Write},
+    transaction::Write,
 };
-
-/// How long the write lock is waited for where waiting may be what keeps it taken.
-const ASSIGN_WAIT_MAX: Duration = Duration::from_millis(20);
 
 /// Where local writes stand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,6 +31,8 @@ pub struct Local {
     pub rejected: u64,
     /// What came of answers is not of this file: the streamer is to be asked.
     pub in_doubt: bool,
+    /// Ids should be leased.
+    pub wants_ids: bool,
 }
 
 /// A rejected entry, for those who wait.
@@ -64,17 +63,13 @@ impl File {
         self.look_at_schema()?;
         if !self.captures()? {
             // Reading along in the WAL costs something, and there is nothing to find.
-            self.boundaries = None;
+            self.guard.following.stop();
             return Ok(false);
         }
-        let boundaries = match &mut self.boundaries {
-            Some(boundaries) => boundaries,
-            none => {
-                let (_, known) = super::outbox::assigned(&self.connection)?;
-                none.insert(Boundaries::open(&self.guard.path, known)?)
-            }
-        };
-        let look = boundaries.look()?;
+        let following = self.guard.following.clone();
+        let look = following.look(&self.guard.path, || {
+            super::outbox::assigned(&self.connection).map(|(_, known)| known)
+        })?;
         for (place, end) in look.ends.into_iter().enumerate() {
             self.found.ends.push((end, place == 0 && !look.proved));
         }
@@ -82,23 +77,20 @@ impl File {
             self.found.way_from = open::CHECKPOINT_PAGES;
         } else if look.wal_pages >= self.found.way_from {
             // A program that reads may be in the way: tried again when the WAL has grown some more.
-            boundaries.make_way(&self.connection)?;
+            following.make_way(&self.connection)?;
             self.found.way_from = look.wal_pages + open::CHECKPOINT_AGAIN_PAGES;
         }
         if self.found.ends.is_empty() {
             return Ok(false);
         }
-        let durable = boundaries.make_durable()?;
+        let durable = following.make_durable()?.unwrap_or_default();
         let mut ends = std::mem::take(&mut self.found.ends);
         let later = ends.split_off(ends.partition_point(|(end, _)| *end <= durable));
-        // A program's checkpoint may hold the lock and wait for our reader, which only the next look moves on.
-        transaction::wait_for_locks(&mut self.connection, ASSIGN_WAIT_MAX)?;
         let mut numbered = Ok(());
         for run in ends.chunk_by(|one, other| !one.1 && !other.1) {
             let last: Vec<i64> = run.iter().map(|(end, _)| *end).collect();
             numbered = numbered.and_then(|()| self.assign(&last, run[0].1));
         }
-        transaction::wait_for_locks(&mut self.connection, LOCK_WAIT_MAX)?;
         self.found.ends = later;
         if numbered.is_err() {
             // What was numbered is passed over the next time.
@@ -121,10 +113,8 @@ impl File {
     /// Writes the WAL back where it has become long. Our own reader, which follows it, must not be what keeps it long.
     pub(super) fn tend_wal(&mut self) -> Result<(), Error> {
         let is_behind = !self.state.caught_up;
-        if let Some(boundaries) = &mut self.boundaries
-            && self.guard.wal_is_to_be_emptied()
-        {
-            boundaries.make_way(&self.connection)?;
+        if self.guard.wal_is_to_be_emptied() {
+            self.guard.following.make_way(&self.connection)?;
         }
         self.guard.tend_wal(&mut self.connection, is_behind)
     }
@@ -193,11 +183,9 @@ impl File {
         let (assigned, _) = self.assigned()?;
         let (answered, _) = self.answered()?;
         let settled = self.rejected_up_to(answered).doing("read rejections")?;
-        if settled > 0
-            && let Some(boundaries) = &mut self.boundaries
-        {
+        if settled > 0 {
             // The streamer forgets them when it is told so.
-            boundaries.make_durable()?;
+            self.guard.following.make_durable()?;
         }
         let (pending, rejected): (i64, i64) = self
             .connection
@@ -212,6 +200,7 @@ impl File {
             in_doubt: receipts::is_in_doubt(&self.connection, &self.state)
                 .doing("look at receipts")?,
             settled: settled as u64,
+            wants_ids: !self.leases_wanted()?.is_empty(),
         })
     }
 

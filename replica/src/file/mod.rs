@@ -9,6 +9,7 @@
 //! ```
 //!
 //! - `table`, `names`: what the streamer declares, checked and turned into SQL; `grammar`: what may follow what.
+//! - `defaults`: what columns hold that an INSERT leaves out.
 //! - `queue`: elements wait for their commit. `stage`, `reset`: rows of tables that come in full wait in the file.
 //! - `commit`, `replay`: everything up to a resume token becomes one SQLite transaction, with the position and the token.
 //! - `overlay`: rows that programs changed show what Postgres has with the pending changes on top; `layout`: how those
@@ -17,6 +18,7 @@
 //! - `schema`, `obstacle`: the file is shared with programs, whose tables, indexes, views and triggers are welcome;
 //!   what they do to the synced tables is noticed here.
 //! - `boundary`: which local writes were one transaction of a program, and whether they are durable.
+//! - `leases`: ids of Postgres' sequences, for programs to use.
 //! - `capture`: what programs write to synced tables is queued by triggers, which what we write does not set off.
 //! - `open`: the file, its lock, its settings; `state`, `status`: what it says of itself.
 //!
@@ -35,12 +37,14 @@
 mod boundary;
 mod capture;
 mod commit;
+mod defaults;
 mod error;
 mod grammar;
 mod heartbeat;
 mod identity;
 mod index;
 mod layout;
+mod leases;
 mod local;
 mod names;
 mod obstacle;
@@ -76,7 +80,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rusqlite::Connection;
 
-pub use boundary::{Boundaries, Look, Watch};
+pub use boundary::{Boundaries, Following, Look, Watch};
 use capture::quiet::{self, Quiet};
 use error::Doing;
 pub use error::Error;
@@ -86,6 +90,7 @@ pub use local::{Local, Rejected};
 pub use outbox::Outgoing;
 use pieces::Pieces;
 use queue::Queue;
+pub use receipts::{Decision, Which};
 use schema::{Catalog, Version};
 use stage::{Stager, Stages};
 use state::{Heard, State};
@@ -159,8 +164,6 @@ pub struct File {
     discarded: Vec<String>,
     report_changes: bool,
     written: Option<Instant>,
-    /// Follows the WAL, from the first look on.
-    boundaries: Option<Boundaries>,
     found: local::Found,
 }
 
@@ -236,7 +239,6 @@ impl File {
             discarded: Vec::new(),
             report_changes: false,
             written: None,
-            boundaries: None,
             found: local::Found::default(),
         })
     }
@@ -389,9 +391,7 @@ impl File {
     /// Passes a result on. Where the disk is full, that it can be tried again with what room we can make.
     fn make_room_if_full<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
         if matches!(result, Err(Error::Full(_))) {
-            if let Some(boundaries) = &mut self.boundaries {
-                boundaries.make_way(&self.connection)?;
-            }
+            self.guard.following.make_way(&self.connection)?;
             self.guard.make_room(&mut self.connection)?;
         }
         result

@@ -24,7 +24,7 @@ use std::{
 use rusqlite::{Connection, ErrorCode, OpenFlags, config::DbConfig, hooks::Wal};
 
 use super::{
-    Error, Settings,
+    Error, Following, Settings,
     error::{Doing, is_full},
     transaction::{self, LOCK_WAIT_MAX},
 };
@@ -64,6 +64,8 @@ pub(super) struct Guard {
     wal: PathBuf,
     file_is: (u64, u64),
     wal_is: Option<(u64, u64)>,
+    /// Follows the WAL, from the first look on, also while the writing connection waits.
+    pub following: Following,
     /// Pages in the WAL as of our last commit.
     wal_pages: Arc<AtomicU32>,
     checkpointed_pages: u32,
@@ -164,7 +166,8 @@ pub(super) fn open(settings: &Settings) -> Result<(Connection, Guard), Error> {
         _ => super::error::sqlite(&opening, error),
     };
     let mut connection = Connection::open_with_flags(&path, flags).map_err(refused)?;
-    transaction::wait_for_locks(&mut connection, LOCK_WAIT_MAX)?;
+    let following = Following::default();
+    transaction::wait_for_locks(&mut connection, LOCK_WAIT_MAX, &following)?;
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
     configure(&connection, settings).map_err(refused)?;
     check_journal(&connection)?;
@@ -185,6 +188,7 @@ pub(super) fn open(settings: &Settings) -> Result<(Connection, Guard), Error> {
         wal_is_long: false,
         wal,
         path,
+        following,
         lock,
     };
     Ok((connection, guard))
@@ -281,7 +285,7 @@ impl Guard {
             let _ = checkpoint(connection, "PASSIVE");
             return Ok(());
         }
-        let is_blocked = !empty_wal(connection, patience(pages))?;
+        let is_blocked = !empty_wal(connection, patience(pages), &self.following)?;
         if is_blocked && !self.wal_is_long {
             tracing::warn!(
                 pages,
@@ -303,7 +307,7 @@ impl Guard {
     /// The disk is full: gives back what the WAL takes of it, however short that is, if nobody needs it just now. It may
     /// be what filled the disk, and would stay so: below [`CHECKPOINT_PAGES`] nobody else writes it back.
     pub(super) fn make_room(&mut self, connection: &mut Connection) -> Result<(), Error> {
-        if empty_wal(connection, Duration::ZERO)? {
+        if empty_wal(connection, Duration::ZERO, &self.following)? {
             self.wal_pages.store(0, Ordering::Relaxed);
             self.checkpointed_pages = 0;
             self.wal_is_long = false;
@@ -332,16 +336,20 @@ fn patience(pages: u32) -> Duration {
 
 /// Writes all of the WAL back and cuts it to nothing. False: somebody was in the way for longer than `patience`, or the
 /// disk was.
-fn empty_wal(connection: &mut Connection, patience: Duration) -> Result<bool, Error> {
+fn empty_wal(
+    connection: &mut Connection,
+    patience: Duration,
+    following: &Following,
+) -> Result<bool, Error> {
     if patience.is_zero() {
         connection
             .busy_handler(None::<fn(i32) -> bool>)
             .doing("stop waiting for locks")?;
     } else {
-        transaction::wait_for_locks(connection, patience)?;
+        transaction::wait_for_locks(connection, patience, following)?;
     }
     let is_empty = matches!(checkpoint(connection, "TRUNCATE"), Ok(false));
-    transaction::wait_for_locks(connection, LOCK_WAIT_MAX)?;
+    transaction::wait_for_locks(connection, LOCK_WAIT_MAX, following)?;
     Ok(is_empty)
 }
 
@@ -390,7 +398,7 @@ mod tests {
         };
         assert_eq!(read(&old), 0);
         connection.execute_batch("INSERT INTO t VALUES(1)").unwrap();
-        assert!(!empty_wal(&mut connection, Duration::ZERO).unwrap());
+        assert!(!empty_wal(&mut connection, Duration::ZERO, &Following::default()).unwrap());
         // Another one comes while the old one is waited for: there is no moment without a reader.
         let reading = thread::Builder::new()
             .name("reader".into())
@@ -410,7 +418,7 @@ mod tests {
             })
             .unwrap();
         let patience = Duration::from_secs(60);
-        assert!(empty_wal(&mut connection, patience).unwrap());
+        assert!(empty_wal(&mut connection, patience, &Following::default()).unwrap());
         let wal = beside(&directory.path().join("app.db"), "-wal");
         assert_eq!(fs::metadata(wal).unwrap().len(), 0);
         reading.join().unwrap();

@@ -271,11 +271,23 @@ pub(super) fn rebase(connection: &Connection, table: &Arc<Table>) -> Result<(), 
     }
     let base = quote(&names::base_rows(&table.name));
     connection.execute(&format!("DELETE FROM {base}"), [])?;
+    save(connection, table, receipts::boundary(connection)?, i64::MAX)
+}
+
+/// Makes base rows of the keys of entries above `after` and up to `last` that have none: what is shown of them is what
+/// Postgres has, until the end of this SQLite transaction, when what is pending is put on top.
+pub(super) fn save(
+    connection: &Connection,
+    table: &Arc<Table>,
+    after: i64,
+    last: i64,
+) -> Result<(), RowError> {
+    if !layout::has_base_rows(connection, &table.name)? {
+        return Ok(());
+    }
     let boundary = receipts::boundary(connection)?;
     let mut rebuilder = Rebuilder::new(connection, table.clone(), None, boundary, None)?;
-    each_key(connection, table, boundary, i64::MAX, |key| {
-        rebuilder.save(&key)
-    })
+    each_key(connection, table, after, last, |key| rebuilder.save(&key))
 }
 
 /// Puts one more entry behind all others, in places of the table that it is for.

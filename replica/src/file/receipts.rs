@@ -15,6 +15,8 @@
 mod forget;
 mod rejected;
 
+pub use rejected::{Decision, Which};
+
 use anabranch_proto::Lsn;
 use rusqlite::{Connection, OptionalExtension, params};
 
@@ -63,7 +65,8 @@ CREATE TABLE IF NOT EXISTS _anabranch_rejected(
     constraint_name TEXT,
     outcome TEXT NOT NULL,
     rejected_time TEXT NOT NULL,
-    action TEXT
+    action TEXT,
+    merged INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE IF NOT EXISTS _anabranch_judged(
     seq INTEGER PRIMARY KEY,
@@ -225,6 +228,10 @@ pub(super) fn take(
         .iter()
         .filter(|(_, table)| concerned.contains(&table.name))
     {
+        if now < before {
+            // After a reset all base rows are rebuilt, and no others: these must be among them.
+            overlay::save(connection, table, after, last)?;
+        }
         overlay::each_key(connection, table, after, last, |key| {
             overlay.touch(*id, key);
             Ok(())

@@ -239,6 +239,7 @@ impl<'c> Replay<'c> {
         index::make_way(self.connection, &table.name)?;
         if !self.reset.contains(&table.id) {
             let catalog = &mut self.outcome.catalog;
+            Arc::make_mut(catalog).renew(self.connection, &table)?;
             match catalog.find(self.connection, &table)? {
                 There::Nothing if catalog.get(&table.name).is_none() => {
                     Catalog::create(self.connection, &table.name, &table)?;

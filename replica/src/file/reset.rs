@@ -23,7 +23,7 @@ use super::{
     Error,
     capture::quiet::Quiet,
     error::{self, Doing},
-    index,
+    index, leases,
     names::{self, quote},
     obstacle::Obstacle,
     overlay,
@@ -65,6 +65,7 @@ pub(super) fn finish(
     // Another table's index may have taken the name since the table was declared.
     index::make_way(connection, &table.name)?;
     let overlaid = catalog.get(&table.name).is_some_and(|there| there.overlaid);
+    Arc::make_mut(catalog).renew(connection, table)?;
     let there = catalog.find(connection, table)?;
     let is_same = matches!(there, There::Same);
     match there {
@@ -106,6 +107,7 @@ pub(super) fn finish(
             forget_keys(keys);
         }
     }
+    leases::drop_of(connection, &table.name).doing("drop the leases of a table")?;
     Arc::make_mut(catalog).record(connection, table)?;
     Catalog::set_state(connection, &table.name, None)?;
     if !is_same {

@@ -17,9 +17,9 @@ use std::collections::HashMap;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{
-    Error, capture,
+    Error, capture, defaults,
     error::Doing,
-    index, layout, names,
+    index, layout, leases, names,
     obstacle::{self, Obstacle},
     outbox, overlay,
     state::{self, replace_view},
@@ -213,6 +213,28 @@ impl Catalog {
         }
     }
 
+    /// Makes a table what it is declared as, if only defaults of it changed. Within a write transaction.
+    pub(super) fn renew(&mut self, connection: &Connection, table: &Table) -> Result<(), Error> {
+        let Some(synced) = self.tables.get_mut(&names::fold(&table.name)) else {
+            return Ok(());
+        };
+        let definition = table.definition();
+        let is_it = synced.altered.is_none()
+            && (&synced.name, &synced.schema, &synced.postgres_name)
+                == (&table.name, &table.schema, &table.postgres_name);
+        if is_it
+            && synced.definition != definition
+            && object(connection, &table.name)
+                .doing("look for a table")?
+                .is_some_and(|(_, sql)| sql == create_table(&synced.name, &synced.definition))
+            && defaults::renew(connection, table).doing("change defaults")?
+        {
+            synced.definition = definition;
+            tracing::info!(table = table.name, "defaults of its columns changed");
+        }
+        Ok(())
+    }
+
     /// Makes an empty table.
     pub(super) fn create(connection: &Connection, name: &str, table: &Table) -> Result<(), Error> {
         connection
@@ -276,6 +298,7 @@ impl Catalog {
         self.drop_table(connection, name)?;
         let forget = || {
             state::drop_view(connection, &names::base_view(name))?;
+            leases::drop_of(connection, name)?;
             for from in ["_anabranch_columns", "_anabranch_synced"] {
                 connection.execute(&format!("DELETE FROM {from} WHERE table_name = ?1"), [name])?;
             }

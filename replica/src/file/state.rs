@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::{
     Error, capture,
     error::{self, Doing},
-    outbox, receipts,
+    leases, outbox, receipts,
     status::{self, micros_text, time_text},
 };
 
@@ -108,11 +108,13 @@ pub(super) struct State {
 pub(super) fn create(connection: &Connection, replica_id: &str) -> rusqlite::Result<()> {
     connection.execute_batch(TABLES)?;
     connection.execute_batch(receipts::TABLES)?;
+    connection.execute_batch(leases::TABLES)?;
     capture::create_shared(connection)?;
     for (name, sql) in [
         ("_anabranch_status", status::view()),
         ("_anabranch_tables", TABLES_VIEW.to_owned()),
         ("_anabranch_outbox", outbox::view(connection)?),
+        ("_anabranch_ids", leases::view()),
     ] {
         replace_view(connection, name, &sql)?;
     }

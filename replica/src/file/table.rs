@@ -9,7 +9,7 @@ use anabranch_proto::v1;
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, names};
+use super::{Error, defaults, names};
 
 /// Longest identifier that is taken. Postgres' own limit is 63 unless it was built otherwise.
 const IDENTIFIER_BYTES_MAX: usize = 255;
@@ -54,6 +54,23 @@ pub(super) enum Conflict {
     Function,
 }
 
+/// What a column holds that an INSERT leaves out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum LeftOut {
+    /// NULL; where that can't be, the INSERT fails.
+    Null,
+    /// A constant, as SQL.
+    Value(String),
+    /// The time.
+    Now,
+    /// A random uuid.
+    Uuid,
+    /// The next of a sequence.
+    Sequence,
+    /// NULL, for which Postgres puts something else.
+    Other,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Column {
     pub name: String,
@@ -61,6 +78,7 @@ pub(super) struct Column {
     pub storage: Storage,
     pub not_null: bool,
     pub conflict: Conflict,
+    pub left_out: LeftOut,
 }
 
 /// A secondary index, by Postgres' name.
@@ -157,8 +175,11 @@ impl Table {
                 Ok(v1::Conflict::Function) => Conflict::Function,
                 Err(_) => return Err(wrong("a column without known conflict policy")),
             };
+            let left_out = left_out(column, storage)
+                .ok_or_else(|| wrong("a column with a default that makes no sense"))?;
             columns.push(Column {
                 conflict,
+                left_out,
                 name: column.name.clone(),
                 postgres_type: column.postgres_type.clone(),
                 storage,
@@ -273,21 +294,23 @@ impl Table {
         }
     }
 
+    /// Postgres takes the key from a sequence, and programs may insert rows: they need ids.
+    pub(super) fn is_leased(&self) -> bool {
+        let is_sequence = |place: usize| self.columns[place].left_out == LeftOut::Sequence;
+        self.writable && self.rowid().is_some_and(is_sequence)
+    }
+
     /// What follows the name in CREATE TABLE. Two tables with the same one hold the same kind of rows.
     pub(super) fn definition(&self) -> String {
         let rowid = self.rowid();
         let mut sql = String::from("(");
         for (place, column) in self.columns.iter().enumerate() {
-            let storage = match column.storage {
-                Storage::Integer => "INTEGER",
-                Storage::Real => "REAL",
-                Storage::Text => "TEXT",
-                Storage::Blob => "BLOB",
-            };
+            let storage = defaults::type_name(column.storage);
             let more = match (rowid == Some(place), column.not_null) {
-                (true, _) => " PRIMARY KEY",
-                (false, true) => " NOT NULL",
-                (false, false) => "",
+                // SQLite does not look at a default of it.
+                (true, _) => " PRIMARY KEY".to_owned(),
+                (false, true) => format!(" NOT NULL{}", defaults::clause(column)),
+                (false, false) => defaults::clause(column),
             };
             let comma = if place == 0 { "" } else { ", " };
             let _ = write!(sql, "{comma}{} {storage}{more}", names::quote(&column.name));
@@ -371,6 +394,21 @@ impl Table {
             .collect::<Vec<_>>()
             .join(" AND ")
     }
+}
+
+/// The default of a column, if there can be such a one.
+fn left_out(column: &v1::Column, storage: Storage) -> Option<LeftOut> {
+    Some(match v1::DefaultKind::try_from(column.default_kind).ok()? {
+        v1::DefaultKind::None => LeftOut::Null,
+        v1::DefaultKind::Value => {
+            LeftOut::Value(defaults::constant(&column.default_value, storage)?)
+        }
+        v1::DefaultKind::Now if storage == Storage::Text => LeftOut::Now,
+        v1::DefaultKind::Uuid if storage == Storage::Text => LeftOut::Uuid,
+        v1::DefaultKind::Sequence if storage == Storage::Integer => LeftOut::Sequence,
+        v1::DefaultKind::Other => LeftOut::Other,
+        _ => return None,
+    })
 }
 
 #[cfg(test)]

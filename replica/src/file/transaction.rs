@@ -12,7 +12,7 @@ use std::{
 use rusqlite::Connection;
 
 use super::{
-    Error,
+    Error, Following,
     error::{self, Doing},
 };
 
@@ -20,16 +20,25 @@ use super::{
 /// shorter than the silence that ends a stream.
 pub(super) const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// Lets SQLite wait for locks. It has no way to be woken when another process lets go, so it must ask again: every
-/// millisecond at first, that a short transaction of a program costs us little, then less often; up to `wait_max`.
-pub(super) fn wait_for_locks(connection: &mut Connection, wait_max: Duration) -> Result<(), Error> {
+/// How often a lock is asked for. SQLite has no way to be woken when another process lets go, and a program that begins its next
+/// transaction as soon as one is done leaves gaps of some microseconds: whoever asks seldom never meets one.
+const ASK_EVERY: Duration = Duration::from_millis(1);
+
+/// Lets SQLite wait for locks, up to `wait_max`; `following` goes on meanwhile.
+pub(super) fn wait_for_locks(
+    connection: &mut Connection,
+    wait_max: Duration,
+    following: &Following,
+) -> Result<(), Error> {
+    let following = following.clone();
     let mut since = Instant::now();
     connection
         .busy_handler(Some(move |count: i32| {
             if count == 0 {
                 since = Instant::now();
             }
-            thread::park_timeout(Duration::from_millis(if count < 100 { 1 } else { 5 }));
+            following.go_on();
+            thread::park_timeout(ASK_EVERY);
             since.elapsed() < wait_max
         }))
         .doing("set up waiting for locks")

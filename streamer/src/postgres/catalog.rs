@@ -25,6 +25,7 @@
 //! that is NOT VALID (Postgres 18) says nothing of older rows. A replica that declared such a column NOT NULL could not
 //! apply the row.
 
+pub mod defaults;
 mod difference;
 mod facts;
 mod judge;

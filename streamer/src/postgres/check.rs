@@ -2,6 +2,8 @@
 //!
 //! It changes nothing. `anabranch-streamer check` prints all of it; a start looks at the same, part by part.
 
+mod writers;
+
 use std::fmt;
 
 use super::{
@@ -159,6 +161,15 @@ async fn with_server(
         readable: &usable,
         writing: writing(config, &named),
     };
+    if let Some(writing) = wanted.writing {
+        let written = shape::tables_writable(&config.shapes);
+        let written: Vec<_> = named
+            .iter()
+            .filter(|name| written.contains(&(name.schema.clone(), name.name.clone())))
+            .cloned()
+            .collect();
+        findings.extend(writers::check(&client, writing, &written).await?);
+    }
     let script = setup::plan(&client, wanted).await?;
     if !script.statements.is_empty() {
         findings.push(Finding::error(

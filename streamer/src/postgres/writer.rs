@@ -63,7 +63,7 @@ use self::{
     facts::Facts,
     flight::{Cause, Failure, Flight, Prepared, Step},
     outcome::{Class, bounded, classify},
-    statement::{GONE, HIDDEN, Left, OUT_OF_SHAPE, Sql, Target, UNREADABLE},
+    statement::{GONE, HIDDEN, Left, OUT_OF_SHAPE, Sql, Target, Touch, UNREADABLE},
     value::Param,
 };
 use super::{
@@ -91,9 +91,22 @@ const PRUNED_AT_ONCE: i32 = 1000;
 /// As many rows are looked at by one statement after the effects.
 const CHECKED_AT_ONCE: usize = 1000;
 
-/// Errors that an old idea of a table's schema may be the reason of.
+/// Insufficient privilege.
+const NOT_ALLOWED: &str = "42501";
+
+/// Errors that an old idea of a table's schema, or of the rights to it, may be the reason of.
 const STALE: &[&str] = &[
-    "0A000", "23502", "26000", "428C9", "42703", "42704", "42804", "42846", "42883", "42P01",
+    "0A000",
+    "23502",
+    "26000",
+    "428C9",
+    NOT_ALLOWED,
+    "42703",
+    "42704",
+    "42804",
+    "42846",
+    "42883",
+    "42P01",
     "42P18",
 ];
 
@@ -132,6 +145,8 @@ const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalo
 const STANDING: &str =
     "SELECT subject, seq, hash FROM anabranch.replicas WHERE replica = $1::pg_catalog.text";
 
+const LEASE: &str = "SELECT first, last, step FROM anabranch.lease($1::pg_catalog.oid, $2::pg_catalog.int2, $3::pg_catalog.text, $4::pg_catalog.int4)";
+
 /// Claims stay in force for the last look where there is no other role to come back from.
 const AFTER_ROLE: &str =
     "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE; SET LOCAL request.jwt.claims = ''";
@@ -141,7 +156,8 @@ const AFTER_NO_ROLE: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE"
 pub struct Writer {
     client: Client,
     prepared: Prepared,
-    facts: HashMap<Oid, (u32, Arc<Facts>)>,
+    /// Of tables, for the roles that wrote them.
+    facts: HashMap<(Oid, Option<String>), (u32, Arc<Facts>)>,
     /// A transaction is under way, or was when its future was dropped.
     busy: bool,
     /// Something was committed that may not be durable yet.
@@ -159,6 +175,17 @@ pub struct Replica {
     pub role: Option<String>,
     /// The claims of its token, as JSON, for `current_setting('request.jwt.claims')`.
     pub claims_json: String,
+}
+
+/// Ids of a sequence, `step` apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// The first.
+    pub first: i64,
+    /// The last, the first too if there is one only.
+    pub last: i64,
+    /// Never 0.
+    pub step: i64,
 }
 
 /// What became of transactions that were sent together.
@@ -332,7 +359,10 @@ impl Writer {
                     {
                         looked_again = true;
                         self.facts.clear();
-                        self.prepared.clear();
+                        // A statement does not depend on rights but by the facts.
+                        if rejection.sqlstate != NOT_ALLOWED {
+                            self.prepared.clear();
+                        }
                     }
                     Verdict::Reject(rejection) => {
                         let previous = before(outcomes);
@@ -463,6 +493,37 @@ impl Writer {
         settled.map(drop).map_err(failed)
     }
 
+    /// Takes ids from the sequence that fills in the key of a table, for good. None: there is no such sequence, or the
+    /// replica may not insert.
+    pub async fn lease(
+        &mut self,
+        replica: &Replica,
+        table: &Table,
+        wanted: u32,
+    ) -> Result<Vec<Block>, Error> {
+        self.usable()?;
+        let Some(key) = table.integer_key() else {
+            return Ok(Vec::new());
+        };
+        let client = &self.client.client;
+        let statement = self.prepared.get(client, LEASE).await.map_err(failed)?;
+        let params = [
+            Param::Text(table.oid.to_string()),
+            Param::Text(table.columns[key].attnum.to_string()),
+            (replica.role.clone()).map_or(Param::Null, Param::Text),
+            Param::Text(wanted.to_string()),
+        ];
+        let [a, b, c, d] = &params;
+        let rows = client.query(&statement, &[a, b, c, d]).await;
+        let rows = rows.map_err(failed)?;
+        let block = |row: &tokio_postgres::Row| Block {
+            first: row.get(0),
+            last: row.get(1),
+            step: row.get(2),
+        };
+        Ok(rows.iter().map(block).collect())
+    }
+
     fn usable(&self) -> Result<(), Error> {
         if self.is_usable() {
             Ok(())
@@ -485,7 +546,7 @@ impl Writer {
         for transaction in transactions {
             let mut targets = Vec::new();
             for table in &transaction.as_ref().tables {
-                targets.push(self.target(table, rules).await?);
+                targets.push(self.target(table, rules, replica.role.as_deref()).await?);
             }
             found.push(targets);
         }
@@ -518,6 +579,7 @@ impl Writer {
         &mut self,
         table: &WriteTable,
         rules: &Rules,
+        role: Option<&str>,
     ) -> Result<Result<Target, Rejection>, Error> {
         let not_writable = |sqlstate: &str, message: String| {
             Ok(Err(Rejection {
@@ -553,21 +615,22 @@ impl Writer {
         }
         Ok(Ok(Target {
             rule: Arc::clone(rule),
-            facts: self.facts(&rule.table).await?,
+            facts: self.facts(&rule.table, role).await?,
             places,
             key,
         }))
     }
 
-    async fn facts(&mut self, table: &Table) -> Result<Arc<Facts>, Error> {
-        if let Some((version, facts)) = self.facts.get(&table.oid)
+    async fn facts(&mut self, table: &Table, role: Option<&str>) -> Result<Arc<Facts>, Error> {
+        let place = (table.oid, role.map(str::to_owned));
+        if let Some((version, facts)) = self.facts.get(&place)
             && *version == table.version
         {
             return Ok(Arc::clone(facts));
         }
-        let facts = Arc::new(facts::read(&self.client.client, table).await?);
+        let facts = Arc::new(facts::read(&self.client.client, table, role).await?);
         let kept = (table.version, Arc::clone(&facts));
-        self.facts.insert(table.oid, kept);
+        self.facts.insert(place, kept);
         Ok(facts)
     }
 }
@@ -695,7 +758,9 @@ fn effect(
     let unwritable =
         |unwritable: value::Unwritable| rejected(unwritable.sqlstate, unwritable.message);
     if target.rule.shown().is_none() {
-        return target.statement(table, &change, true).map_err(unwritable);
+        return target
+            .statement(table, &change, Touch::First)
+            .map_err(unwritable);
     }
     let written = &mut written[entry.table()];
     let before = match &change {
@@ -704,9 +769,10 @@ fn effect(
             Some(record::build(key.iter().copied()))
         }
     };
-    let first = (before.as_ref()).is_none_or(|before| !written.contains_key(before));
+    let known = before.as_ref().and_then(|before| written.get(before));
+    let touch = known.map_or(Touch::First, |left| target.again(table, left.there));
     let sql = target
-        .statement(table, &change, first)
+        .statement(table, &change, touch)
         .map_err(unwritable)?;
     if sql.is_none() {
         return Ok(sql);

@@ -21,13 +21,15 @@ use tokio::{
 use tokio_stream::StreamExt;
 use tonic::{Status, Streaming};
 
+use super::Budgets;
 use crate::{
     metrics::Metrics,
     postgres::{
         target::Target,
         writer::{self, Outcome, Rejection, Replica, Rules, Writer},
     },
-    write::{Hash, Invalid, LocalTransaction, NO_HASH, Policy, WriteTable},
+    table::Table,
+    write::{Hash, Invalid, Kind, LocalTransaction, NO_HASH, Policy, WriteTable},
 };
 
 /// Connections that write, at most: about as many as a small server can use at once. Each call takes one for a batch.
@@ -47,6 +49,9 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_s
 
 /// How often claims that are too old are looked for, where none were left over.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
+
+/// Ids that are leased at a time: what a program inserts in a busy hour offline, and little to lose with a file.
+const LEASE_IDS: u32 = 1_000;
 
 /// The connections that write.
 pub struct Writers {
@@ -140,6 +145,7 @@ pub(super) struct Call {
     pub writers: Arc<Writers>,
     /// A larger local transaction is rejected.
     pub transaction_bytes_max: usize,
+    pub budgets: Arc<Budgets>,
     pub metrics: Arc<Metrics>,
     pub down: mpsc::Sender<v1::WriteDown>,
 }
@@ -149,6 +155,7 @@ enum Work {
     Transaction(Received, OwnedSemaphorePermit),
     Judge(Vec<Nonce>),
     Settled(u64),
+    Lease(v1::Lease),
 }
 
 /// A local transaction as it came.
@@ -213,6 +220,7 @@ impl Call {
                     Some(nonces) => Work::Judge(nonces),
                     None => return Status::invalid_argument("nonces have 16 bytes, and are some"),
                 },
+                Some(write_up::Kind::Lease(lease)) => Work::Lease(lease),
                 Some(write_up::Kind::Alive(_)) => continue,
                 Some(write_up::Kind::Hello(_)) | None => {
                     return Status::invalid_argument("WriteHello is said once, and first");
@@ -229,10 +237,9 @@ impl Call {
     async fn work(&self, waiting: &mut mpsc::Receiver<Work>) -> Result<(), Status> {
         let mut patience = Patience::default();
         let standing = loop {
-            let tried = match self.writers.take().await {
-                Ok(mut held) => held.writer().standing(&self.replica).await,
-                Err(error) => Err(error),
-            };
+            let mut held = self.held(&mut patience).await?;
+            let tried = held.writer().standing(&self.replica).await;
+            drop(held);
             match tried {
                 Ok(standing) => break Some(standing.unwrap_or((0, NO_HASH))),
                 Err(writer::Error::OtherSubject) => break None,
@@ -255,6 +262,7 @@ impl Call {
             // Given back with the batch.
             let mut rooms = Vec::new();
             let mut settled = None;
+            let mut leases = Vec::new();
             for work in batch.drain(..) {
                 match work {
                     Work::Transaction(transaction, room) => {
@@ -263,11 +271,16 @@ impl Call {
                     }
                     Work::Settled(seq) => settled = Some(seq),
                     Work::Judge(nonces) => self.judge(&nonces).await?,
+                    Work::Lease(lease) => leases.push(lease),
                 }
             }
             self.make(&mut answered, received).await?;
             if let Some(seq) = settled {
                 self.settle(seq).await?;
+            }
+            for lease in leases {
+                let ids = self.lease(lease).await?;
+                self.say(write_down::Kind::Ids(ids)).await?;
             }
             if let Err(error) = self.writers.prune().await {
                 tracing::debug!(%error, "old claims could not be forgotten now");
@@ -343,13 +356,7 @@ impl Call {
         let mut done = 0;
         let mut patience = Patience::default();
         while done < run.len() {
-            let mut held = match self.writers.take().await {
-                Ok(held) => held,
-                Err(error) => {
-                    patience.after(error).await?;
-                    continue;
-                }
-            };
+            let mut held = self.held(&mut patience).await?;
             let applied = held
                 .writer()
                 .apply_many(&self.replica, &answered.hash, &run[done..], &self.rules)
@@ -358,6 +365,9 @@ impl Call {
             for outcome in applied.outcomes {
                 let transaction = &run[done].0;
                 self.answered(answered, transaction.seq, transaction.hash, &outcome);
+                if matches!(outcome, Outcome::Applied) {
+                    self.inserted(transaction);
+                }
                 done += 1;
                 patience = Patience::default();
             }
@@ -377,23 +387,14 @@ impl Call {
     ) -> Result<(), Status> {
         let mut patience = Patience::default();
         loop {
-            let tried = match self.writers.take().await {
-                Ok(mut held) => {
-                    let writer = held.writer();
-                    let previous = &answered.hash;
-                    // What can't be read has no effect either where it comes again, so nothing of it is remembered.
-                    writer
-                        .reject(
-                            &self.replica,
-                            previous,
-                            (seq, &hash),
-                            &[],
-                            rejection.clone(),
-                        )
-                        .await
-                }
-                Err(error) => Err(error),
-            };
+            let mut held = self.held(&mut patience).await?;
+            let (previous, rejection) = (&answered.hash, rejection.clone());
+            // What can't be read has no effect either where it comes again, so nothing of it is remembered.
+            let tried = held
+                .writer()
+                .reject(&self.replica, previous, (seq, &hash), &[], rejection)
+                .await;
+            drop(held);
             match tried {
                 Ok(outcome) => {
                     self.answered(answered, seq, hash, &outcome);
@@ -439,12 +440,60 @@ impl Call {
     async fn settle(&self, seq: u64) -> Result<(), Status> {
         let mut patience = Patience::default();
         loop {
-            let tried = match self.writers.take().await {
-                Ok(mut held) => held.writer().settle(&self.replica, seq).await,
-                Err(error) => Err(error),
-            };
+            let mut held = self.held(&mut patience).await?;
+            let tried = held.writer().settle(&self.replica, seq).await;
+            drop(held);
             match tried {
                 Ok(()) => return Ok(()),
+                Err(error) => patience.after(error).await?,
+            }
+        }
+    }
+
+    /// A writer, as soon as there is one. It is given back before anything is waited for.
+    async fn held<'a>(&'a self, patience: &mut Patience) -> Result<Held<'a>, Status> {
+        loop {
+            match self.writers.take().await {
+                Ok(held) => return Ok(held),
+                Err(error) => patience.after(error).await?,
+            }
+        }
+    }
+
+    /// Takes ids for the replica, if it may have some. Writes do not wait for what is wrong with that.
+    async fn lease(&self, wanted: v1::Lease) -> Result<v1::Ids, Status> {
+        let v1::Lease { schema, table } = wanted;
+        let mut blocks = Vec::new();
+        if let Some(rule) = self.rules.of(&schema, &table)
+            && self.budgets.take(&self.replica.subject, rule.table.oid)
+        {
+            blocks = self.leased(&rule.table).await?;
+        }
+        let block = |block: writer::Block| v1::Block {
+            first: block.first,
+            last: block.last,
+            step: block.step,
+        };
+        Ok(v1::Ids {
+            schema,
+            table,
+            blocks: blocks.into_iter().map(block).collect(),
+        })
+    }
+
+    async fn leased(&self, table: &Table) -> Result<Vec<writer::Block>, Status> {
+        let mut patience = Patience::default();
+        loop {
+            let mut held = self.held(&mut patience).await?;
+            let tried = held.writer().lease(&self.replica, table, LEASE_IDS).await;
+            drop(held);
+            match tried {
+                Ok(blocks) => return Ok(blocks),
+                Err(writer::Error::Definite(reason)) => {
+                    let table = table.full_name();
+                    tracing::warn!(table, reason, "replicas get no ids");
+                    return Ok(Vec::new());
+                }
                 Err(error) => patience.after(error).await?,
             }
         }
@@ -468,6 +517,23 @@ impl Call {
                 );
             }
             Outcome::AlreadyAnswered => {}
+        }
+    }
+
+    /// Whoever uses its ids may have more.
+    fn inserted(&self, transaction: &LocalTransaction) {
+        let mut rows = vec![0; transaction.tables.len()];
+        for entry in &transaction.entries {
+            rows[entry.table()] += u64::from(entry.kind() == Kind::Insert);
+        }
+        for (table, rows) in transaction.tables.iter().zip(rows) {
+            if rows > 0
+                && let Some(rule) = self.rules.of(&table.schema, &table.name)
+                && rule.table.integer_key().is_some()
+            {
+                let subject = &self.replica.subject;
+                (self.budgets).inserted(subject, rule.table.oid, rows, LEASE_IDS.into());
+            }
         }
     }
 

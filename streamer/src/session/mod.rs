@@ -34,7 +34,7 @@ use crate::{
     metrics::Metrics,
     mirror,
     shape::Bound,
-    table::Oid,
+    table::{Defaults, Oid},
     token::Proof,
 };
 
@@ -95,6 +95,8 @@ pub struct Session {
     pub inputs: Inputs,
     /// How far the engine is.
     pub progress: watch::Receiver<Progress>,
+    /// What columns hold that an INSERT leaves out.
+    pub defaults: watch::Receiver<Arc<Defaults>>,
     /// For catch-ups.
     pub readers: Arc<Readers>,
     /// Counts what the initial copy brings, if one is under way.
@@ -119,6 +121,8 @@ struct Standing {
     last: Option<Position>,
     /// Tables whose stop was told.
     stopped: Vec<Oid>,
+    /// What its tables were declared with.
+    defaults: Arc<Defaults>,
 }
 
 impl Session {
@@ -159,6 +163,7 @@ impl Session {
             first: true,
             last: proof.map(|proof| proof.position),
             stopped: Vec::new(),
+            defaults: Arc::default(),
         }
     }
 
@@ -202,15 +207,8 @@ impl Session {
         let ids = reset.iter().map(|at| *at as u32 + 1).collect();
         encoder.begin(standing.first, ids);
         if standing.first {
-            for (at, view) in self.views.iter().enumerate() {
-                encoder.table(
-                    at as u32 + 1,
-                    view.table(),
-                    view.columns(),
-                    view.is_writable(),
-                    view.policy(),
-                );
-            }
+            standing.defaults = self.defaults.borrow_and_update().clone();
+            self.declare(encoder, &standing.defaults, |_| true);
         }
         let items = self.views.iter().zip(&standing.from);
         let items = items.map(|(view, from)| Item {
@@ -289,6 +287,27 @@ impl Session {
         Ok(())
     }
 
+    /// Declares tables.
+    fn declare(
+        &self,
+        encoder: &mut Encoder,
+        defaults: &Defaults,
+        which: impl Fn(&TableView) -> bool,
+    ) {
+        for (at, view) in self.views.iter().enumerate() {
+            if which(view) {
+                encoder.table(
+                    at as u32 + 1,
+                    view.table(),
+                    view.columns(),
+                    view.is_writable(),
+                    view.policy(),
+                    defaults,
+                );
+            }
+        }
+    }
+
     /// Until the initial copy has brought more.
     async fn wait_for_copy(&mut self, encoder: &mut Encoder) -> Result<(), Ended> {
         match tokio::time::timeout(HEARTBEAT_EVERY, self.copied.changed()).await {
@@ -322,6 +341,11 @@ impl Session {
                 return Ok(());
             }
             if something {
+                continue;
+            }
+            if self.defaults.has_changed().unwrap_or_default() {
+                self.declare_again(standing, encoder, now);
+                self.send(encoder).await?;
                 continue;
             }
             if said.elapsed() >= HEARTBEAT_EVERY {
@@ -384,6 +408,21 @@ impl Session {
             encoder.end_message((self.issue)(position));
             standing.from.fill(Some(position));
         }
+    }
+
+    /// Declares the tables again of which defaults changed, in a transaction without rows.
+    fn declare_again(&mut self, standing: &mut Standing, encoder: &mut Encoder, now: Progress) {
+        let defaults = self.defaults.borrow_and_update().clone();
+        let known = std::mem::replace(&mut standing.defaults, defaults);
+        let changed = |view: &TableView| {
+            let table = view.table().oid;
+            !standing.stopped.contains(&table) && known.get(&table) != standing.defaults.get(&table)
+        };
+        encoder.begin(false, Vec::new());
+        self.declare(encoder, &standing.defaults, changed);
+        let position = standing.last.unwrap_or(now.durable);
+        encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
+        encoder.end_message((self.issue)(position));
     }
 
     fn tell_stopped(

@@ -147,6 +147,16 @@ pub fn tables_named(sources: &[Source]) -> Result<Vec<(String, String)>, Vec<Ref
     }
 }
 
+/// The tables (schema, name) that replicas may write.
+pub fn tables_writable(sources: &[Source]) -> BTreeSet<(String, String)> {
+    let of_source = |source: &Source| -> Vec<_> {
+        let both = source.tables.iter().zip(&source.writable);
+        let writable = both.filter(|(_, writable)| **writable);
+        writable.filter_map(|(sql, _)| table_named(sql)).collect()
+    };
+    sources.iter().flat_map(of_source).collect()
+}
+
 /// The table (schema, name) that a SELECT names; `None` where it is none that can be read.
 pub fn table_named(sql: &str) -> Option<(String, String)> {
     let statement = parse::statement(sql).ok()?;

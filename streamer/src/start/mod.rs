@@ -46,7 +46,7 @@ use crate::{
     },
     receipts,
     shape::{self, Shape},
-    table::{Oid, Table},
+    table::{Defaults, Oid, Table},
     token,
 };
 
@@ -97,6 +97,8 @@ pub struct Opening {
     pub receipts: Option<Shape>,
     /// How conflicting writes are settled.
     pub policies: Policies,
+    /// What columns hold that an INSERT leaves out.
+    pub defaults: Defaults,
     /// Authenticates resume tokens.
     pub token_key: token::Key,
     /// For catch-ups.
@@ -433,6 +435,11 @@ impl Start<'_> {
             shapes,
             receipts,
             policies: policies(self.config, tables)?,
+            defaults: catalog::defaults::read(
+                &self.client.client,
+                tables.iter().map(|table| &**table),
+            )
+            .await?,
             token_key: token::Key::new(&secrets.token_key),
             readers,
         })

@@ -6,24 +6,32 @@
 //! | W2a | a backlog of 100,000 one-row transactions | `pg_recvlogical` to nowhere, in three ways | the subscription |
 //! | W2b | a backlog of one transaction that updates 1,000,000 rows | the same | the subscription |
 //! | W3 | commit-to-visible latency at 500 transactions a second for 30 s | a poller at the source itself | the subscription |
+//! | X1 | a program's commit until its receipt, at 100 local transactions a second for 30 s | | |
+//! | X2 | 30,000 one-row local transactions of one replica, until the last receipt | the same statements by pgbench | |
+//! | X3 | 100,000 of 20 replicas | the same, by as many connections | |
+//! | X4 | the cost of the capture triggers to a program that writes | the same without them | |
 //! | M1 | memory peaks of the initial copy and of W2b's transaction, with `memory_max` of 256 and 128 MiB | the caps | |
 //! | M2 | latency and the streamer's memory beside a replica that gets 2 kB/s | the same without that one | |
+//! | M3 | memory peaks of one local transaction of 100,000 rows with the caps of M1, and of a local value of 64 MB | the caps | |
 //!
 //! Each consumer works alone: the others are stopped meanwhile. Wall times are noisy, so medians of several rounds are
 //! what counts. Environment: `ANABRANCH_BENCH_ROUNDS` (3), `ANABRANCH_BENCH_ROWS` (1000000),
-//! `ANABRANCH_BENCH_TRANSACTIONS` (100000, of W2a), `ANABRANCH_BENCH_SECONDS` (30, of W3 and M2), `ANABRANCH_BENCH_ONLY` (a
-//! list such as `W1,W3`), `ANABRANCH_BENCH_MEMORY` (the streamer's `memory_max`; the replica gets half).
+//! `ANABRANCH_BENCH_TRANSACTIONS` (100000, of W2a), `ANABRANCH_BENCH_SECONDS` (30, of W3, X1 and M2), `ANABRANCH_BENCH_WRITES`
+//! (100000, of X3; X2 has three tenths of them), `ANABRANCH_BENCH_ONLY` (a list such as `W1,W3`), `ANABRANCH_BENCH_MEMORY` (the streamer's `memory_max`; the replica gets half).
 
+mod capture;
 mod lab;
 mod latency;
 mod limits;
 mod memory;
 mod report;
+mod writes;
 
 use std::time::Duration;
 
 use lab::Lab;
 use report::Report;
+use writes::Writing;
 
 /// Sizes of a run.
 #[derive(Clone, Debug)]
@@ -32,6 +40,7 @@ pub struct Sizes {
     rows: u64,
     transactions: u64,
     latency: Duration,
+    writes: u64,
     memory: String,
 }
 
@@ -47,6 +56,7 @@ fn main() {
         rows: number("ANABRANCH_BENCH_ROWS", 1_000_000),
         transactions: number("ANABRANCH_BENCH_TRANSACTIONS", 100_000),
         latency: Duration::from_secs(number("ANABRANCH_BENCH_SECONDS", 30)),
+        writes: number("ANABRANCH_BENCH_WRITES", 100_000),
         memory: std::env::var("ANABRANCH_BENCH_MEMORY").unwrap_or_else(|_| "768MiB".into()),
     };
     let only = std::env::var("ANABRANCH_BENCH_ONLY").unwrap_or_default();
@@ -73,13 +83,51 @@ fn main() {
             }
             lab.clear().await;
         }
-        lab.fill().await;
+        for _ in 0..if WRITES.into_iter().any(wanted) {
+            sizes.rounds
+        } else {
+            0
+        } {
+            writes(&lab, &sizes, &wanted, &mut report).await;
+        }
+        if wanted("M1") || wanted("M2") {
+            lab.fill().await;
+        }
         if wanted("M1") {
             memory::large_transaction(&lab, &mut report).await;
         }
         if wanted("M2") {
             memory::stalled_beside_live(&lab, sizes.latency, &mut report).await;
         }
+        if wanted("M3") {
+            memory::large_local_transactions(&lab, &mut report).await;
+        }
         report.print();
     });
+}
+
+/// The works on the way up.
+const WRITES: [&str; 4] = ["X1", "X2", "X3", "X4"];
+
+/// One round of them, each with a streamer and a database of its own.
+async fn writes(lab: &Lab, sizes: &Sizes, wanted: &impl Fn(&str) -> bool, report: &mut Report) {
+    if wanted("X1") {
+        let writing = Writing::start(lab).await;
+        writes::latency(lab, &writing, sizes.latency, report).await;
+        writing.end(lab).await;
+    }
+    for (work, total) in [("X2", sizes.writes * 3 / 10), ("X3", sizes.writes)] {
+        if wanted(work) {
+            let writing = Writing::start(lab).await;
+            let replicas = if work == "X2" { 1 } else { writes::REPLICAS };
+            writes::sustained(lab, work, &writing, replicas, total, report).await;
+            writes::pgbench(lab, work, &writing, replicas, total, report).await;
+            writing.end(lab).await;
+        }
+    }
+    if wanted("X4") {
+        let writing = Writing::start(lab).await;
+        capture::cost(&writing, report).await;
+        writing.end(lab).await;
+    }
 }

@@ -45,10 +45,19 @@ struct Latency {
     costs: Vec<Cost>,
 }
 
+/// Transactions a second, of each round.
+struct Rate {
+    work: &'static str,
+    who: String,
+    rounds: Vec<f64>,
+    costs: Vec<Cost>,
+}
+
 pub struct Report {
     sizes: Sizes,
     works: BTreeMap<String, Vec<(String, Entry)>>,
     latencies: Vec<Latency>,
+    rates: Vec<Rate>,
     notes: Vec<String>,
 }
 
@@ -58,6 +67,7 @@ impl Report {
             sizes: sizes.clone(),
             works: BTreeMap::new(),
             latencies: Vec::new(),
+            rates: Vec::new(),
             notes: Vec::new(),
         }
     }
@@ -109,6 +119,28 @@ impl Report {
         self.latencies[at].costs.push(cost);
     }
 
+    /// So many transactions took that long.
+    pub fn rate(&mut self, work: &'static str, who: &str, count: u64, took: Duration, cost: Cost) {
+        let rate = count as f64 / took.as_secs_f64();
+        eprintln!(
+            "  {work} {who}: {rate:.0} transactions a second, {count} in {:.2} s {}",
+            took.as_secs_f64(),
+            show(&cost)
+        );
+        let known = (self.rates.iter()).position(|one| one.work == work && one.who == who);
+        let at = known.unwrap_or_else(|| {
+            self.rates.push(Rate {
+                work,
+                who: who.into(),
+                rounds: Vec::new(),
+                costs: Vec::new(),
+            });
+            self.rates.len() - 1
+        });
+        self.rates[at].rounds.push(rate);
+        self.rates[at].costs.push(cost);
+    }
+
     /// A figure that is not compared.
     pub fn note(&mut self, note: String) {
         eprintln!("  {note}");
@@ -147,6 +179,16 @@ impl Report {
                 of(2),
                 latency.rounds.len(),
                 show(&Cost::median(&latency.costs))
+            );
+        }
+        for rate in &self.rates {
+            println!(
+                "{:4} {:34} {:7.0} transactions a second, median of {}  {}",
+                rate.work,
+                rate.who,
+                median(&rate.rounds),
+                rate.rounds.len(),
+                show(&Cost::median(&rate.costs))
             );
         }
         println!();

@@ -3,13 +3,15 @@
 //! - [`select`]: Postgres is quiet; the file equals the shape's SQL, run by Postgres.
 //! - [`history`]: at any moment, under any load; the file equals the shape at the file's own position. What Postgres
 //!   held at a position comes from `test_decoding`, Postgres' own textual plugin, through a slot of its own.
+//! - [`causality`]: writes come from the replicas; each program sees what it wrote and what led to what it sees, always.
 //!
-//! Both compare in the values of the file. How a value of Postgres looks there (the README's "Types") is written down
+//! The first two compare in the values of the file. How a value of Postgres looks there (the README's "Types") is written down
 //! a second time in [`form`], as SQL that Postgres runs: our converter is not asked. [`file`] reads the file, with
 //! SQLite alone.
 
 use std::fmt;
 
+pub mod causality;
 mod decoding;
 pub mod file;
 pub mod form;

@@ -37,6 +37,16 @@ impl Database {
         }
     }
 
+    /// The same on a copy of its server: a standby.
+    pub fn on(&self, server: &Server) -> Self {
+        Self {
+            url: server.url(&self.name),
+            admin_url: server.url("postgres"),
+            name: self.name.clone(),
+            client: Mutex::new(None),
+        }
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name

@@ -1,8 +1,12 @@
 //! A ledger: five replicas, a program writes each file, and kills, cuts and half-open links meet all of it. Every token is in
 //! Postgres once, or its transaction was rejected, and the shared counter has counted just those that are there.
 //!
+//! Beside all faults, 30 % of the streamer's answers are dropped ([`answers`]).
+//!
 //! `ANABRANCH_LEDGER=100000` makes it long. Whoever says how many transactions also has the machine for it: then it is a
 //! verdict on speed too.
+
+mod answers;
 
 use std::{
     io::{BufRead, BufReader},
@@ -17,13 +21,15 @@ use std::{
 
 use anabranch_tests::{
     peers::{Replica, Streamer},
-    postgres::{Options, Server, Stop},
+    postgres::{Database, Options, Server, Stop},
     proxy::{Cut, Proxy, Way},
     seed::Seed,
     wait::{DEADLINE, until},
 };
 use rand::{Rng, rngs::StdRng};
 use rusqlite::Connection;
+
+use answers::{Claims, Droppers};
 
 const REPLICAS: usize = 5;
 
@@ -33,6 +39,19 @@ const TRANSACTIONS: u64 = 300;
 /// How soon all must be equal after the last fault, where the run is a verdict on speed.
 const CONVERGED_WITHIN: Duration = Duration::from_secs(10);
 
+/// Faults of a short run, about, and one for so many transactions of a long one.
+const FAULTS: u64 = 30;
+const TRANSACTIONS_PER_FAULT: u64 = 250;
+
+/// In a long run a program that has so many pending waits until some are answered: all of it meets the faults then.
+const PENDING_MAX: i64 = 1_000;
+
+/// How many answers are dropped at once at most, in a short run and in a long one.
+const DROPPED_AT_ONCE: (i64, i64) = (3, 60);
+
+/// Which share of the answers must have been dropped in a long run, in percent: transactions that are merged have one.
+const DROPPED_MIN_PERCENT: i64 = 27;
+
 /// One of so many transactions is refused by Postgres.
 const REFUSED_EVERY: u64 = 17;
 
@@ -41,7 +60,7 @@ const REFUSED_EVERY: u64 = 17;
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// `arrived` has no key, so what Postgres made twice is in it twice.
-const TABLES: &str = "
+pub(super) const TABLES: &str = "
     CREATE TABLE tokens (token text PRIMARY KEY, note text NOT NULL CHECK (note <> 'forbidden'));
     CREATE TABLE counter (id int PRIMARY KEY, n bigint NOT NULL);
     INSERT INTO counter VALUES (1, 0);
@@ -50,8 +69,8 @@ const TABLES: &str = "
     $$ BEGIN INSERT INTO public.arrived VALUES (NEW.token); RETURN NULL; END $$;
     CREATE TRIGGER arrive AFTER INSERT ON tokens FOR EACH ROW EXECUTE FUNCTION arrive()";
 
-const TOKENS: &str = "SELECT * FROM tokens";
-const COUNTER: &str = "SELECT * FROM counter";
+pub(super) const TOKENS: &str = "SELECT * FROM tokens";
+pub(super) const COUNTER: &str = "SELECT * FROM counter";
 
 /// 1: the token is in the table, or in a rejected transaction, and not in both. All of it is one statement, so one snapshot.
 const SEEN: &str = "
@@ -61,8 +80,8 @@ const SEEN: &str = "
 /// The same program as [`write`], by another library in another process. A line for each transaction.
 const PYTHON: &str = r#"
 import random, sqlite3, sys, time
-file, name, count, refused_every, pause, seed, seen = sys.argv[1:]
-count, refused_every, pause = int(count), int(refused_every), float(pause)
+file, name, count, refused_every, pause, seed, seen, pending_max = sys.argv[1:]
+count, refused_every, pause, pending_max = int(count), int(refused_every), float(pause), int(pending_max)
 chance = random.Random(int(seed))
 db = sqlite3.connect(file, timeout=5, isolation_level=None)
 def check(n):
@@ -79,16 +98,22 @@ for n in range(count):
     print(n, flush=True)
     check(n)
     check(chance.randrange(n + 1))
+    full = time.monotonic()
+    while db.execute("SELECT pending FROM _anabranch_status").fetchone()[0] > pending_max:
+        if time.monotonic() - full > 30:
+            sys.exit("nothing is answered")
+        time.sleep(0.02)
     time.sleep(pause)
 "#;
 
 /// One program: where it writes, and what.
-struct Program {
-    file: PathBuf,
-    name: String,
-    count: u64,
-    pause: Duration,
-    done: Arc<AtomicU64>,
+pub(super) struct Program {
+    pub(super) file: PathBuf,
+    pub(super) name: String,
+    pub(super) count: u64,
+    pub(super) pause: Duration,
+    pub(super) pending_max: i64,
+    pub(super) done: Arc<AtomicU64>,
 }
 
 fn note(n: u64) -> &'static str {
@@ -105,8 +130,15 @@ fn check(connection: &Connection, token: &str) {
     assert_eq!(times, 1, "how often {token} is seen");
 }
 
+fn pending(connection: &Connection) -> i64 {
+    let mut pending = connection
+        .prepare_cached("SELECT pending FROM _anabranch_status")
+        .unwrap();
+    pending.query_row([], |row| row.get(0)).unwrap()
+}
+
 impl Program {
-    fn by_the_library(&self, mut chance: StdRng) {
+    pub(super) fn by_the_library(&self, mut chance: StdRng) {
         let mut connection = Connection::open(&self.file).unwrap();
         connection.busy_timeout(Duration::from_secs(5)).unwrap();
         for n in 0..self.count {
@@ -125,6 +157,11 @@ impl Program {
             check(&connection, &token);
             let earlier = chance.random_range(0..=n);
             check(&connection, &format!("{}-{earlier}", self.name));
+            let full = Instant::now();
+            while pending(&connection) > self.pending_max {
+                assert!(full.elapsed() < DEADLINE, "nothing is answered");
+                std::thread::park_timeout(Duration::from_millis(20));
+            }
             std::thread::park_timeout(self.pause);
         }
     }
@@ -139,6 +176,7 @@ impl Program {
             .arg(self.pause.as_secs_f64().to_string())
             .arg(chance.random::<u32>().to_string())
             .arg(SEEN)
+            .arg(self.pending_max.to_string())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -157,6 +195,59 @@ fn count(file: &Path, sql: &str) -> rusqlite::Result<i64> {
     Connection::open(file)?.query_row(sql, [], |row| row.get(0))
 }
 
+/// Until no file has anything that is not answered.
+pub(super) async fn until_answered(replicas: &[Arc<Replica>]) {
+    for replica in replicas {
+        until("nothing is pending", DEADLINE, || async {
+            count(&replica.file(), "SELECT pending FROM _anabranch_status")
+                .map_err(|e| e.to_string())
+                .and_then(|pending| match pending {
+                    0 => Ok(()),
+                    _ => Err(format!("{pending} are pending")),
+                })
+        })
+        .await;
+    }
+}
+
+/// All is answered: each of `each` transactions of every replica is in Postgres once, or is rejected. Says how many are.
+pub(super) async fn verdict(database: &Database, replicas: &[Arc<Replica>], each: u64) -> u64 {
+    // What was written while no replica ran is merged, so a good transaction may be rejected together with a bad one; but not
+    // the other way round.
+    let mut refused = 0;
+    for (place, replica) in replicas.iter().enumerate() {
+        let file = Connection::open(replica.file()).unwrap();
+        for n in 0..each {
+            let token = format!("r{place}-{n}");
+            check(&file, &token);
+            let mut there = file
+                .prepare_cached("SELECT 1 FROM tokens WHERE token = ?1")
+                .unwrap();
+            let is_there = there.exists([&token]).unwrap();
+            assert!(!is_there || note(n) == "fine", "{token} is there");
+            refused += u64::from(!is_there);
+        }
+        let outbox = "SELECT count(*) FROM _anabranch_outbox";
+        assert_eq!(count(&replica.file(), outbox).unwrap(), 0);
+    }
+    let applied = each * replicas.len() as u64 - refused;
+    let client = database.connect().await;
+    let row = client
+        .query_one(
+            "SELECT (SELECT count(*) FROM tokens), (SELECT count(*) FROM arrived),
+                    (SELECT count(DISTINCT token) FROM arrived), (SELECT n FROM counter)",
+            &[],
+        )
+        .await
+        .unwrap();
+    let found: Vec<i64> = (0..4).map(|place| row.get(place)).collect();
+    assert_eq!(
+        found, [applied as i64; 4],
+        "tokens, arrivals, distinct ones and the counter"
+    );
+    refused
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_lost_or_doubled_by_any_fault() {
     let wanted = std::env::var("ANABRANCH_LEDGER").ok();
@@ -166,7 +257,7 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
     let seed = Seed::new();
     let mut rng = seed.rng("faults");
     let server = Server::start(Options::new()).await;
-    let database = server.database().await;
+    let database = Arc::new(server.database().await);
     database.execute(TABLES).await;
     let streamer = Streamer::config(&database)
         .shape("ledger", &[TOKENS, COUNTER])
@@ -177,14 +268,14 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
     let mut links = Vec::new();
     let mut replicas = Vec::new();
     for _ in 0..REPLICAS {
-        let link = Proxy::to(streamer.address()).await;
+        let link = Arc::new(Proxy::to(streamer.address()).await);
         let replica = Replica::config(&streamer)
             .through(&link)
             .subscribe("ledger")
             .start()
             .await;
         links.push(link);
-        replicas.push(replica);
+        replicas.push(Arc::new(replica));
     }
 
     let done = Arc::new(AtomicU64::new(0));
@@ -195,6 +286,7 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
             name: format!("r{place}"),
             count: each,
             pause: wanted.map_or(PAUSE, |_| Duration::ZERO),
+            pending_max: wanted.map_or(i64::MAX, |_| PENDING_MAX),
             done: done.clone(),
         };
         let chance = seed.rng(&program.name);
@@ -204,9 +296,22 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
         });
     }
 
-    let mut faults = [0u64; 8];
+    let at_once = wanted.map_or(DROPPED_AT_ONCE.0, |_| DROPPED_AT_ONCE.1);
+    let claims = Claims::watch(database.clone());
+    let pairs = replicas.iter().zip(&links).enumerate();
+    let pairs = pairs.map(|(place, (replica, link))| {
+        (
+            replica.clone(),
+            link.clone(),
+            seed.rng(&format!("answers {place}")),
+        )
+    });
+    let droppers = Droppers::start(&claims, pairs, at_once);
+
+    let mut faults = [0u64; 7];
+    let between = wanted.map_or(all / FAULTS, |_| TRANSACTIONS_PER_FAULT);
     while done.load(SeqCst) < all {
-        let next = all.min(done.load(SeqCst) + rng.random_range(1..all / 15));
+        let next = all.min(done.load(SeqCst) + rng.random_range(1..2 * between));
         let reached = until("programs write", DEADLINE, || async {
             done.load(SeqCst) >= next
         });
@@ -230,14 +335,12 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
             }
             2 => server.restart(Stop::Immediate).await,
             3 => link.cut(Cut::Reset),
-            // Answers are dropped.
-            4 => link.set(|faults| faults.swallow(Way::Down)),
             // Half-open.
-            5 => link.set(|faults| {
+            4 => link.set(|faults| {
                 faults.swallow(Way::Up);
                 faults.swallow(Way::Down);
             }),
-            6 => {
+            5 => {
                 let bytes = rng.random_range(1..20_000);
                 link.set(|faults| faults.cut_after(Way::Down, bytes, Cut::Close));
             }
@@ -252,63 +355,29 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
     while let Some(ended) = programs.join_next().await {
         ended.expect("a program sees what it wrote");
     }
+    let dropped = droppers.stop().await;
     for link in &links {
         link.cut(Cut::Reset);
         link.set(|faults| faults.heal());
     }
 
     let start = Instant::now();
-    for replica in &replicas {
-        until("nothing is pending", DEADLINE, || async {
-            count(&replica.file(), "SELECT pending FROM _anabranch_status")
-                .map_err(|e| e.to_string())
-                .and_then(|pending| match pending {
-                    0 => Ok(()),
-                    _ => Err(format!("{pending} are pending")),
-                })
-        })
-        .await;
-    }
+    until_answered(&replicas).await;
     let tables = [("tokens", TOKENS), ("counter", COUNTER)];
     for replica in &replicas {
         replica.until_equal(&database, &tables).await;
     }
     let converged = start.elapsed();
 
-    // What was written while no replica ran is merged, so a good transaction may be rejected together with a bad one; but not
-    // the other way round.
-    let mut refused = 0;
-    for (place, replica) in replicas.iter().enumerate() {
-        let file = Connection::open(replica.file()).unwrap();
-        for n in 0..each {
-            let token = format!("r{place}-{n}");
-            check(&file, &token);
-            let mut there = file
-                .prepare_cached("SELECT 1 FROM tokens WHERE token = ?1")
-                .unwrap();
-            let is_there = there.exists([&token]).unwrap();
-            assert!(!is_there || note(n) == "fine", "{token} is there");
-            refused += u64::from(!is_there);
-        }
-        let outbox = "SELECT count(*) FROM _anabranch_outbox";
-        assert_eq!(count(&replica.file(), outbox).unwrap(), 0);
-    }
-    let applied = all - refused;
-    let client = database.connect().await;
-    let row = client
-        .query_one(
-            "SELECT (SELECT count(*) FROM tokens), (SELECT count(*) FROM arrived),
-                    (SELECT count(DISTINCT token) FROM arrived), (SELECT n FROM counter)",
-            &[],
-        )
-        .await
-        .unwrap();
-    let found: Vec<i64> = (0..4).map(|place| row.get(place)).collect();
+    let answers = "SELECT sum(seq)::bigint FROM anabranch.replicas";
+    let answers: i64 = database.query(answers, &[]).await[0].get(0);
+    let share = 100 * dropped / answers;
+    let refused = verdict(&database, &replicas, each).await;
     println!(
-        "{all} local transactions, {faults:?} faults by kind; tokens, arrivals, distinct ones and the counter: {found:?} \
-         of {applied}, {refused} rejected; equal after {converged:?}"
+        "{all} local transactions, {faults:?} faults by kind, {dropped} answers dropped ({share} %); each there once, or one \
+         of {refused} that were rejected; equal after {converged:?}"
     );
-    assert_eq!(found, [applied as i64; 4]);
+    assert!(dropped > 0 && (wanted.is_none() || share >= DROPPED_MIN_PERCENT));
     assert!(
         wanted.is_none() || converged < CONVERGED_WITHIN,
         "{converged:?}"

@@ -1,20 +1,27 @@
 //! Everything that needs a real Postgres, in one program, so that one process owns the one server.
 
 mod catalog;
+mod causality;
 mod columns;
 mod conditions;
+mod conflicts;
 mod copies;
+mod failover;
 mod faults;
 mod harness;
 mod history;
 mod identity;
+mod ids;
 mod kills;
+mod large;
 mod ledger;
 mod pages;
 mod parameters;
 mod pgbench;
+mod poison;
 mod queues;
 mod refused;
+mod rights;
 mod road;
 mod roles;
 mod shapes;
@@ -23,4 +30,5 @@ mod tls;
 mod tokens;
 mod types;
 mod writer;
+mod writers;
 mod writes;

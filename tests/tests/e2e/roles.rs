@@ -2,7 +2,7 @@
 //! says as SQL, and that SQL is enough.
 
 use anabranch_tests::{
-    peers::{Replica, Streamer},
+    peers::{Replica, Streamer, TOKEN},
     postgres::{Database, Options, Server},
     wait::{DEADLINE, until},
 };
@@ -268,4 +268,103 @@ async fn a_role_that_may_nothing_is_told_all_that_it_lacks() {
         .execute("UPDATE \"In House\".\"Pay Roll\" SET v = v + 1")
         .await;
     replica.until_equal(&database, &table).await;
+}
+
+/// From a database in which nothing of what writes need is there, not even the role that makes them.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sql_that_writes_need_is_not_enough_or_not_as_it_is_printed() {
+    let server = server().await;
+    let database = server.database().await;
+    database
+        .execute(
+            "CREATE SCHEMA app;
+             CREATE TABLE app.notes (id int PRIMARY KEY, team int, body text);
+             INSERT INTO app.notes VALUES (1, 1, 'one');
+             ALTER TABLE app.notes ENABLE ROW LEVEL SECURITY;
+             CREATE ROLE app_user;
+             CREATE POLICY own ON app.notes TO app_user USING (team = 1)",
+        )
+        .await;
+    role(&database, "ana-branch", "REPLICATION BYPASSRLS").await;
+    let select = "SELECT * FROM app.notes WHERE team = 1";
+    let streamer = Streamer::config(&database)
+        .set("postgres.url", database.url_as("ana-branch", PASSWORD))
+        .set(
+            "postgres.write_url",
+            database.url_as("new writer", PASSWORD),
+        )
+        .shape("s", &[select])
+        .set("shape.s.writable", true)
+        .set("auth.role.claim", "role")
+        .set("auth.role.allowed", vec!["app_user"])
+        .token(
+            TOKEN,
+            serde_json::json!({ "sub": "edge-1", "role": "app_user" }),
+        )
+        .prepare();
+    // With the blanks before each line.
+    let (code, said) = run(&streamer, &["check"]);
+    assert_eq!(code, Some(1), "{said}");
+    let from = said.find("    -- In database").unwrap();
+    let upto = said.find("    COMMIT;").unwrap();
+    database
+        .execute(&format!("{}COMMIT;", &said[from..upto]))
+        .await;
+    let (code, said) = run(&streamer, &["setup"]);
+    assert_eq!((code, said.trim()), (Some(0), "-- Nothing is missing."));
+    database
+        .execute(&format!(
+            "ALTER ROLE \"new writer\" PASSWORD '{}'",
+            PASSWORD.replace('\'', "''")
+        ))
+        .await;
+
+    // What the role that writes lacks, it may lack on purpose.
+    let (code, said) = run(&streamer, &["check"]);
+    assert_eq!(code, Some(0), "{said}");
+    let remedies = said.lines().map(str::trim_start);
+    let remedies: Vec<_> = remedies.filter(|line| line.ends_with(';')).collect();
+    assert_eq!(
+        remedies,
+        [
+            "GRANT USAGE ON SCHEMA \"app\" TO \"app_user\";",
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON \"app\".\"notes\" TO \"app_user\";",
+            "CREATE POLICY anabranch_looks ON \"app\".\"notes\" FOR SELECT TO \"new writer\" USING (true);",
+        ],
+        "{said}"
+    );
+    database.execute(&remedies.concat()).await;
+    is_quiet(&streamer);
+
+    streamer.start().await;
+    let replica = Replica::config(&streamer).subscribe("s").start().await;
+    replica
+        .until_equal(&database, &[("app.notes", select)])
+        .await;
+    let program = rusqlite::Connection::open(replica.file()).unwrap();
+    let write = "UPDATE \"app.notes\" SET body = 'written' WHERE id = 1";
+    assert_eq!(program.execute(write, []).unwrap(), 1);
+    until("the write arrives", DEADLINE, || async {
+        let row = database.query("SELECT body FROM app.notes", &[]).await;
+        row[0].get::<_, &str>(0) == "written"
+    })
+    .await;
+
+    // What nothing holds back is said.
+    database
+        .execute("ALTER ROLE app_user BYPASSRLS; ALTER ROLE \"new writer\" SUPERUSER")
+        .await;
+    let (code, said) = run(&streamer, &["check"]);
+    assert_eq!(code, Some(0), "{said}");
+    for words in [
+        "\"app_user\", which is BYPASSRLS",
+        "\"new writer\" that logs in to write is a superuser",
+    ] {
+        assert!(said.contains(words), "{words:?} is not in this:\n{said}");
+    }
+    database
+        .execute("ALTER ROLE app_user NOBYPASSRLS; ALTER TABLE app.notes OWNER TO app_user")
+        .await;
+    let (_, said) = run(&streamer, &["check"]);
+    assert!(said.contains("FORCE ROW LEVEL SECURITY"), "{said}");
 }

@@ -1,7 +1,7 @@
 //! The writer against a real Postgres: what it promises of local transactions, whatever they do.
 
 mod claims;
-mod fixture;
+pub mod fixture;
 mod load;
 mod types;
 

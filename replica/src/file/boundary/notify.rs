@@ -5,6 +5,9 @@
 //! repeated, at first after a millisecond and then less and less often. The slow pace at which that ends is also the
 //! safety net for what inotify did not tell, and what lets our reader go to mark 0 after somebody's checkpoint.
 //!
+//! Writes to the database file are told as well: they are of checkpoints, and one that is to start the WAL over waits, with the write
+//! lock, until our reader has gone to mark 0. That is possible as soon as all is written back, shortly after the last write.
+//!
 //! Our own commits can't be told from others'. They are many where the replica has a backlog, so one wake stands for
 //! all writes of [`PACE`].
 
@@ -39,6 +42,8 @@ const EVENTS_BYTES: usize = 16 * 1_024;
 /// Wakes its thread when something may have been committed.
 pub struct Watch {
     events: AsyncFd<OwnedFd>,
+    /// What inotify calls the database. It is there for as long as we run: a file that is replaced is an error elsewhere.
+    database_watch: i32,
     wal: PathBuf,
     wal_name: OsString,
     /// What inotify calls the file, while it is there.
@@ -67,6 +72,8 @@ impl Watch {
         let made = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::ONLYDIR;
         inotify::add_watch(&events, directory.unwrap_or(Path::new(".")), made)
             .map_err(|error| failed(&error))?;
+        let database_watch = inotify::add_watch(&events, database, WatchFlags::MODIFY)
+            .map_err(|error| failed(&error))?;
         let wal_name = wal
             .file_name()
             .ok_or_else(|| failed(&"it is no name of a file"))?
@@ -80,6 +87,7 @@ impl Watch {
         let now = Instant::now();
         let mut watch = Watch {
             events,
+            database_watch,
             wal,
             wal_name,
             wal_watch: None,
@@ -93,7 +101,7 @@ impl Watch {
         Ok(watch)
     }
 
-    /// Returns when it is time to look: at once after a write, again shortly after that, and now and then. Dropping it
+    /// Returns when it is time to look: at once after a write or checkpoint, again shortly after that, and now and then. Dropping it
     /// loses nothing.
     pub async fn changed(&mut self) {
         while !self.heard {
@@ -141,7 +149,9 @@ impl Watch {
             match reader.next() {
                 Ok(event) => {
                     let what = event.events();
-                    if Some(event.wd()) == self.wal_watch {
+                    if event.wd() == self.database_watch {
+                        is_written |= what.contains(ReadFlags::MODIFY);
+                    } else if Some(event.wd()) == self.wal_watch {
                         is_written |= what.contains(ReadFlags::MODIFY);
                         is_gone |= what.intersects(ReadFlags::MOVE_SELF | ReadFlags::IGNORED);
                     }

@@ -12,7 +12,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension};
 
 use super::{
     super::{
-        Error,
+        Error, Following,
         error::{Doing, is_full},
         transaction::{self, LOCK_WAIT_MAX},
     },
@@ -39,7 +39,7 @@ pub(super) fn connect(path: &Path) -> Result<Connection, Error> {
     // Not SQLITE_OPEN_READ_ONLY: such a connection can't ask for the length of the WAL.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = Connection::open_with_flags(path, flags).doing(OPENING)?;
-    transaction::wait_for_locks(&mut connection, LOCK_WAIT_MAX)?;
+    transaction::wait_for_locks(&mut connection, LOCK_WAIT_MAX, &Following::default())?;
     let configure = || -> rusqlite::Result<()> {
         connection.pragma_update(None, "trusted_schema", false)?;
         // Of checkpoints: they sync with NORMAL as well, but that is not to depend on how SQLite was built.

@@ -44,7 +44,8 @@ impl Folder {
         let directory = tempfile::tempdir().unwrap();
         let mut own = Connection::open(directory.path().join("app.db")).unwrap();
         // As our own does: asking each millisecond, it gets the lock from a program that hardly lets go of it.
-        transaction::wait_for_locks(&mut own, Duration::from_secs(10)).unwrap();
+        transaction::wait_for_locks(&mut own, Duration::from_secs(10), &Following::default())
+            .unwrap();
         own.execute_batch(&format!(
             "{before}; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {TABLES}"
         ))
@@ -106,6 +107,18 @@ fn exact(boundaries: &mut Boundaries) -> Vec<i64> {
     look.ends
 }
 
+/// As [`Following::make_way`] does it.
+fn make_way(boundaries: &mut Boundaries, writer: &Connection) -> bool {
+    boundaries.make_way_beside_writers().unwrap()
+        || match Write::begin(writer) {
+            // Programs that leave no gap between their transactions.
+            Err(Error::Transient(_)) => false,
+            begun => boundaries
+                .make_way_without_writers(&begun.unwrap())
+                .unwrap(),
+        }
+}
+
 /// How many transactions the long variant of a test is to have.
 fn transactions(default: usize) -> usize {
     env::var("ANABRANCH_BOUNDARIES").map_or(default, |n| n.parse().unwrap())
@@ -165,7 +178,7 @@ fn a_boundary_is_not_missed_or_merged_whatever_programs_do() {
         assert!(look.proved, "{look:?}");
         looks += 1;
         ends.extend(look.ends);
-        if look.wal_pages > 2_000 && boundaries.make_way(&folder.own).unwrap() {
+        if look.wal_pages > 2_000 && make_way(&mut boundaries, &folder.own) {
             ways += 1;
         }
     }
@@ -264,7 +277,7 @@ for number in range(int(sys.argv[2])):
         assert!(look.proved);
         ends.extend(look.ends);
         longest = longest.max(look.wal_pages);
-        if look.wal_pages > PAGES_MAX && boundaries.make_way(&folder.own).unwrap() {
+        if look.wal_pages > PAGES_MAX && make_way(&mut boundaries, &folder.own) {
             ways += 1;
         }
     }
@@ -311,9 +324,9 @@ fn a_reader_of_a_program_makes_no_way_impossible_only_while_it_lasts() {
     let mut reader = Shell::open(&folder.path());
     reader.run("BEGIN; SELECT count(*) FROM work;");
     folder.own.execute_batch(&one("a")).unwrap();
-    assert!(!boundaries.make_way(&folder.own).unwrap());
+    assert!(!make_way(&mut boundaries, &folder.own));
     reader.run("COMMIT;");
-    assert!(boundaries.make_way(&folder.own).unwrap());
+    assert!(make_way(&mut boundaries, &folder.own));
     assert_eq!(exact(&mut boundaries), [1]);
     // Others' writes are told, too, that came while way was made; and the next one starts the WAL over.
     folder.own.execute_batch(&one("b")).unwrap();
@@ -555,7 +568,7 @@ fn a_wal_that_was_damaged_is_told_as_a_gap_and_followed_again_later() {
     folder.own.execute_batch(two).unwrap();
     let look = boundaries.look().unwrap();
     assert_eq!((look.ends, look.proved), (vec![5], false));
-    assert!(boundaries.make_way(&folder.own).unwrap_or(true));
+    assert!(boundaries.make_way_beside_writers().unwrap_or(true));
     boundaries.look().unwrap();
     folder
         .own
@@ -671,6 +684,22 @@ mod watch {
                 wakes_count += 1;
             }
             assert!(wakes_count < 20, "{wakes_count} in {:?}", began.elapsed());
+        });
+    }
+
+    /// One that waits for our reader writes to the database, and then nothing more.
+    #[test]
+    fn a_checkpoint_wakes_after_long_quiet() {
+        run(async {
+            let folder = Folder::new("");
+            let mut watch = Watch::new(&folder.path(), PAUSE_MAX).unwrap();
+            folder.own.execute_batch(&one("a")).unwrap();
+            quiet(&mut watch).await;
+            folder
+                .own
+                .execute_batch("PRAGMA wal_checkpoint(PASSIVE)")
+                .unwrap();
+            assert!(wakes(&mut watch, Duration::from_millis(250)).await);
         });
     }
 

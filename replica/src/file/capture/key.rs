@@ -46,7 +46,13 @@ pub(super) fn spelled(postgres_type: &str, value: &str) -> Option<(String, &'sta
             format!("{value} = rtrim({value}, ' ')"),
             "without trailing blanks",
         ),
-        _ => return None,
+        _ => match scale(postgres_type)? {
+            Some(0) => (number(value, Some(0)), "as Postgres prints it, as in 42"),
+            scale => (
+                number(value, scale),
+                "as Postgres prints it, as in 4.20: all digits behind the point that the type has, none too many before",
+            ),
+        },
     };
     Some((condition, form))
 }
@@ -65,6 +71,39 @@ fn split(postgres_type: &str) -> (String, Option<usize>) {
         ),
         _ => (postgres_type.to_owned(), None),
     }
+}
+
+/// Of a numeric the digits behind the point; inside `None`: as many as it is given. `None`: it is no numeric.
+fn scale(postgres_type: &str) -> Option<Option<usize>> {
+    let modifier = postgres_type.strip_prefix("numeric")?;
+    if modifier.is_empty() {
+        return Some(None);
+    }
+    let inside = modifier.strip_prefix('(')?.strip_suffix(')')?;
+    let (_, scale) = inside.split_once(',')?;
+    // One below 0 rounds to tens or hundreds.
+    Some(Some(
+        scale.parse::<i32>().ok()?.max(0).unsigned_abs() as usize
+    ))
+}
+
+/// As `numeric_out` prints it: no exponent, no plus, no zeros before, no minus before zero.
+fn number(value: &str, scale: Option<usize>) -> String {
+    let digits = format!("ltrim({value}, '-')");
+    let behind = match scale {
+        None => format!("{digits} NOT GLOB '*.'"),
+        Some(0) => format!("{digits} NOT GLOB '*.*'"),
+        Some(scale) => format!(
+            "{digits} GLOB {}",
+            literal(&format!("*.{}", "[0-9]".repeat(scale)))
+        ),
+    };
+    format!(
+        "({value} IN ('NaN', 'Infinity', '-Infinity') OR (length(CAST({value} AS BLOB)) = length({value}) \
+         AND {digits} GLOB '[0-9]*' AND {digits} NOT GLOB '*[^0-9.]*' AND {digits} NOT GLOB '*.*.*' \
+         AND {digits} NOT GLOB '0[0-9]*' AND {behind} AND {value} NOT GLOB '--*' \
+         AND ({value} NOT GLOB '-*' OR {digits} GLOB '*[1-9]*')))"
+    )
 }
 
 /// Six digits, of which Postgres keeps the first.

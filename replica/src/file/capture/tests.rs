@@ -1,9 +1,12 @@
-//! Tests on real files, written to by three SQLites: the bundled one, the `sqlite3` program, and Python's module. The last
-//! two are other processes, and other versions.
+//! Tests on real files, written to by four SQLites: the bundled one, the `sqlite3` program, Python's module, and the oldest one
+//! that may be. The last three are other processes, and other versions.
 
 mod facts;
 mod guards;
+mod ids;
 mod model;
+#[path = "../../../../tests/oldest/locate.rs"]
+mod oldest;
 mod repair;
 mod suite;
 
@@ -15,7 +18,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anabranch_proto::v1;
+use anabranch_proto::{
+    record::{self, ValueRef},
+    v1,
+};
 use rusqlite::Connection;
 use serde_json::json;
 use tempfile::TempDir;
@@ -170,6 +176,7 @@ fn sources(connection: &Connection) -> Vec<Source> {
                 .collect(),
             key: source.layout.key,
             is_rowid: false,
+            is_leased: false,
             refusal: None,
         },
         entries: source.entries,
@@ -323,9 +330,15 @@ pub enum Engine {
     Bundled,
     Shell,
     Python,
+    Oldest,
 }
 
-pub const ENGINES: [Engine; 3] = [Engine::Bundled, Engine::Shell, Engine::Python];
+pub const ENGINES: [Engine; 4] = [
+    Engine::Bundled,
+    Engine::Shell,
+    Engine::Python,
+    Engine::Oldest,
+];
 
 /// Does all of it; says what errors there were.
 pub fn run(engine: Engine, works: &[Work]) -> Vec<String> {
@@ -333,6 +346,7 @@ pub fn run(engine: Engine, works: &[Work]) -> Vec<String> {
         Engine::Bundled => works.iter().map(run_bundled).collect(),
         Engine::Shell => works.iter().map(run_shell).collect(),
         Engine::Python => run_python(works),
+        Engine::Oldest => works.iter().map(run_oldest).collect(),
     }
 }
 
@@ -376,6 +390,25 @@ fn run_shell(work: &Work) -> String {
         .write_all(input.as_bytes())
         .unwrap();
     String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap()
+}
+
+fn run_oldest(work: &Work) -> String {
+    let mut child = Command::new(oldest::program())
+        .arg(&work.path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It ends what it says as it is told what to do; each is less than a pipe holds.
+    let input = work.statements.join("\0");
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(input.as_bytes()).unwrap();
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let output = String::from_utf8(output.stdout).unwrap();
+    let errors = output.split('\0').filter(|error| !error.is_empty());
+    errors.collect::<Vec<_>>().join("\n")
 }
 
 const PYTHON: &str = "

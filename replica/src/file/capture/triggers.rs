@@ -25,7 +25,10 @@
 use std::fmt::Write;
 
 use super::{Captured, key, quiet::NESTED};
-use crate::file::names::{self, literal, quote};
+use crate::file::{
+    leases,
+    names::{self, literal, quote},
+};
 
 /// Columns that are compared in one row value: an AND for each would nest deeper than SQLite allows.
 const COMPARED_COLUMNS_MAX: usize = 100;
@@ -298,6 +301,7 @@ impl<'c> Sql<'c> {
             format!("DELETE FROM {entries} WHERE id = (SELECT entry FROM {prior} WHERE {here})"),
             format!("DELETE FROM {prior} WHERE {here}"),
         ]);
+        steps.extend(self.take_id());
         steps
     }
 
@@ -333,7 +337,7 @@ impl<'c> Sql<'c> {
     fn after_move(&self) -> Vec<String> {
         let prior = &self.prior;
         let replaced = format!("{} AND entry IS NULL", self.at(NEW));
-        vec![
+        let mut steps = vec![
             format!(
                 "UPDATE _anabranch_head SET last = last + 1 WHERE EXISTS (SELECT 1 FROM {prior} WHERE {replaced})"
             ),
@@ -347,7 +351,9 @@ impl<'c> Sql<'c> {
             ),
             format!("DELETE FROM {prior} WHERE {}", self.at(NEW)),
             format!("DELETE FROM {prior} WHERE {}", self.at(OLD)),
-        ]
+        ];
+        steps.extend(self.take_id());
+        steps
     }
 
     fn after_delete(&self) -> Vec<String> {
@@ -370,6 +376,12 @@ impl<'c> Sql<'c> {
     }
 
     // Their parts
+
+    /// The new key is not offered again.
+    fn take_id(&self) -> Option<String> {
+        let table = literal(&self.captured.table);
+        (self.captured.is_leased).then(|| leases::take(&table, &self.key(NEW)[0]))
+    }
 
     /// Refuses a new key that is not spelled as Postgres does it.
     fn check_key(&self) -> Vec<String> {

@@ -99,6 +99,7 @@ mod tests {
                 not_null: false,
                 key_position,
                 conflict: conflict.into(),
+                ..v1::Column::default()
             };
         Table::new(&v1::Table {
             id: 1,

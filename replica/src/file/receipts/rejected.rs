@@ -33,6 +33,8 @@ struct Rejection {
     sqlstate: Option<String>,
     message: Option<String>,
     constraint_name: Option<String>,
+    /// It may hold several transactions of programs.
+    merged: bool,
 }
 
 /// Lists the entries of those that were rejected among the transactions after `before` and up to `now`.
@@ -44,7 +46,8 @@ pub(super) fn list(
 ) -> rusqlite::Result<()> {
     let rejections: Vec<Rejection> = connection
         .prepare_cached(&format!(
-            "SELECT seq, entry, outcome, sqlstate, message, constraint_name FROM {} \
+            "SELECT seq, entry, outcome, sqlstate, message, constraint_name, \
+             coalesce((SELECT merged FROM _anabranch_local AS l WHERE l.seq = r.seq), 0) FROM {} AS r \
              WHERE replica = ?1 AND seq > ?2 AND seq <= ?3 ORDER BY seq",
             names::REJECTIONS
         ))?
@@ -56,6 +59,7 @@ pub(super) fn list(
                 sqlstate: row.get(3)?,
                 message: row.get(4)?,
                 constraint_name: row.get(5)?,
+                merged: row.get(6)?,
             })
         })?
         .collect::<Result<_, _>>()?;
@@ -131,8 +135,8 @@ fn list_entries(
         quote(&source.entries)
     ))?;
     let mut insert = connection.prepare_cached(
-        "INSERT INTO _anabranch_rejected(id, txn, table_name, operation, key, changes, outcome, rejected_time) \
-         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+        "INSERT INTO _anabranch_rejected(id, txn, table_name, operation, key, changes, outcome, rejected_time, merged) \
+         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
     )?;
     let mut rows = entries.query([after, last])?;
     while let Some(row) = rows.next()? {
@@ -146,7 +150,8 @@ fn list_entries(
             key.to_string(),
             changes.to_string(),
             ROLLED_BACK,
-            time
+            time,
+            rejection.merged
         ])?;
     }
     Ok(())
@@ -197,7 +202,46 @@ fn in_json(entry: &Entry, layout: &Layout) -> (&'static str, Json, Json) {
     (entry.operation.name(), key.collect(), changes.into())
 }
 
+/// Rows of `_anabranch_rejected`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// One, by its `id`.
+    Change(i64),
+    /// Those of a transaction, by its `txn`.
+    Transaction(i64),
+}
+
+/// What is to become of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// They are made again.
+    Retry,
+    /// They are forgotten.
+    Discard,
+}
+
 impl File {
+    /// Decides on rejected changes, as programs do by SQL. Says how many there were; what is to be made again is at the
+    /// next look.
+    pub fn decide(&mut self, which: Which, decision: Decision) -> Result<u64, Error> {
+        let (column, number) = match which {
+            Which::Change(id) => ("id", id),
+            Which::Transaction(txn) => ("txn", txn),
+        };
+        let sql = match decision {
+            Decision::Retry => "UPDATE _anabranch_rejected SET action = 'retry'",
+            Decision::Discard => "DELETE FROM _anabranch_rejected",
+        };
+        let write = Write::begin(&self.connection)?;
+        let count = self
+            .connection
+            .prepare_cached(&format!("{sql} WHERE {column} = ?1"))
+            .and_then(|mut decide| decide.execute([number]))
+            .doing("decide on rejected writes")?;
+        write.commit()?;
+        Ok(count as u64)
+    }
+
     /// Makes the changes again of which a program said so (`UPDATE _anabranch_rejected SET action = 'retry'`): they
     /// become new entries, behind all others, and their rows go. Those of tables that can't be written now wait. Says how
     /// many it were.

@@ -1,8 +1,8 @@
 //! Other processes at work on the file, with an SQLite of their own: the `sqlite3` program.
 
-use std::{fs, sync::mpsc, thread};
+use std::{fs, sync::mpsc, thread, time::Duration};
 
-use super::*;
+use super::{local::*, *};
 
 fn change(lsn: u64, id: i64, v: &str) -> v1::Down {
     down(vec![begin(&[]), upserts(1, &[&[I(id), T(v)]]), commit(lsn)])
@@ -138,4 +138,31 @@ fn a_stage_leaves_the_write_lock_to_programs_in_between() {
     }
     file.apply(&down(vec![commit(1)])).unwrap();
     assert_eq!(shell.run("SELECT count(*) FROM t;"), ["10000"]);
+}
+
+/// A program's checkpoint that takes the write lock and waits for readers, of which our reader of the WAL is one.
+#[test]
+fn a_checkpoint_of_a_program_and_we_wait_for_each_other() {
+    let sheet = Sheet::simple();
+    for mode in ["FULL", "RESTART", "TRUNCATE"] {
+        let folder = Folder::new();
+        let mut file = folder.open();
+        let row = upserts(1, &[&[I(1), T("a"), T("b"), T("1")]]);
+        file.apply(&down(vec![first(&[]), sheet.declare(), row, commit(10)]))
+            .unwrap();
+        let mut shell = Shell::open(folder.path());
+        shell.run(".timeout 600000\nUPDATE t SET a = 'first';");
+        assert!(file.look().unwrap());
+        shell.run("UPDATE t SET a = 'second';");
+        shell.begin(&format!("PRAGMA wal_checkpoint({mode});"));
+        let other = Connection::open(folder.path()).unwrap();
+        other.busy_timeout(Duration::ZERO).unwrap();
+        // It waits, and holds the lock.
+        while other.execute_batch("BEGIN IMMEDIATE; ROLLBACK").is_ok() {}
+        file.report(true, None).unwrap();
+        let done = shell.end();
+        assert!(done[0].starts_with("0|"), "{mode}: {done:?}");
+        assert!(file.look().unwrap(), "what was written before is found");
+        assert_eq!(file.assigned().unwrap().0, 2);
+    }
 }

@@ -5,6 +5,7 @@ mod files;
 mod foreign;
 mod identity;
 mod kill;
+mod leases;
 mod local;
 mod model;
 mod outbox;
@@ -280,11 +281,23 @@ impl Shell {
         }
     }
 
+    /// What is printed when SQL is done.
+    const DONE: &str = "-- done --";
+
     /// Runs SQL, and returns what it printed once all of it is done.
     pub fn run(&mut self, sql: &str) -> Vec<String> {
-        const DONE: &str = "-- done --";
-        writeln!(self.input, "{sql}\n.print '{DONE}'").unwrap();
+        self.begin(sql);
+        self.end()
+    }
+
+    /// Has it run SQL, and does not wait.
+    pub fn begin(&mut self, sql: &str) {
+        writeln!(self.input, "{sql}\n.print '{}'", Shell::DONE).unwrap();
         self.input.flush().unwrap();
+    }
+
+    /// Waits until that is done; returns what it printed.
+    pub fn end(&mut self) -> Vec<String> {
         let mut lines = Vec::new();
         loop {
             let mut line = String::new();
@@ -293,7 +306,7 @@ impl Shell {
                 panic!("the sqlite3 program ended");
             }
             match line.trim_end() {
-                DONE => return lines,
+                Shell::DONE => return lines,
                 line => lines.push(line.to_owned()),
             }
         }

@@ -188,6 +188,24 @@ fn a_rejection_restores_and_tells_what_was_wanted() {
 }
 
 #[test]
+fn several_transactions_that_are_rejected_together_pass_for_one() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    folder.write(|program| t.set(program, 1, &[("b", text("mine"))]));
+    file.assign(&[2], true).unwrap();
+    folder.write(|program| t.set(program, 1, &[("n", text("5"))]));
+    file.assign(&[2, 3], false).unwrap();
+    for seq in [1, 2] {
+        let rejected = [receipt(&file, seq), rejection(&file, seq, None)];
+        file.apply(&live(20 + seq, &rejected)).unwrap();
+    }
+    assert_eq!(
+        folder.query("SELECT txn, merged FROM _anabranch_rejected"),
+        ["1|1", "1|1", "2|0"]
+    );
+}
+
+#[test]
 fn dependents_of_a_rejected_insert_are_judged_on_their_own() {
     let (folder, mut file, t) = start_with(&[]);
     folder.write(|program| t.insert(program, &row(1, "mine", "b", "1")));
@@ -355,6 +373,51 @@ fn a_receipt_that_goes_back_makes_answered_changes_pending_again() {
     base_is(&folder, &["1|'a'|'c'|'1'"]);
     assert_eq!(pending(&folder), "1|0");
     assert_eq!(file.answered().unwrap().0, 0);
+}
+
+#[test]
+fn a_receipt_that_goes_back_in_a_reset_makes_answered_changes_vanish() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (3, "c", "b", "3")]);
+    folder.write(|program| {
+        t.set(program, 1, &[("a", text("mine"))]);
+        t.insert(program, &row(2, "new", "b", "2"));
+    });
+    folder.assign(&mut file);
+    folder.write(|program| t.set(program, 2, &[("a", text("newer"))]));
+    let seq = folder.assign(&mut file);
+    file.apply(&live(
+        20,
+        &[
+            upsert_all(&[(1, "mine", "b", "1"), (2, "newer", "b", "2")]),
+            receipt(&file, seq),
+        ],
+    ))
+    .unwrap();
+    assert_eq!(pending(&folder), "0|0");
+    assert_eq!(base_rows(&folder), "0");
+    // A failover lost the second, and what the streamer sends anew knows neither.
+    for (lsn, answered, left) in [(30, seq - 1, "1|0"), (40, 0, "3|0")] {
+        file.begin_stream().unwrap();
+        let there: &[_] = match answered {
+            0 => &[(1, "a", "c", "1"), (3, "c", "b", "3")],
+            _ => &[
+                (1, "mine", "c", "1"),
+                (2, "new", "b", "2"),
+                (3, "c", "b", "3"),
+            ],
+        };
+        let answer: &[_] = match answered {
+            0 => &[],
+            _ => &[receipt(&file, answered)],
+        };
+        file.apply(&full(there, lsn, answer)).unwrap();
+        shows(
+            &folder,
+            &["1|'mine'|'c'|'1'", "2|'newer'|'b'|'2'", "3|'c'|'b'|'3'"],
+        );
+        assert_eq!(pending(&folder), left);
+    }
+    base_is(&folder, &["1|'a'|'c'|'1'", "3|'c'|'b'|'3'"]);
 }
 
 #[test]

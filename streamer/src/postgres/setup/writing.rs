@@ -100,7 +100,7 @@ macro_rules! body {
     };
 }
 
-const FUNCTIONS: [Function; 6] = [
+const FUNCTIONS: [Function; 7] = [
     Function {
         name: "claim",
         arguments: "replica text, subject text, seq bigint, previous bytea, hash bytea, nonces uuid[]",
@@ -206,6 +206,53 @@ const FUNCTIONS: [Function; 6] = [
         ),
     },
     Function {
+        name: "lease",
+        arguments: "relation oid, place smallint, writer text, wanted int",
+        types: "oid, smallint, text, integer",
+        returns: "TABLE(first bigint, last bigint, step bigint)",
+        trusted: true,
+        // By nextval(), so that others who take ids meanwhile, the increment and the cache are as right as for them. Of a
+        // sequence that nears its end only a part is taken: ids that are leased and not used are lost.
+        body: body!(
+            "DECLARE\n  sequence pg_catalog.pg_sequence;\n  id bigint;\n",
+            "\
+  SELECT s.* INTO sequence
+    FROM pg_catalog.pg_attribute a
+    LEFT JOIN pg_catalog.pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
+     AND pg_catalog.pg_get_expr(f.adbin, f.adrelid) LIKE 'nextval(%::regclass)'
+    JOIN pg_catalog.pg_depend d
+      ON a.attidentity = '' AND d.classid = 'pg_catalog.pg_attrdef'::pg_catalog.regclass AND d.objid = f.oid
+         AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+      OR a.attidentity <> '' AND d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype = 'i'
+         AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+         AND d.refobjid = a.attrelid AND d.refobjsubid = a.attnum
+    JOIN pg_catalog.pg_sequence s ON s.seqrelid = CASE a.attidentity WHEN '' THEN d.refobjid ELSE d.objid END
+   WHERE a.attrelid = $1 AND a.attnum = $2;
+  IF NOT FOUND OR NOT pg_catalog.has_any_column_privilege(coalesce($3, session_user)::pg_catalog.name, $1, 'INSERT') THEN
+    RETURN;
+  END IF;
+  wanted := least(wanted, 1 + pg_catalog.trunc(
+    (CASE WHEN sequence.seqincrement > 0 THEN sequence.seqmax ELSE sequence.seqmin END
+      - coalesce(pg_catalog.pg_sequence_last_value(sequence.seqrelid), sequence.seqstart)::pg_catalog.numeric)
+    / sequence.seqincrement / 100));
+  step := sequence.seqincrement;
+  FOR i IN 1 .. wanted LOOP
+    id := pg_catalog.nextval(sequence.seqrelid::pg_catalog.regclass);
+    IF id - last = step THEN
+      last := id;
+    ELSE
+      IF first IS NOT NULL THEN
+        RETURN NEXT;
+      END IF;
+      first := id;
+      last := id;
+    END IF;
+  END LOOP;
+  RETURN NEXT;
+"
+        ),
+    },
+    Function {
         name: "refuse",
         arguments: "outcome text, entry int",
         types: "text, integer",
@@ -262,31 +309,27 @@ pub(super) async fn plan(
         statements.push(format!("CREATE ROLE {login} LOGIN NOINHERIT"));
     }
     functions(client, writing, known.is_some(), &mut statements).await?;
-    if known.is_some() {
-        for role in writing.roles {
-            let member = client
-                .client
-                .query_opt(
-                    "SELECT pg_has_role($1, oid, 'MEMBER') FROM pg_roles WHERE rolname = $2",
-                    &[&writing.role, role],
-                )
-                .await?;
-            // A role that is not there is not made: nobody knows what it should be allowed.
-            if member.is_some_and(|row| !row.get::<_, bool>(0)) {
-                statements.push(format!("GRANT {} TO {login}", identifier(role)));
-            }
+    for role in writing.roles {
+        let member = client
+            .client
+            .query_opt(
+                "SELECT coalesce((SELECT pg_has_role(l.oid, r.oid, 'MEMBER') FROM pg_roles l WHERE l.rolname = $1), false)
+                   FROM pg_roles r WHERE r.rolname = $2",
+                &[&writing.role, role],
+            )
+            .await?;
+        // A role that is not there is not made: nobody knows what it should be allowed.
+        if member.is_some_and(|row| !row.get::<_, bool>(0)) {
+            statements.push(format!("GRANT {} TO {login}", identifier(role)));
         }
     }
+    // One that is not there yet will have what everybody has.
     let reads = if known.is_some() {
-        grants(client, writing.tables, Some(writing.role), &login).await?
+        writing.role
     } else {
-        writing
-            .tables
-            .iter()
-            .map(|table| format!("GRANT SELECT ON {} TO {login}", super::qualified(table)))
-            .collect()
+        "public"
     };
-    statements.extend(reads);
+    statements.extend(grants(client, writing.tables, Some(reads), &login).await?);
     statements.extend(standing(client, writing.role, &login).await?);
     Ok(statements)
 }
@@ -337,6 +380,15 @@ async fn made(
         }
     }
     Ok(())
+}
+
+/// Whether a function does the same. `check` prints scripts with blanks before each line, and they are pasted with them.
+fn is_same_body(found: &str, wanted: &str) -> bool {
+    let lines = |body: &str| -> Vec<String> {
+        let lines = body.lines().map(|line| line.trim().to_owned());
+        lines.filter(|line| !line.is_empty()).collect()
+    };
+    lines(found) == lines(wanted)
 }
 
 /// The functions, and who may call them.
@@ -393,7 +445,7 @@ async fn functions(
         }
         let config: Option<Vec<String>> = as_it_is.and_then(|row| row.get(5));
         let is_same = as_it_is.is_some_and(|row| {
-            row.get::<_, &str>(3) == function.body && row.get::<_, bool>(4) == function.trusted
+            is_same_body(row.get(3), function.body) && row.get::<_, bool>(4) == function.trusted
         }) && config
             .is_some_and(|config| config == ["search_path=pg_catalog, pg_temp"]);
         if !is_same {

@@ -1,9 +1,12 @@
 //! What the catalogs say of a table that is written, beyond what [`Table`] has: read when a connection first writes it,
-//! and again when its schema changed.
+//! and again when its schema changed. Rights are the role's that writes.
 
 use tokio_postgres::Client;
 
-use crate::{postgres::sql::Error, table::Table};
+use crate::{
+    postgres::{catalog::defaults, sql::Error},
+    table::{LeftOut, Table},
+};
 
 /// A table that is written.
 #[derive(Clone, Debug)]
@@ -16,6 +19,10 @@ pub struct Facts {
     pub keys: Vec<String>,
     /// A trigger may suppress an UPDATE.
     pub suppresses: bool,
+    /// A trigger or a rule may put a row elsewhere than it was written.
+    pub diverts: bool,
+    /// The role may read `xmin`, which it may not by grants on columns.
+    pub reads_xmin: bool,
 }
 
 /// A column of it.
@@ -23,23 +30,30 @@ pub struct Facts {
 pub struct ColumnFacts {
     /// Its type (a domain's base), with its schema, quoted, without typmod.
     pub type_name: String,
-    /// It gets a value where an INSERT gives none: a default, or an identity.
+    /// It gets a value where an INSERT gives none: a default (its own or its type's), or an identity.
     pub has_default: bool,
+    /// What it gets is not known where the INSERT is made.
+    pub is_filled_in: bool,
+    /// The role may name it in an INSERT.
+    pub insertable: bool,
     /// Stored generated.
     pub generated: bool,
     /// `GENERATED ALWAYS AS IDENTITY`.
     pub always: bool,
 }
 
-/// Reads them.
-pub async fn read(client: &Client, table: &Table) -> Result<Facts, Error> {
+/// Reads them, for a role; `None`: the one that is logged in.
+pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<Facts, Error> {
     let attributes = client
         .query(
-            "SELECT attnum, attname::text, atthasdef AND attgenerated = '' OR attidentity <> '',
-                    attgenerated <> '', attidentity = 'a'
+            "SELECT attnum, attname::text,
+                    atthasdef AND attgenerated = '' OR attidentity <> ''
+                        OR EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid = atttypid AND t.typdefault IS NOT NULL),
+                    attgenerated <> '', attidentity = 'a',
+                    pg_catalog.has_column_privilege(coalesce($2, current_user::text), attrelid, attnum, 'INSERT')
                FROM pg_catalog.pg_attribute
               WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
-            &[&table.oid],
+            &[&table.oid, &role],
         )
         .await?;
     let oids: Vec<u32> = table.columns.iter().map(|column| column.base_oid).collect();
@@ -61,18 +75,25 @@ pub async fn read(client: &Client, table: &Table) -> Result<Facts, Error> {
         )
         .await?;
     // A policy may hide a row from an UPDATE, which then must not be taken for one that a trigger suppressed.
-    let suppresses = client
+    let whole = client
         .query_opt(
             "SELECT NOT c.relrowsecurity AND EXISTS (
                  SELECT FROM pg_catalog.pg_trigger g
-                  WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND g.tgtype & 19 = 19)
+                  WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND g.tgtype & 19 = 19),
+                    c.relhasrules OR EXISTS (
+                 SELECT FROM pg_catalog.pg_trigger g
+                  WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND g.tgtype & 3 = 3),
+                    pg_catalog.has_column_privilege(coalesce($2, current_user::text), c.oid, (-2)::int2, 'SELECT')
                FROM pg_catalog.pg_class c WHERE c.oid = $1",
-            &[&table.oid],
+            &[&table.oid, &role],
         )
-        .await?
-        .is_some_and(|row| row.get(0));
+        .await?;
+    let is = |place: usize| whole.as_ref().is_some_and(|row| row.get(place));
 
+    let defaults = defaults::read(client, std::iter::once(table)).await?;
+    let defaults = defaults.get(&table.oid);
     let columns = table.columns.iter().map(|column| {
+        let left_out = defaults.and_then(|of_table| of_table.get(&column.attnum));
         let row = attributes
             .iter()
             .find(|row| row.get::<_, i16>(0) == column.attnum);
@@ -88,8 +109,10 @@ pub async fn read(client: &Client, table: &Table) -> Result<Facts, Error> {
         Ok(ColumnFacts {
             type_name: named.get(1),
             has_default: row.get(2),
+            is_filled_in: left_out == Some(&LeftOut::Other),
             generated: row.get(3),
             always: row.get(4),
+            insertable: row.get(5),
         })
     });
     let mut key: Vec<_> = (table.key.iter())
@@ -109,6 +132,8 @@ pub async fn read(client: &Client, table: &Table) -> Result<Facts, Error> {
             })
             .map(|row| row.get(0))
             .collect(),
-        suppresses,
+        suppresses: is(0),
+        diverts: is(1),
+        reads_xmin: is(2),
     })
 }

@@ -3,7 +3,8 @@
 //! A statement that touches a row which the transaction did not touch before has the replica's condition in its WHERE:
 //! so a row is only changed as long as the replica may see it, whatever others do to it at the same time. One that touches
 //! it again may change what the transaction itself wrote there (`xmin`) too: not whatever is there by then, as a
-//! trigger may have put the write elsewhere. What such a
+//! trigger may have put the write elsewhere. (A role that has rights to columns only can't read `xmin`. For it the row is
+//! found by its key alone, where the transaction wrote it and nothing can have put it elsewhere.) What such a
 //! statement does not find it refuses by itself, with `anabranch.refuse`. A row that the replica is not shown is not there
 //! for it, so nothing tells it apart from one that is missing: an UPDATE of either is `update_missing`, a DELETE of
 //! either has nothing to do, and only a row that is shown can be a `conflict`. (A key that is taken by a row outside of
@@ -41,6 +42,17 @@ pub struct Target {
     pub key: Vec<usize>,
 }
 
+/// Whether the transaction touched a row before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touch {
+    /// It did not.
+    First,
+    /// It did, and the row may be its own, or not.
+    Again,
+    /// It did, and the row is its own.
+    Own,
+}
+
 /// SQL and its parameters.
 #[derive(Debug, Default)]
 pub struct Sql {
@@ -54,6 +66,24 @@ const NO_KEY: Unwritable = Unwritable {
     sqlstate: "23502",
     message: "a column of the key is NULL",
 };
+
+const ROUNDED: Unwritable = Unwritable {
+    sqlstate: "22003",
+    message: "a number of more than 15 digits can't be the base of a sum: SQLite rounds it",
+};
+
+/// Digits of a decimal that survive SQLite's arithmetic, which is in doubles.
+const EXACT_DIGITS: usize = 15;
+
+/// Whether SQLite's arithmetic on a decimal (a text) may have rounded, so that a difference from it is not exact.
+fn is_rounded(value: ValueRef<'_>) -> bool {
+    let ValueRef::Text(text) = value else {
+        return false;
+    };
+    let digits = text.bytes().filter(u8::is_ascii_digit);
+    let digits = digits.skip_while(|digit| *digit == b'0').count();
+    digits > EXACT_DIGITS || text.bytes().any(|byte| matches!(byte, b'e' | b'E'))
+}
 
 impl Sql {
     /// Adds a parameter; how it is written.
@@ -113,19 +143,30 @@ impl Target {
         self.key.contains(&place)
     }
 
-    /// The statement for a change; `None`: there is nothing to do. `first`: the transaction did not touch the row yet.
+    /// What a statement that touches a row again may find there, if an entry before it left one (`there`).
+    pub fn again(&self, table: &WriteTable, there: bool) -> Touch {
+        let decides = |conflict: &Conflict| matches!(conflict, Conflict::Function(_));
+        let is_sure = there && !self.facts.diverts && !table.conflicts.iter().any(decides);
+        if is_sure && !self.facts.reads_xmin {
+            Touch::Own
+        } else {
+            Touch::Again
+        }
+    }
+
+    /// The statement for a change; `None`: there is nothing to do.
     pub fn statement(
         &self,
         table: &WriteTable,
         change: &Change<'_>,
-        first: bool,
+        touch: Touch,
     ) -> Result<Option<Sql>, Unwritable> {
-        let shown = self.rule.shown().map(|shown| {
-            if first {
-                shown.to_owned()
-            } else {
-                format!("({shown} OR t.xmin = pg_catalog.pg_current_xact_id()::pg_catalog.xid)")
-            }
+        let shown = self.rule.shown().and_then(|shown| match touch {
+            Touch::First => Some(shown.to_owned()),
+            Touch::Own => None,
+            Touch::Again => Some(format!(
+                "({shown} OR t.xmin = pg_catalog.pg_current_xact_id()::pg_catalog.xid)"
+            )),
         });
         let shown = shown.as_deref();
         match change {
@@ -171,8 +212,14 @@ impl Target {
             if is_null && self.is_key(place) {
                 return Err(NO_KEY);
             }
-            // A column that the program left out can't be told from NULL, which this one can't be.
-            let left_out = is_null && facts.has_default && self.rule.table.columns[place].not_null;
+            // A column that the program left out can't be told from NULL. This one can't be NULL; or its default is not in
+            // the replica's file; or it would be NULL anyway, and the role may not name it.
+            let left_out = is_null
+                && if facts.has_default {
+                    facts.is_filled_in || self.rule.table.columns[place].not_null
+                } else {
+                    !facts.insertable
+                };
             if facts.generated || left_out {
                 continue;
             }
@@ -209,6 +256,9 @@ impl Target {
             let _ = write!(assignments, "{comma}{name} = ");
             match (&table.conflicts[set.column], set.old) {
                 (Conflict::Add, Some(old)) => {
+                    if [old, set.new].into_iter().any(is_rounded) {
+                        return Err(ROUNDED);
+                    }
                     let old = sql.bind(self, place, old)?;
                     let _ = write!(
                         assignments,

@@ -7,8 +7,10 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-/// Six related tables of some 100,000 rows.
-pub const TABLES: [&str; 6] = ["orgs", "people", "projects", "issues", "labels", "comments"];
+/// Six related tables of some 100,000 rows, and two that the programs at the edge fill.
+pub const TABLES: [&str; 8] = [
+    "orgs", "people", "projects", "issues", "labels", "comments", "notes", "visits",
+];
 
 /// Connections that write.
 pub const WORKERS: u64 = 2;
@@ -28,6 +30,9 @@ CREATE TABLE labels (issue_id bigint NOT NULL REFERENCES issues ON DELETE CASCAD
 CREATE TABLE comments (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), org_id int NOT NULL, issue_id bigint NOT NULL REFERENCES issues ON DELETE CASCADE,
   body text NOT NULL, written timestamptz NOT NULL DEFAULT now());
 CREATE INDEX comments_issue ON comments (issue_id);
+CREATE TABLE notes (id text PRIMARY KEY, org_id int NOT NULL, body text NOT NULL CHECK (body <> ''));
+CREATE TABLE visits (id int PRIMARY KEY, n bigint NOT NULL);
+INSERT INTO visits VALUES (1, 0);
 CREATE SEQUENCE issue_ids START 30001;
 INSERT INTO orgs SELECT g, 'Org ' || g, (ARRAY['free','team','large'])[1 + g % 3] FROM generate_series(1, 50) g;
 INSERT INTO people SELECT g, 1 + g % 50, 'Person ' || g, 'person' || g || '@example.org' FROM generate_series(1, 2000) g;
@@ -43,7 +48,9 @@ INSERT INTO comments (org_id, issue_id, body) SELECT org_id, id, 'What about ' |
 /// What the streamer is told.
 pub const SHAPES: &str = r#"
 [shape.everything]
-tables = [ "SELECT * FROM orgs", "SELECT * FROM people", "SELECT * FROM projects", "SELECT * FROM issues", "SELECT * FROM labels", "SELECT * FROM comments" ]
+tables = [ "SELECT * FROM orgs", "SELECT * FROM people", "SELECT * FROM projects", "SELECT * FROM issues", "SELECT * FROM labels",
+  "SELECT * FROM comments", "SELECT * FROM notes", "SELECT * FROM visits" ]
+writable = [ "issues", "notes", "visits" ]
 
 [shape.org]
 params.org = { claim = "org_id" }
@@ -51,10 +58,19 @@ tables = [
   "SELECT * FROM projects WHERE org_id = $org",
   "SELECT * FROM issues WHERE org_id = $org",
   "SELECT * FROM comments WHERE org_id = $org",
+  "SELECT * FROM notes WHERE org_id = $org",
+  "SELECT * FROM visits",
 ]
+writable = [ "issues", "notes", "visits" ]
 
 [shape.board]
 tables = [ "SELECT id, org_id, title, state, points FROM issues WHERE state <> 'done' AND points >= 3" ]
+
+[table."public.issues"]
+column.points = "add"
+
+[table."public.visits"]
+column.n = "add"
 "#;
 
 /// A replica, and what must be in its file.
@@ -65,6 +81,8 @@ pub struct Place {
     pub shape: &'static str,
     /// Tables and the SQL that Postgres would answer.
     pub tables: Vec<(&'static str, String)>,
+    /// The org whose notes a program writes into the file.
+    pub writes: Option<i32>,
 }
 
 /// The three replicas.
@@ -78,16 +96,23 @@ pub fn places() -> Vec<Place> {
             name: "everything",
             shape: "everything",
             tables: TABLES.map(all).to_vec(),
+            writes: Some(1),
         },
         Place {
             name: "org-7",
             shape: "org",
-            tables: ["projects", "issues", "comments"].map(org).to_vec(),
+            tables: ["projects", "issues", "comments", "notes"]
+                .map(org)
+                .into_iter()
+                .chain([all("visits")])
+                .collect(),
+            writes: Some(7),
         },
         Place {
             name: "board",
             shape: "board",
             tables: vec![("issues", board.to_owned())],
+            writes: None,
         },
     ]
 }

@@ -11,12 +11,12 @@ use anabranch_tests::{
     oracle::{file, select},
     peers::{Replica, Streamer},
     postgres::Database,
-    proxy::{Proxy, Way},
+    proxy::{Cut, Proxy, Way},
 };
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::data::Place;
+use crate::{data::Place, writer::Writer};
 
 /// How often the file is looked at: half of it is part of every lag.
 const LOOK_EVERY: Duration = Duration::from_millis(4);
@@ -38,6 +38,12 @@ pub struct Seen {
     pub rows: i64,
     /// `_anabranch_status.lsn`.
     pub position: String,
+    /// Local changes that are not answered.
+    pub pending: i64,
+    /// Rows of `_anabranch_rejected`.
+    pub rejected: i64,
+    /// Whether the sidecar hears the streamer.
+    pub connected: bool,
     /// From Postgres' commit to the first look that saw it, in milliseconds.
     pub lags: VecDeque<f64>,
 }
@@ -104,17 +110,41 @@ impl Edge {
                 // Counting is dear, and the board is drawn once a second.
                 if looks.is_multiple_of(200) {
                     let rows = sqlite.query_row(&count, [], |row| row.get(0))?;
-                    let position =
-                        sqlite
-                            .query_row("SELECT lsn FROM _anabranch_status", [], |row| row.get(0))?;
+                    let (position, pending, rejected, connected) = sqlite.query_row(
+                        "SELECT lsn, pending, rejected, connected FROM _anabranch_status",
+                        [],
+                        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
+                    )?;
                     let mut seen = lock(&seen);
                     (seen.rows, seen.position) = (rows, position);
+                    (seen.pending, seen.rejected) = (pending, rejected);
+                    seen.connected = connected;
                 }
                 looks += 1;
                 tokio::time::sleep(LOOK_EVERY).await;
             }
             Ok(0)
         });
+    }
+
+    /// A program that writes its file, if there is one.
+    pub fn writer(&self) -> Option<Writer> {
+        self.place.writes.map(|org| Writer {
+            name: self.place.name,
+            file: self.file(),
+            org,
+        })
+    }
+
+    /// Cuts it off from the streamer.
+    pub fn go_offline(&self) {
+        self.proxy.set(|faults| faults.refuse());
+        self.proxy.cut(Cut::Reset);
+    }
+
+    /// Lets it connect again.
+    pub fn go_online(&self) {
+        self.proxy.set(|faults| faults.heal());
     }
 
     /// Equal to what Postgres answers.

@@ -1,12 +1,14 @@
 //! `cargo demo`: a throw-away Postgres with data and a live workload, a streamer, three replicas of different shapes,
-//! and a board that shows them live. Ctrl-C cleans up.
+//! programs that write the files of two of them, one of which is offline now and then, and a board that shows it live.
+//! Ctrl-C cleans up.
 //!
-//! `cargo demo -- --once` does the same for ten seconds without a terminal, proves every replica equal to Postgres,
-//! prints the figures, and exits 0 or not.
+//! `cargo demo -- --once` does the same for ten seconds without a terminal, proves every replica equal to Postgres and
+//! every local write there once or rejected, prints the figures, and exits 0 or not.
 
 mod board;
 mod data;
 mod edge;
+mod writer;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -33,6 +35,11 @@ const ONCE: Duration = Duration::from_secs(10);
 
 /// How often the board is drawn.
 const DRAW_EVERY: Duration = Duration::from_secs(1);
+
+/// The replica that is offline now and then, and the draws of which it is so.
+const COMES_AND_GOES: &str = "org-7";
+const OFFLINE: std::ops::Range<u64> = 3..6;
+const OFFLINE_EVERY: u64 = 10;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -79,8 +86,13 @@ async fn demo(once: bool) -> anyhow::Result<()> {
             stopping.clone(),
         ));
     }
+    let mut writers = JoinSet::new();
     for edge in &edges {
         edge.watch(&mut tasks, stopping.clone());
+        if let Some(writer) = edge.writer() {
+            let stopping = stopping.clone();
+            writers.spawn_blocking(move || writer.run(&stopping));
+        }
     }
     let shown = if once {
         show(&edges, Some(ONCE), false).await
@@ -95,12 +107,18 @@ async fn demo(once: bool) -> anyhow::Result<()> {
     while let Some(done) = tasks.join_next().await {
         transactions += done??;
     }
+    let mut written = Vec::new();
+    while let Some(done) = writers.join_next().await {
+        written.push(done??);
+    }
     shown?;
     if once {
         board::print(&edges, false);
         println!(
-            "\nThe workload made {transactions} transactions. Comparing every replica with Postgres …"
+            "\nThe workload made {transactions} transactions in Postgres. Looking for what was written at the edge …"
         );
+        writer::prove(&written, &database).await?;
+        println!("Each took effect once or is rejected. Comparing every replica with Postgres …");
         for edge in &edges {
             edge.prove(&database).await?;
         }
@@ -115,16 +133,26 @@ async fn demo(once: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Draws the board until the time is over.
+/// Draws the board until the time is over. One replica is offline now and then.
 async fn show(edges: &[Edge], time: Option<Duration>, terminal: bool) -> anyhow::Result<()> {
-    let end = time.map(|time| Instant::now() + time);
-    let mut next = Instant::now();
-    while end.is_none_or(|end| next < end) {
-        tokio::time::sleep_until(next).await;
+    let begin = Instant::now();
+    let mut draws = 0;
+    while time.is_none_or(|time| DRAW_EVERY * draws < time) {
+        tokio::time::sleep_until(begin + DRAW_EVERY * draws).await;
+        for edge in edges
+            .iter()
+            .filter(|edge| edge.place.name == COMES_AND_GOES)
+        {
+            match u64::from(draws) % OFFLINE_EVERY {
+                at if at == OFFLINE.start => edge.go_offline(),
+                at if at == OFFLINE.end => edge.go_online(),
+                _ => {}
+            }
+        }
         if terminal {
             board::print(edges, true);
         }
-        next += DRAW_EVERY;
+        draws += 1;
     }
     Ok(())
 }

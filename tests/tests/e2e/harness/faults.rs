@@ -107,6 +107,10 @@ async fn what_is_stalled_comes_later_and_what_is_swallowed_never() {
     // Far more than all buffers between them hold: a swallowing connection takes everything.
     server.write_all(&vec![7; 20_000_000]).await.unwrap();
     is_silent(&mut client).await;
+    // Nor is there ever a gap with bytes behind it.
+    proxy.set(|faults| faults.heal());
+    server.write_all(b"behind the gap").await.unwrap();
+    is_silent(&mut client).await;
 }
 
 #[tokio::test]

@@ -117,7 +117,11 @@ proptest! {
     fn what_is_captured_is_what_was_done(
         trigger in 0..TRIGGERS.len(),
         statements in prop::collection::vec(statement(), 1..40),
-        shell in prop::bool::weighted(0.1),
+        engine in prop_oneof![
+            8 => Just(Engine::Bundled),
+            1 => Just(Engine::Shell),
+            1 => Just(Engine::Oldest),
+        ],
     ) {
         let rows = "INSERT INTO t VALUES(0, 'zero', 0), (1, '1', 1.5), (2, NULL, NULL);
                     INSERT INTO c VALUES(0, 'a', 1), (1, 'a', 2), (1, 'b', 3);";
@@ -127,7 +131,6 @@ proptest! {
         inspect_all(&connection, &fixture.tables);
         let before: Vec<Rows> =
             fixture.tables.iter().map(|table| rows_of(&connection, table, &table.name)).collect();
-        let engine = if shell { Engine::Shell } else { Engine::Bundled };
         run(engine, &[Work { path: fixture.path.clone(), statements: statements.clone() }]);
         check_sums(&connection, &fixture.tables, &before, &format!("{statements:#?}"));
     }

@@ -138,10 +138,6 @@ const CASES: &[Case] = &[
         "update t 3: v 'three' > NULL b x'' > NULL",
         "update t 3: v NULL > '' b NULL > x''",
     ]),
-    case(&["UPDATE t SET r = 2 WHERE id = 2", "UPDATE t SET r = 2.0 WHERE id = 2", "UPDATE t SET r = '3' WHERE id = 2 RETURNING r"], &[
-        "update t 2: r NULL > 2.0",
-        "update t 2: r 2.0 > 3.0",
-    ]),
     case(&["UPDATE t SET v = (SELECT a FROM c WHERE c.n = t.id AND a = 'b')"], &[
         "update t 1: v 'one' > 'b'",
         "update t 2: v 'two' > NULL",
@@ -304,6 +300,16 @@ const CASES: &[Case] = &[
     ),
 ];
 
+/// SQLite 3.37 can't do it: see `facts`.
+const WHOLE_NUMBERS: Case = case(
+    &[
+        "UPDATE t SET r = 2 WHERE id = 2",
+        "UPDATE t SET r = 2.0 WHERE id = 2",
+        "UPDATE t SET r = '3' WHERE id = 2 RETURNING r",
+    ],
+    &["update t 2: r NULL > 2.0", "update t 2: r 2.0 > 3.0"],
+);
+
 fn check_all(engine: Engine) {
     let fixture = fixture();
     let reader = open(&fixture.path);
@@ -315,7 +321,8 @@ fn check_all(engine: Engine) {
     drop(reader);
     let mut works = Vec::new();
     let mut cases = Vec::new();
-    for (number, case) in CASES.iter().enumerate() {
+    let whole_numbers = (engine != Engine::Oldest).then_some(&WHOLE_NUMBERS);
+    for (number, case) in CASES.iter().chain(whole_numbers).enumerate() {
         for settings in 0..4 {
             let path = fixture.copy(&format!("{engine:?}-{number}-{settings}.db"));
             let connection = open(&path);
@@ -382,4 +389,9 @@ fn what_the_sqlite3_program_writes_is_captured() {
 #[test]
 fn what_python_writes_is_captured() {
     check_all(Engine::Python);
+}
+
+#[test]
+fn what_the_oldest_sqlite_writes_is_captured() {
+    check_all(Engine::Oldest);
 }
