@@ -83,6 +83,7 @@ pub(super) fn list_judged(connection: &Connection, before: i64, now: i64) -> rus
             Ok(Rejection {
                 seq: row.get(0)?,
                 entry: None,
+                merged: outcome == identity::UNKNOWN,
                 outcome,
                 sqlstate: row.get(2)?,
                 message: Some(message.to_owned()),
