@@ -593,8 +593,8 @@ impl Keeping {
                 Ok(ControlFlow::Continue(()))
             }
             Command::Flushed { since, flushed } => {
-                let rejected = self.file.rejected(since.answered, since.assigned);
                 let local = *self.board.local.borrow();
+                let rejected = self.file.rejected(since.answered, local.last_of(&since));
                 let _ = flushed.send(Flushed {
                     rejected: unless_definite(rejected)?.unwrap_or_default(),
                     pending: local.assigned.saturating_sub(local.answered),
