@@ -218,6 +218,12 @@ impl Board {
         });
     }
 
+    /// The file has a new id.
+    pub fn renamed(&self, replica_id: &str) {
+        self.status
+            .send_modify(|status| status.replica_id = replica_id.into());
+    }
+
     /// Local writes can't be sent now, and why; `None`: they can, or there is no reason any more to say so.
     pub fn writes_wait(&self, why: Option<&str>) {
         let why: Option<Arc<str>> = why.map(|why| format!("local writes wait: {why}").into());
@@ -226,12 +232,6 @@ impl Board {
             status.writes_error = why;
             is_new
         });
-    }
-
-    /// The file has a new id.
-    pub fn renamed(&self, replica_id: &str) {
-        self.status
-            .send_modify(|status| status.replica_id = replica_id.into());
     }
 
     /// Something is wrong with the file.

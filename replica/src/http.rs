@@ -208,7 +208,7 @@ async fn flush(State(view): State<View>, RawQuery(query): RawQuery) -> Response 
     let answered = tokio::select! {
         // Answered wins over time that is up: a timeout of 0 asks whether they are.
         biased;
-        answered = local.wait_for(|local| local.answered >= begun.assigned) => answered.is_ok(),
+        answered = local.wait_for(|local| local.has_answered(&begun)) => answered.is_ok(),
         () = view.cancel.cancelled() => return stopping(),
         () = tokio::time::sleep(timeout) => false,
     };

@@ -96,15 +96,6 @@ enum Command {
         bytes_max: usize,
         read: oneshot::Sender<Read>,
     },
-    /// Which tables should have more ids.
-    LeasesWanted {
-        wanted: oneshot::Sender<Vec<(String, String)>>,
-    },
-    /// Ids were leased.
-    Lease {
-        ids: v1::Ids,
-        kept: oneshot::Sender<()>,
-    },
     /// The pending entries after this one.
     Pending {
         after: i64,
@@ -114,6 +105,15 @@ enum Command {
     Adopt {
         judgement: Option<Judgement>,
         adopted: oneshot::Sender<Result<bool, String>>,
+    },
+    /// Which tables should have more ids.
+    LeasesWanted {
+        wanted: oneshot::Sender<Vec<(String, String)>>,
+    },
+    /// Ids were leased.
+    Lease {
+        ids: v1::Ids,
+        kept: oneshot::Sender<()>,
     },
 }
 
@@ -324,14 +324,6 @@ impl Keeper {
         done.await.map_err(|_| Gone)
     }
 
-    /// Which tables should have more ids leased, by schema and name in Postgres.
-    pub async fn leases_wanted(&self) -> Result<Vec<(String, String)>, Gone> {
-        let (wanted, done) = oneshot::channel();
-        let command = Command::LeasesWanted { wanted };
-        self.commands.send(command).await.map_err(|_| Gone)?;
-        done.await.map_err(|_| Gone)
-    }
-
     /// Pending entries after this one, in their order; nothing if there are no more.
     pub async fn pending(&self, after: i64) -> Result<Result<Vec<(i64, Nonce)>, String>, Gone> {
         let (read, done) = oneshot::channel();
@@ -340,10 +332,10 @@ impl Keeper {
         done.await.map_err(|_| Gone)
     }
 
-    /// Offers ids to programs.
-    pub async fn lease(&self, ids: v1::Ids) -> Result<(), Gone> {
-        let (kept, done) = oneshot::channel();
-        let command = Command::Lease { ids, kept };
+    /// Which tables should have more ids leased, by schema and name in Postgres.
+    pub async fn leases_wanted(&self) -> Result<Vec<(String, String)>, Gone> {
+        let (wanted, done) = oneshot::channel();
+        let command = Command::LeasesWanted { wanted };
         self.commands.send(command).await.map_err(|_| Gone)?;
         done.await.map_err(|_| Gone)
     }
@@ -353,6 +345,14 @@ impl Keeper {
     pub async fn adopt(&self, judgement: Option<Judgement>) -> Result<Result<bool, String>, Gone> {
         let (adopted, done) = oneshot::channel();
         let command = Command::Adopt { judgement, adopted };
+        self.commands.send(command).await.map_err(|_| Gone)?;
+        done.await.map_err(|_| Gone)
+    }
+
+    /// Offers ids to programs.
+    pub async fn lease(&self, ids: v1::Ids) -> Result<(), Gone> {
+        let (kept, done) = oneshot::channel();
+        let command = Command::Lease { ids, kept };
         self.commands.send(command).await.map_err(|_| Gone)?;
         done.await.map_err(|_| Gone)
     }
@@ -549,6 +549,16 @@ impl Keeping {
                 let _ = read.send(outgoing);
                 Ok(ControlFlow::Continue(()))
             }
+            Command::Pending { after, read } => {
+                let pending = self.file.pending(after);
+                let _ = read.send(or_say(pending)?);
+                Ok(ControlFlow::Continue(()))
+            }
+            Command::Adopt { judgement, adopted } => {
+                let done = self.adopt(judgement.as_ref());
+                let _ = adopted.send(or_say(done)?);
+                Ok(ControlFlow::Continue(()))
+            }
             Command::Decide {
                 which,
                 decision,
@@ -576,16 +586,6 @@ impl Keeping {
                 let _ = kept.send(());
                 Ok(ControlFlow::Continue(()))
             }
-            Command::Pending { after, read } => {
-                let pending = self.file.pending(after);
-                let _ = read.send(or_say(pending)?);
-                Ok(ControlFlow::Continue(()))
-            }
-            Command::Adopt { judgement, adopted } => {
-                let done = self.adopt(judgement.as_ref());
-                let _ = adopted.send(or_say(done)?);
-                Ok(ControlFlow::Continue(()))
-            }
             Command::Look { looked } => {
                 self.look()?;
                 let local = *self.board.local.borrow();
@@ -593,8 +593,8 @@ impl Keeping {
                 Ok(ControlFlow::Continue(()))
             }
             Command::Flushed { since, flushed } => {
-                let rejected = self.file.rejected(since.answered, since.assigned);
                 let local = *self.board.local.borrow();
+                let rejected = self.file.rejected(since.answered, local.last_of(&since));
                 let _ = flushed.send(Flushed {
                     rejected: unless_definite(rejected)?.unwrap_or_default(),
                     pending: local.assigned.saturating_sub(local.answered),
@@ -624,10 +624,15 @@ impl Keeping {
     fn outgoing(&mut self, after: Outgoing, bytes_max: usize) -> Result<Read, Error> {
         let mut from = match after {
             Outgoing::On(from) => from,
-            Outgoing::After(seq, hash) => match self.file.go_on(seq, &hash)? {
-                Some(from) => from,
-                None => return Ok(Err(Unsent::Forked)),
-            },
+            Outgoing::After(seq, hash) => {
+                let on = self.file.go_on(seq, &hash)?;
+                // It may have dispelled a doubt.
+                self.tell_local()?;
+                match on {
+                    Some(from) => from,
+                    None => return Ok(Err(Unsent::Forked)),
+                }
+            }
         };
         let pieces = self.file.outgoing(&mut from, bytes_max)?;
         Ok(Ok((pieces, Outgoing::On(from))))

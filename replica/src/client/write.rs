@@ -30,9 +30,6 @@ use crate::{
     keeper::{Outgoing, Start, Unsent},
 };
 
-/// Said of a message that nothing asked for.
-const NOT_ASKED: &str = "the streamer said what it was not asked";
-
 /// What is read from the file at a time.
 const READ_BYTES: usize = 4 * MESSAGE_BYTES_TARGET;
 
@@ -69,15 +66,15 @@ impl Client {
     ) -> Infallible {
         let mut retry = Retry::new(&self.config.timing);
         let mut last_what = String::new();
+        let mut is_copy = false;
         // What an older call said of it says nothing of now.
         self.board.writes_wait(None);
-        let mut is_copy = false;
         loop {
             let mut local = self.board.local.subscribe();
-            let is_wanted = |local: &Local| {
-                is_copy || local.in_doubt || local.wants_ids || local.assigned > local.answered
+            let is_due = |local: &Local| {
+                is_copy || local.in_doubt || local.assigned > local.answered || local.wants_ids
             };
-            if local.wait_for(is_wanted).await.is_err() {
+            if local.wait_for(is_due).await.is_err() {
                 return std::future::pending().await;
             }
             let answered = local.borrow().answered;
@@ -146,7 +143,6 @@ impl Client {
                 Err(failure) => return failure.into(),
             }
         };
-        self.board.writes_wait(None);
         if ready.other_subject {
             return self.leave().await;
         }
@@ -163,6 +159,7 @@ impl Client {
             Err(Unsent::Forked) => return self.ask(&mut down, &messages).await,
             Err(Unsent::Trouble(what)) => return Failure::slow("write", what).into(),
         };
+        self.board.writes_wait(None);
         let asked = Asked::default();
         tokio::select! {
             ended = self.send(outgoing, messages, &asked) => ended,
@@ -240,7 +237,10 @@ impl Client {
                     });
                 }
                 write_down::Kind::Ready(_) | write_down::Kind::Ids(_) => {
-                    return Err(Failure::soon("write", NOT_ASKED));
+                    return Err(Failure::soon(
+                        "write",
+                        "the streamer said what it was not asked",
+                    ));
                 }
             }
         }
@@ -256,6 +256,9 @@ impl Client {
         let mut settled = 0;
         loop {
             let now = *local.borrow_and_update();
+            if now.in_doubt {
+                return Failure::soon("write", "answers came that are not of this file").into();
+            }
             if now.settled > settled {
                 settled = now.settled;
                 if say(&messages, write_up::Kind::Settled(settled))
@@ -332,7 +335,8 @@ impl Client {
                     }
                 }
                 Ok(write_down::Kind::Ready(_) | write_down::Kind::Judged(_)) => {
-                    return Failure::soon("write", NOT_ASKED).into();
+                    return Failure::soon("write", "the streamer said what it was not asked")
+                        .into();
                 }
                 Err(failure) => return failure.into(),
             }

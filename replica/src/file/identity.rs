@@ -74,6 +74,16 @@ impl File {
             Ok(is_whole.then(|| Outgoing::after(chain_seq as u64)))
         };
         let on = look().doing("look where local writes stand")?;
+        let answered = self.answered()?.0;
+        let forgotten = receipts::forgotten(&self.connection).doing("look")?;
+        if on.is_none() && seq < forgotten as u64 && chain_seq <= forgotten {
+            tracing::error!(
+                from = seq + 1,
+                upto = answered,
+                "Postgres has lost local transactions that it had answered, and the file has forgotten them: was the database put \
+                 back to before them? What they wrote is gone"
+            );
+        }
         // Only Postgres itself can say that a row which is not in the stream is not there at all.
         self.state.receipt_is_lost |= seq == 0 && on.is_some();
         Ok(on)
@@ -136,7 +146,7 @@ impl File {
 
 /// What belongs to an id ends with it. Within the write transaction that brings the new one.
 fn on_new_identity(connection: &Connection, state: &State) -> rusqlite::Result<()> {
-    // The other copy of the file may use the same ids.
+    // The other copy uses them too.
     leases::drop_all(connection)?;
     state.store(connection)
 }

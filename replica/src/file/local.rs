@@ -29,10 +29,28 @@ pub struct Local {
     pub pending: u64,
     /// Rows of `_anabranch_rejected`.
     pub rejected: u64,
-    /// Ids should be leased.
-    pub wants_ids: bool,
+    /// Behind this one those of today's id begin: with a new id what is not answered gets other numbers.
+    pub chain: u64,
     /// What came of answers is not of this file: the streamer is to be asked.
     pub in_doubt: bool,
+    /// Ids should be leased.
+    pub wants_ids: bool,
+}
+
+impl Local {
+    /// Whether all that was written then is answered by now.
+    pub fn has_answered(&self, then: &Local) -> bool {
+        self.answered >= self.last_of(then)
+    }
+
+    /// The last local transaction that may be one of then.
+    pub fn last_of(&self, then: &Local) -> u64 {
+        if self.chain == then.chain {
+            then.assigned
+        } else {
+            self.assigned
+        }
+    }
 }
 
 /// A rejected entry, for those who wait.
@@ -197,6 +215,7 @@ impl File {
             rejected: rejected.max(0) as u64,
             assigned,
             answered,
+            chain: self.state.chain_seq as u64,
             in_doubt: receipts::is_in_doubt(&self.connection, &self.state)
                 .doing("look at receipts")?,
             settled: settled as u64,
@@ -236,5 +255,27 @@ impl File {
                 .collect()
         };
         list().doing("read what was rejected")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_while_the_file_gets_a_new_id_waits_for_the_new_numbers() {
+        let local = |chain, answered, assigned| Local {
+            chain,
+            answered,
+            assigned,
+            ..Local::default()
+        };
+        let then = local(0, 2, 5);
+        assert!(!local(0, 4, 9).has_answered(&then));
+        assert!(local(0, 5, 9).has_answered(&then));
+        // Numbers 3 to 5 are 7 and 8 now, behind what was answered elsewhere.
+        assert!(!local(6, 6, 8).has_answered(&then));
+        assert!(!local(6, 7, 8).has_answered(&then));
+        assert!(local(6, 8, 8).has_answered(&then));
     }
 }

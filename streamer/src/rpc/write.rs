@@ -47,11 +47,11 @@ const BATCH_MAX: usize = 128;
 /// The pause after a failure that may pass: the first one, and the longest; each is twice the one before.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
-/// Ids that are leased at a time: what a program inserts in a busy hour offline, and little to lose with a file.
-const LEASE_IDS: u32 = 1_000;
-
 /// How often claims that are too old are looked for, where none were left over.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
+
+/// Ids that are leased at a time: what a program inserts in a busy hour offline, and little to lose with a file.
+const LEASE_IDS: u32 = 1_000;
 
 /// The connections that write.
 pub struct Writers {
@@ -216,11 +216,11 @@ impl Call {
                     Err(what) => return Status::invalid_argument(what),
                 },
                 Some(write_up::Kind::Settled(seq)) => Work::Settled(seq),
-                Some(write_up::Kind::Lease(lease)) => Work::Lease(lease),
                 Some(write_up::Kind::Judge(judge)) => match asked(&judge.nonces) {
                     Some(nonces) => Work::Judge(nonces),
                     None => return Status::invalid_argument("nonces have 16 bytes, and are some"),
                 },
+                Some(write_up::Kind::Lease(lease)) => Work::Lease(lease),
                 Some(write_up::Kind::Alive(_)) => continue,
                 Some(write_up::Kind::Hello(_)) | None => {
                     return Status::invalid_argument("WriteHello is said once, and first");
@@ -270,8 +270,8 @@ impl Call {
                         rooms.push(room);
                     }
                     Work::Settled(seq) => settled = Some(seq),
-                    Work::Lease(lease) => leases.push(lease),
                     Work::Judge(nonces) => self.judge(&nonces).await?,
+                    Work::Lease(lease) => leases.push(lease),
                 }
             }
             self.make(&mut answered, received).await?;

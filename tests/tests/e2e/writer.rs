@@ -1,5 +1,6 @@
 //! The writer against a real Postgres: what it promises of local transactions, whatever they do.
 
+mod claims;
 pub mod fixture;
 mod load;
 mod types;

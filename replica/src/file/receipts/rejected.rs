@@ -70,9 +70,7 @@ pub(super) fn list(
 pub(super) fn list_judged(connection: &Connection, before: i64, now: i64) -> rusqlite::Result<()> {
     let rejections: Vec<Rejection> = connection
         .prepare_cached(
-            "SELECT seq, outcome, sqlstate, \
-             coalesce((SELECT merged FROM _anabranch_local AS l WHERE l.seq = j.seq), 0) FROM _anabranch_judged AS j \
-             WHERE seq > ?1 AND seq <= ?2 ORDER BY seq",
+            "SELECT seq, outcome, sqlstate FROM _anabranch_judged WHERE seq > ?1 AND seq <= ?2 ORDER BY seq",
         )?
         .query_map([before, now], |row| {
             let outcome: String = row.get(1)?;
@@ -85,11 +83,11 @@ pub(super) fn list_judged(connection: &Connection, before: i64, now: i64) -> rus
             Ok(Rejection {
                 seq: row.get(0)?,
                 entry: None,
+                merged: outcome == identity::UNKNOWN,
                 outcome,
                 sqlstate: row.get(2)?,
                 message: Some(message.to_owned()),
                 constraint_name: None,
-                merged: row.get(3)?,
             })
         })?
         .collect::<Result<_, _>>()?;

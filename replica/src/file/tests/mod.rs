@@ -3,6 +3,7 @@
 mod apply;
 mod files;
 mod foreign;
+mod identity;
 mod kill;
 mod leases;
 mod local;
@@ -30,7 +31,7 @@ use bytes::{Bytes, BytesMut};
 use rusqlite::{Connection, OpenFlags, types::ValueRef as Sql};
 use tempfile::TempDir;
 
-pub use super::{Error, File, Outgoing, Settings, TableChanges};
+pub use super::{Claim, Error, File, Judged, Judgement, Outgoing, Settings, TableChanges};
 pub use ValueRef::{Blob as B, Integer as I, Null as N, Real as R, Text as T};
 pub use v1::Storage::{Blob, Integer, Real, Text};
 
