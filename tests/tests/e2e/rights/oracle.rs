@@ -76,6 +76,8 @@ impl Oracle<'_> {
                 Ok(0) if matches!(write, Write::Update { .. }) => {
                     return refused("update_missing", Some(entry));
                 }
+                // A policy may hide the row from it, which is there then.
+                Ok(0) => continue,
                 Ok(_) => {}
             }
             match write {
