@@ -10,10 +10,6 @@
 
 use std::{
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     thread,
     time::{Duration, Instant},
 };
@@ -232,13 +228,12 @@ pub async fn latency(lab: &Lab, writing: &Writing, seconds: Duration, report: &m
 fn paced(file: &Path, count: i64) -> Vec<f64> {
     let program = Program::open(file, 0);
     let eye = Program::open(file, 0);
-    let failed = Arc::new(AtomicBool::new(false));
-    let watching = {
-        let failed = failed.clone();
-        let eye = move || {
+    let watching = thread::Builder::new()
+        .name("eye".into())
+        .spawn(move || {
             let mut answered = Vec::with_capacity(count as usize);
             let began = Instant::now();
-            while (answered.len() as i64) < count && !failed.load(Ordering::Relaxed) {
+            while (answered.len() as i64) < count {
                 let done = eye.answered() - eye.first;
                 let now = Instant::now();
                 answered.resize(answered.len().max(done as usize), now);
@@ -247,10 +242,8 @@ fn paced(file: &Path, count: i64) -> Vec<f64> {
                 thread::park_timeout(LOOK_EVERY);
             }
             answered
-        };
-        let thread = thread::Builder::new().name("eye".into());
-        thread.spawn(eye).expect("start a thread")
-    };
+        })
+        .expect("a thread");
     let began = Instant::now();
     let mut committed = Vec::with_capacity(count as usize);
     for n in 0..count {
@@ -260,7 +253,6 @@ fn paced(file: &Path, count: i64) -> Vec<f64> {
         committed.push(Instant::now());
     }
     let answered = watching.join().expect("the eye");
-    failed.store(true, Ordering::Relaxed);
     let pairs = answered.iter().zip(&committed);
     pairs
         .map(|(answered, committed)| answered.saturating_duration_since(*committed).as_secs_f64())
