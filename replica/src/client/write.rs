@@ -422,3 +422,21 @@ async fn next(
         Err(_) => Err(silent(silence_max)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_do_not_come_are_asked_for_all_the_time() {
+        let (asked, start) = (Asked::default(), Instant::now());
+        let table = |name: &str| ("public".to_owned(), name.to_owned());
+        let wanted = || vec![table("a"), table("b")];
+        assert_eq!(asked.due(wanted(), start), wanted());
+        assert!(asked.due(wanted(), start).is_empty());
+        // What came may be used up already.
+        asked.answered(table("b"));
+        assert_eq!(asked.due(wanted(), start), [table("b")]);
+        assert_eq!(asked.due(wanted(), start + LEASE_AGAIN), wanted());
+    }
+}
