@@ -85,6 +85,8 @@ pub(super) struct Outcome {
     pub heard: Heard,
     pub transactions: u64,
     pub rows: u64,
+    /// Rows of receipts or rejections came.
+    pub answers: bool,
     pub commit_time: i64,
     pub changes: Vec<TableChanges>,
 }
@@ -196,6 +198,7 @@ impl<'c> Replay<'c> {
     fn rebuild(&mut self) -> Result<(), Failure> {
         let connection = self.connection;
         let tables = self.outcome.tables.clone();
+        self.outcome.answers = self.answers;
         let state = &mut self.outcome.state;
         let mut overlay = std::mem::replace(&mut self.overlay, Overlay::new(connection));
         let settles = state
