@@ -415,6 +415,5 @@ fn awaits(state: &State, message: &v1::Down) -> bool {
         Some(Kind::Heartbeat(heartbeat)) => heartbeat.position,
         _ => None,
     });
-    state.receipt_is_lost
-        || heartbeat.is_some_and(|position| state.settles_at(Position::from(position)))
+    heartbeat.is_some_and(|position| state.settles_at(Position::from(position)))
 }

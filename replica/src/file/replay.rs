@@ -204,7 +204,7 @@ impl<'c> Replay<'c> {
         let settles = state
             .position
             .is_some_and(|position| state.settles_at(position));
-        if self.answers || settles || state.receipt_is_lost {
+        if self.answers || settles {
             receipts::take(connection, state, &tables, &mut overlay)
                 .map_err(|error| failure("_anabranch_rejected", error))?;
         }
