@@ -182,7 +182,10 @@ pub(super) fn take(
         None => forgotten(connection)?.max(state.chain_seq),
     };
     let now = match receipt(connection, state)? {
-        Receipt::Upto(seq) => seq.max(floor),
+        Receipt::Upto(seq) => {
+            state.answered_once = 0;
+            seq.max(floor)
+        }
         Receipt::Missing => {
             state.answered_once = state.answered_once.max(before);
             floor
