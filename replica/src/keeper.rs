@@ -737,7 +737,10 @@ impl Keeping {
         let first = applied.position.is_some() && self.board.watch().borrow().position.is_none();
         // Before the position is told: who waits for both finds them together.
         let local = *self.board.local.borrow();
-        if local.assigned > local.answered || local.settled > 0 || may_be_pending_again {
+        let may_be_answered = local.assigned > local.answered || local.settled > 0;
+        // An answer may also be of what another copy of the file sent.
+        let is_doubtful = applied.answers || local.in_doubt;
+        if may_be_answered || may_be_pending_again || is_doubtful {
             self.tell_local()?;
         }
         self.board

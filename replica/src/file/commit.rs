@@ -68,6 +68,7 @@ impl File {
         applied.commit_time = outcome.commit_time;
         applied.transactions = outcome.transactions;
         applied.rows = outcome.rows;
+        applied.answers = outcome.answers;
         applied.changes = outcome.changes;
         self.state = outcome.state;
         self.catalog = outcome.catalog;
@@ -141,6 +142,7 @@ impl File {
             }),
             transactions: 0,
             rows: 0,
+            answers: false,
             commit_time: 0,
             changes: Vec::new(),
         };

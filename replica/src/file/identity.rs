@@ -84,8 +84,6 @@ impl File {
                  back to before them? What they wrote is gone"
             );
         }
-        // Only Postgres itself can say that a row which is not in the stream is not there at all.
-        self.state.receipt_is_lost |= seq == 0 && on.is_some();
         Ok(on)
     }
 
@@ -94,7 +92,8 @@ impl File {
         pending(&self.connection, after).doing("read pending entries")
     }
 
-    /// Takes a new id, if anything is as `judgement` says; without one only if nothing is pending, else it says `None`.
+    /// Takes a new id, if anything is as `judgement` says; without one only if nothing is pending that was never answered, else
+    /// it says `None`.
     /// The stream is over: it was this replica's under the former id.
     pub fn adopt(&mut self, judgement: Option<&Judgement>) -> Result<Option<Adopted>, Error> {
         self.guard.still_there()?;
@@ -110,11 +109,16 @@ impl File {
             return Err(self.start_over());
         }
         let boundary = receipts::boundary(connection).doing("look where local writes stand")?;
-        if judgement.is_none() && !pending(connection, boundary).doing("look")?.is_empty() {
+        let once = receipts::last_of(connection, self.state.answered_once).doing("look")?;
+        if judgement.is_none() && !pending(connection, once).doing("look")?.is_empty() {
             return Ok(None);
         }
-        let nothing = Judgement::default();
-        let judgement = judgement.unwrap_or(&nothing);
+        // Their effects were here.
+        let answered_once = Judgement {
+            upto: once,
+            ..Judgement::default()
+        };
+        let judgement = judgement.unwrap_or(&answered_once);
         let renumber = || renumber(connection, boundary, judgement);
         let (chain_seq, adopted) = renumber().doing("number local writes anew")?;
         let mut state = self.state.clone();
@@ -122,7 +126,7 @@ impl File {
         // An older token that was not used yet is of an older id.
         state.token_id.get_or_insert_with(|| former.clone());
         state.chain_seq = chain_seq;
-        state.receipt_is_lost = false;
+        state.answered_once = 0;
         state.settle = (adopted.elsewhere + adopted.unknown > 0).then(|| Position {
             lsn: judgement.lsn,
             ..self.state.position.unwrap_or_default()

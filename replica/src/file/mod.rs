@@ -121,6 +121,8 @@ pub struct Applied {
     pub transactions: u64,
     /// Row operations committed.
     pub rows: u64,
+    /// Whether rows of receipts or rejections were among them.
+    pub answers: bool,
     /// The longest time that the write lock was held.
     pub locked: Duration,
     /// Table and keys (JSON arrays of key values) that changed, for `/changes`; a table that changed as a whole, or in more
@@ -413,6 +415,5 @@ fn awaits(state: &State, message: &v1::Down) -> bool {
         Some(Kind::Heartbeat(heartbeat)) => heartbeat.position,
         _ => None,
     });
-    state.receipt_is_lost
-        || heartbeat.is_some_and(|position| state.settles_at(Position::from(position)))
+    heartbeat.is_some_and(|position| state.settles_at(Position::from(position)))
 }

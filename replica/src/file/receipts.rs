@@ -161,16 +161,7 @@ pub(super) fn is_in_doubt(connection: &Connection, state: &State) -> rusqlite::R
     if object(connection, names::RECEIPTS)?.is_none() {
         return Ok(false);
     }
-    Ok(state.settles_elsewhere()
-        || match receipt(connection, state)? {
-            Receipt::Upto(_) => false,
-            Receipt::Foreign => true,
-            // Who may see it changed with the token's subject, or it is gone.
-            Receipt::Missing => {
-                !state.receipt_is_lost
-                    && answered(connection)?.is_some_and(|(seq, _)| seq > state.chain_seq)
-            }
-        })
+    Ok(state.settles_elsewhere() || matches!(receipt(connection, state)?, Receipt::Foreign))
 }
 
 /// Takes what came of receipts and rejections, as of the position. The keys that are to be rebuilt are touched.
@@ -191,11 +182,16 @@ pub(super) fn take(
         None => forgotten(connection)?.max(state.chain_seq),
     };
     let now = match receipt(connection, state)? {
-        Receipt::Upto(seq) => seq.max(floor),
-        Receipt::Missing if state.receipt_is_lost => floor,
-        Receipt::Missing | Receipt::Foreign => before.max(floor),
+        Receipt::Upto(seq) => {
+            state.answered_once = 0;
+            seq.max(floor)
+        }
+        Receipt::Missing => {
+            state.answered_once = state.answered_once.max(before);
+            floor
+        }
+        Receipt::Foreign => before.max(floor),
     };
-    state.receipt_is_lost = false;
     if now == before {
         return Ok(());
     }

@@ -85,6 +85,8 @@ pub(super) struct Outcome {
     pub heard: Heard,
     pub transactions: u64,
     pub rows: u64,
+    /// Rows of receipts or rejections came.
+    pub answers: bool,
     pub commit_time: i64,
     pub changes: Vec<TableChanges>,
 }
@@ -196,12 +198,13 @@ impl<'c> Replay<'c> {
     fn rebuild(&mut self) -> Result<(), Failure> {
         let connection = self.connection;
         let tables = self.outcome.tables.clone();
+        self.outcome.answers = self.answers;
         let state = &mut self.outcome.state;
         let mut overlay = std::mem::replace(&mut self.overlay, Overlay::new(connection));
         let settles = state
             .position
             .is_some_and(|position| state.settles_at(position));
-        if self.answers || settles || state.receipt_is_lost {
+        if self.answers || settles {
             receipts::take(connection, state, &tables, &mut overlay)
                 .map_err(|error| failure("_anabranch_rejected", error))?;
         }

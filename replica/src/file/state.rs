@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS _anabranch_state(
     replica_id TEXT NOT NULL,
     chain_seq INTEGER NOT NULL,
     settle TEXT,
+    answered_once INTEGER NOT NULL DEFAULT 0,
     epoch TEXT,
     lsn TEXT,
     resume_token BLOB NOT NULL,
@@ -91,8 +92,9 @@ pub(super) struct State {
     pub chain_seq: i64,
     /// From here on those up to there have their effects in the file, or are given up: see `identity`.
     pub settle: Option<Position>,
-    /// Not in the file: Postgres said that it has no row of receipts for this id.
-    pub receipt_is_lost: bool,
+    /// Up to this local transaction they were answered once, though no receipt says so any more: Postgres lost it, or does not
+    /// show it to the subject of today's token.
+    pub answered_once: i64,
     /// The id that the token was given to, if that was another.
     pub token_id: Option<String>,
     pub position: Option<Position>,
@@ -187,7 +189,7 @@ impl State {
         connection
             .query_row(
                 "SELECT replica_id, epoch, lsn, resume_token, commit_time, received_time, connected, caught_up, \
-                 last_error, chain_seq, settle, token_id FROM _anabranch_state",
+                 last_error, chain_seq, settle, token_id, answered_once FROM _anabranch_state",
                 [],
                 |row| {
                     let epoch: Option<String> = row.get(1)?;
@@ -205,7 +207,7 @@ impl State {
                         settle: row
                             .get::<_, Option<String>>(10)?
                             .and_then(|settle| settle.parse().ok()),
-                        receipt_is_lost: false,
+                        answered_once: row.get(12)?,
                         token_id: row.get(11)?,
                         // Without a position that can be read, the token proves nothing.
                         resume_token: if position.is_some() { token.into() } else { Bytes::new() },
@@ -256,14 +258,16 @@ impl State {
         connection
             .prepare_cached(
                 "INSERT INTO _anabranch_state(id, format, replica_id, epoch, lsn, resume_token, commit_time, \
-                 received_time, heartbeat_time, connected, caught_up, last_error, chain_seq, settle, token_id) \
-                 VALUES(1, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14) \
+                 received_time, heartbeat_time, connected, caught_up, last_error, chain_seq, settle, token_id, \
+                 answered_once) \
+                 VALUES(1, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15) \
                  ON CONFLICT(id) DO UPDATE SET format = excluded.format, replica_id = excluded.replica_id, \
                  epoch = excluded.epoch, lsn = excluded.lsn, resume_token = excluded.resume_token, \
                  commit_time = excluded.commit_time, received_time = excluded.received_time, \
                  heartbeat_time = excluded.heartbeat_time, connected = excluded.connected, \
                  caught_up = excluded.caught_up, last_error = excluded.last_error, \
-                 chain_seq = excluded.chain_seq, settle = excluded.settle, token_id = excluded.token_id",
+                 chain_seq = excluded.chain_seq, settle = excluded.settle, token_id = excluded.token_id, \
+                 answered_once = excluded.answered_once",
             )?
             .execute(params![
                 FORMAT,
@@ -280,6 +284,7 @@ impl State {
                 self.chain_seq,
                 self.settle.map(|settle| settle.to_string()),
                 self.token_id,
+                self.answered_once,
             ])
             .map(drop)
     }

@@ -257,12 +257,12 @@ async fn a_copy_with_nothing_pending_goes_on_as_the_other_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_rejected_for_another_copy_is_not_told_in_the_restored_file() {
-    let (database, _streamer, replica) = begin().await;
+    let (database, streamer, replica) = begin().await;
     let first = id(&replica);
     let file = replica.file();
     let backup = file.with_file_name("backup");
     // Each a transaction of its own, so not written while nothing runs.
-    _streamer.kill();
+    streamer.kill();
     for (token, note) in [("a1", "fine"), ("a2", "forbidden"), ("a3", "fine")] {
         let sql = format!("INSERT INTO tokens VALUES('{token}', '{note}')");
         Connection::open(&file).unwrap().execute(&sql, []).unwrap();
@@ -273,16 +273,18 @@ async fn what_was_rejected_for_another_copy_is_not_told_in_the_restored_file() {
     .await;
     replica.kill();
     copy(&file, &backup);
-    _streamer.start().await;
+    streamer.start().await;
     replica.start().await;
     is_settled(&database, &[&replica], "a1 a3: 0").await;
     assert_eq!(rejected(&replica), r#"error ["a2"] 23514"#);
+    write(&file, "a4");
+    is_settled(&database, &[&replica], "a1 a3 a4: 1").await;
     replica.kill();
     copy(&backup, &file);
     write(&file, "b1");
     replica.start().await;
     until_renamed(&replica, &first).await;
-    is_settled(&database, &[&replica], "a1 a3 b1: 1").await;
+    is_settled(&database, &[&replica], "a1 a3 a4 b1: 2").await;
     assert_eq!(rejected(&replica), r#"error ["a2"] 23514"#);
 }
 

@@ -102,7 +102,7 @@ async fn a_claim_is_forgotten_before_it_is_old_by_both_clocks() {
         .execute(
             "INSERT INTO anabranch.claims (nonce, at)
              SELECT (lpad(to_hex(extract('epoch' FROM now() - make_interval(days => captured))::bigint), 16, '0')
-                     || lpad(to_hex(n), 16, '0'))::uuid, now() - make_interval(days => claimed)
+                     || lpad(to_hex(100 * n + claimed), 16, '0'))::uuid, now() - make_interval(days => claimed)
                FROM (VALUES (29, 29), (29, 31), (31, 29), (31, 31), (20000, 31), (20000, 29)) v(captured, claimed),
                     generate_series(1, 600) n",
         )
