@@ -45,7 +45,7 @@ pub struct Judgement {
     pub(super) upto: i64,
     pub(super) rejected: Vec<Elsewhere>,
     /// The last that was captured so long ago that its claim may have been forgotten.
-    old: i64,
+    pub(super) old: i64,
     pub(super) lsn: Lsn,
 }
 
