@@ -43,7 +43,7 @@ pub fn source() -> Source {
         tables: vec![
             format!("SELECT replica, seq, hash FROM {SCHEMA}.{REPLICAS} WHERE {OWN}"),
             format!(
-                "SELECT replica, seq, entry, outcome, sqlstate, message, constraint_name \
+                "SELECT replica, seq, entry, outcome, sqlstate, message, constraint_name, settled \
                  FROM {SCHEMA}.{REJECTIONS} WHERE {OWN}"
             ),
         ],

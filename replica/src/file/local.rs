@@ -23,7 +23,7 @@ pub struct Local {
     pub assigned: u64,
     /// Up to this one they are answered.
     pub answered: u64,
-    /// Up to this one rejections came that the streamer still keeps: they are durable here.
+    /// Up to this one rejections came, which are durable here, and the streamer was not told so.
     pub settled: u64,
     /// As `_anabranch_status` tells it: changes of rows that are not answered.
     pub pending: u64,
@@ -223,14 +223,14 @@ impl File {
         })
     }
 
-    /// The last rejection up to a local transaction that the streamer still keeps; 0 if there is none.
+    /// The last rejection up to a local transaction of which the streamer was not told that it is here; 0 if there is none.
     fn rejected_up_to(&self, seq: u64) -> rusqlite::Result<i64> {
         if schema::object(&self.connection, names::REJECTIONS)?.is_none() {
             return Ok(0);
         }
         self.connection
             .prepare_cached(&format!(
-                "SELECT coalesce(max(seq), 0) FROM {} WHERE seq <= ?1",
+                "SELECT coalesce(max(seq), 0) FROM {} WHERE seq <= ?1 AND NOT settled",
                 names::REJECTIONS
             ))?
             .query_row([seq as i64], |row| row.get(0))

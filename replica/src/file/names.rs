@@ -31,7 +31,7 @@ pub(super) fn base_view(table: &str) -> String {
 pub(super) const RECEIPTS: &str = "_anabranch_receipts";
 pub(super) const RECEIPTS_COLUMNS: [&str; 3] = ["replica", "seq", "hash"];
 pub(super) const REJECTIONS: &str = "_anabranch_rejections";
-pub(super) const REJECTIONS_COLUMNS: [&str; 7] = [
+pub(super) const REJECTIONS_COLUMNS: [&str; 8] = [
     "replica",
     "seq",
     "entry",
@@ -39,6 +39,7 @@ pub(super) const REJECTIONS_COLUMNS: [&str; 7] = [
     "sqlstate",
     "message",
     "constraint_name",
+    "settled",
 ];
 
 /// Where the triggers put what programs did to a table.

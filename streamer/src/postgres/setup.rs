@@ -9,7 +9,8 @@
 mod writing;
 
 pub use writing::{
-    ALREADY_CLAIMED, CLAIMS_KEPT_DAYS, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED, Writing,
+    ALREADY_CLAIMED, CLAIMS_KEPT_DAYS, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED, SETTLED_KEPT,
+    Writing,
 };
 
 use std::{collections::HashMap, fmt};

@@ -67,7 +67,10 @@ use self::{
     value::Param,
 };
 use super::{
-    setup::{ALREADY_CLAIMED, CLAIMS_KEPT_DAYS, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED},
+    setup::{
+        ALREADY_CLAIMED, CLAIMS_KEPT_DAYS, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED,
+        SETTLED_KEPT,
+    },
     sql::{self, Client},
     target::Target as Server,
 };
@@ -133,14 +136,15 @@ const REJECT: &str = "SELECT anabranch.reject($1::pg_catalog.text, $2::pg_catalo
 const JUDGE: &str =
     "SELECT nonce::pg_catalog.text, outcome, sqlstate FROM anabranch.judge($1::pg_catalog.uuid[])";
 
-/// Asked behind that, and durable by then: up to where that is in the WAL; and from when on claims are kept for sure.
-const JUDGED: &str = "SELECT pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text, \
+/// Asked behind that, when it is durable: up to where the WAL is; and from when on claims are kept for sure.
+const JUDGED: &str = "SELECT pg_catalog.pg_current_wal_flush_lsn()::pg_catalog.text, \
      greatest(0, floor(extract('epoch' from pg_catalog.now() - pg_catalog.make_interval(days => $1))))::pg_catalog.int8";
 
 /// Forgets claims that are too old, some at a time.
 const PRUNE: &str = "SELECT anabranch.prune($1, $2)";
 
-const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.int8)";
+const SETTLE: &str =
+    "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.int8, $3::pg_catalog.int4)";
 
 const STANDING: &str =
     "SELECT subject, seq, hash FROM anabranch.replicas WHERE replica = $1::pg_catalog.text";
@@ -468,7 +472,7 @@ impl Writer {
         })
     }
 
-    /// Forgets claims that are older than they are kept, some of them. True: there may be more.
+    /// Forgets claims and settled rejections that are older than they are kept, some of them. True: there may be more.
     pub async fn prune(&mut self) -> Result<bool, Error> {
         self.usable()?;
         let client = &self.client.client;
@@ -480,7 +484,7 @@ impl Writer {
         Ok(row.map_err(failed)?.get::<_, i64>(0) >= i64::from(PRUNED_AT_ONCE))
     }
 
-    /// Forgets rejections up to `seq`: the replica has them.
+    /// The replica has the rejections up to `seq`. Forgets those that are far behind that.
     pub async fn settle(&mut self, replica: &Replica, seq: u64) -> Result<(), Error> {
         self.usable()?;
         let client = &self.client.client;
@@ -488,6 +492,7 @@ impl Writer {
         let params = [
             Param::Text(replica.id.clone()),
             Param::Text(seq.to_string()),
+            Param::Text(SETTLED_KEPT.to_string()),
         ];
         let settled = client.execute_raw(&statement, params).await;
         settled.map(drop).map_err(failed)

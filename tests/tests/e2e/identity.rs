@@ -255,10 +255,9 @@ async fn a_copy_with_nothing_pending_goes_on_as_the_other_one() {
     assert_eq!(id(&one), first);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_was_rejected_for_another_copy_is_not_told_in_the_restored_file() {
+/// A replica's backup of when three writes were pending, of which Postgres then refused one; and the replica now, which knows.
+async fn backup_of_what_is_rejected() -> (Database, Streamer, Replica, PathBuf) {
     let (database, streamer, replica) = begin().await;
-    let first = id(&replica);
     let file = replica.file();
     let backup = file.with_file_name("backup");
     // Each a transaction of its own, so not written while nothing runs.
@@ -277,6 +276,13 @@ async fn what_was_rejected_for_another_copy_is_not_told_in_the_restored_file() {
     replica.start().await;
     is_settled(&database, &[&replica], "a1 a3: 0").await;
     assert_eq!(rejected(&replica), r#"error ["a2"] 23514"#);
+    (database, streamer, replica, backup)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_rejected_for_another_copy_is_not_told_in_the_restored_file() {
+    let (database, _streamer, replica, backup) = backup_of_what_is_rejected().await;
+    let (file, first) = (replica.file(), id(&replica));
     write(&file, "a4");
     is_settled(&database, &[&replica], "a1 a3 a4: 1").await;
     replica.kill();
@@ -286,6 +292,24 @@ async fn what_was_rejected_for_another_copy_is_not_told_in_the_restored_file() {
     until_renamed(&replica, &first).await;
     is_settled(&database, &[&replica], "a1 a3 a4 b1: 2").await;
     assert_eq!(rejected(&replica), r#"error ["a2"] 23514"#);
+}
+
+/// The restored file has made all that Postgres knows of, so it goes on under its id.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_newer_file_had_heard_of_is_not_told_in_the_restored_one() {
+    let (database, _streamer, replica, backup) = backup_of_what_is_rejected().await;
+    let first = id(&replica);
+    until("Postgres knows that it was told", DEADLINE, || async {
+        let sql = "SELECT bool_and(settled) FROM anabranch.rejections";
+        database.query(sql, &[]).await[0].get::<_, Option<bool>>(0) != Some(false)
+    })
+    .await;
+    replica.kill();
+    copy(&backup, &replica.file());
+    replica.start().await;
+    is_settled(&database, &[&replica], "a1 a3: 0").await;
+    assert_eq!(rejected(&replica), r#"error ["a2"] 23514"#);
+    assert_eq!(id(&replica), first);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -328,6 +328,13 @@ async fn a_rejected_transaction_says_why_and_blocks_nothing() {
     assert_eq!(outcome, Ok(Outcome::Applied));
 
     writer.settle(&replica, own.seq - 2).await.unwrap();
+    let settled = "SELECT bool_and(settled)::text FROM anabranch.rejections";
+    assert_eq!(fixture.text(settled).await, "true");
+    fixture
+        .database
+        .execute("UPDATE anabranch.rejections SET at = now() - interval '31 days'")
+        .await;
+    writer.prune().await.unwrap();
     let left = "SELECT count(*)::text FROM anabranch.rejections";
     assert_eq!(fixture.text(left).await, "0");
 }
@@ -540,7 +547,7 @@ async fn role_and_claims_are_in_force_for_the_effects_and_nothing_else() {
         .execute(&format!(
             "CREATE TABLE forging (id int PRIMARY KEY);
              CREATE FUNCTION forge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                 RESET ROLE; PERFORM * FROM (SELECT anabranch.settle('r1', 1)) s; RETURN NULL; END $$;
+                 RESET ROLE; PERFORM * FROM (SELECT anabranch.settle('r1', 1, 1)) s; RETURN NULL; END $$;
              CREATE TRIGGER forge AFTER INSERT ON forging FOR EACH ROW EXECUTE FUNCTION forge();
              GRANT ALL ON forging TO \"{app}\""
         ))

@@ -206,6 +206,7 @@ pub fn receipts() -> [v1::Element; 2] {
             ("sqlstate", Text, 0),
             ("message", Text, 0),
             ("constraint_name", Text, 0),
+            ("settled", Integer, 0),
         ],
     );
     [
@@ -235,6 +236,7 @@ pub fn rejection(file: &File, seq: u64, entry: Option<i64>) -> v1::Element {
             T("23505"),
             T("duplicate key"),
             T("t_pkey"),
+            I(0),
         ]],
     )
 }

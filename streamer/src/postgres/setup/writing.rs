@@ -41,7 +41,8 @@ CREATE TABLE IF NOT EXISTS anabranch.replicas (
   seen    timestamptz NOT NULL DEFAULT now()
 )";
 
-/// One row for each local transaction that was rejected, until its replica has it.
+/// One row for each local transaction that was rejected, at least until its replica has it (`settled`, since `at`). It is kept
+/// behind that too: a backup of the file that is restored has not heard of it.
 const REJECTIONS: &str = "\
 CREATE TABLE IF NOT EXISTS anabranch.rejections (
   replica         text NOT NULL,
@@ -52,10 +53,16 @@ CREATE TABLE IF NOT EXISTS anabranch.rejections (
   sqlstate        text NOT NULL,
   message         text NOT NULL,
   constraint_name text,
+  settled         boolean NOT NULL DEFAULT false,
+  at              timestamptz NOT NULL DEFAULT now(),
   PRIMARY KEY (replica, seq)
 )";
 
-/// How long it is remembered which entries were answered: a backup that is restored, or a copy that is started, should not be
+/// Settled rejections are kept of so many local transactions of a replica: a program that does nothing but what is refused
+/// must not fill the database, nor the files, which get them too.
+pub const SETTLED_KEPT: u32 = 100_000;
+
+/// How long it is remembered which entries were answered, and what was rejected of them: a backup that is restored, or a copy that is started, should not be
 /// older, or nobody can tell what became of what was pending in it. A row takes about 100 bytes with its index.
 pub const CLAIMS_KEPT_DAYS: u32 = 30;
 
@@ -162,13 +169,17 @@ const FUNCTIONS: [Function; 7] = [
     },
     Function {
         name: "settle",
-        arguments: "replica text, seq bigint",
-        types: "text, bigint",
+        arguments: "replica text, seq bigint, kept integer",
+        types: "text, bigint, integer",
         returns: "void",
         trusted: true,
         body: body!(
             "",
-            "  DELETE FROM anabranch.rejections r WHERE r.replica = $1 AND r.seq <= $2;\n"
+            "\
+  UPDATE anabranch.rejections r SET settled = true, at = pg_catalog.now()
+   WHERE r.replica = $1 AND r.seq <= $2 AND NOT r.settled;
+  DELETE FROM anabranch.rejections r WHERE r.replica = $1 AND r.seq <= $2 - $3 AND r.settled;
+"
         ),
     },
     Function {
@@ -192,7 +203,7 @@ const FUNCTIONS: [Function; 7] = [
         trusted: true,
         // By both clocks: what is younger by that of the replica is still there, so of such an entry it is known for sure.
         body: body!(
-            "DECLARE\n  count bigint;\n  since timestamptz := pg_catalog.now() - pg_catalog.make_interval(days => $1);\n",
+            "DECLARE\n  count bigint;\n  others bigint;\n  since timestamptz := pg_catalog.now() - pg_catalog.make_interval(days => $1);\n",
             "\
   DELETE FROM anabranch.claims c WHERE c.nonce IN (
     SELECT o.nonce FROM anabranch.claims o
@@ -201,7 +212,10 @@ const FUNCTIONS: [Function; 7] = [
        AND o.at < since
      ORDER BY o.nonce LIMIT $2);
   GET DIAGNOSTICS count = ROW_COUNT;
-  RETURN count;
+  DELETE FROM anabranch.rejections r WHERE (r.replica, r.seq) IN (
+    SELECT o.replica, o.seq FROM anabranch.rejections o WHERE o.settled AND o.at < since LIMIT $2);
+  GET DIAGNOSTICS others = ROW_COUNT;
+  RETURN greatest(count, others);
 "
         ),
     },
