@@ -38,6 +38,7 @@ pub mod encode;
 pub mod engine;
 pub mod events;
 pub mod http;
+pub mod lookup;
 pub mod metrics;
 pub mod mirror;
 pub mod policy;

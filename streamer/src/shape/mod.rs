@@ -51,7 +51,9 @@ pub use bind::PARAM_BYTES_MAX;
 pub use cursor::DEPTH_MAX;
 pub use lex::SQL_BYTES_MAX;
 pub use literal::ARRAY_ELEMENTS_MAX;
+pub use moment::Zone;
 pub use select::{Bound, RouteKey, Select};
+pub use value::{Reading, Value};
 
 use self::{
     condition::Condition,
