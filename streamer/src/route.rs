@@ -1,26 +1,40 @@
-//! Which sessions does a change concern, and what are they told?
+//! Which sessions does a transaction concern, and what are they told?
 //!
-//! The index finds *candidates*: for a SELECT with a conjunct `column = $param` the bound SELECTs are found by
-//! hashing the changed row's value, old and new; all others of the table are looked at one by one. It may find too
-//! many, never too few. Whether a row is in a shape is decided by [`Bound::contains`] alone, on the row before the
-//! transaction and on the row after it, and what follows by [`delta`](crate::delta).
+//! The index finds *candidates*: rows that may be told of, and for each the bound SELECTs that may have it. It may find
+//! too many, never too few. Whether a row is in a shape is decided by [`Bound::contains`] alone, in the state before the
+//! transaction and in the one after it, and what follows by [`delta`](crate::delta).
 //!
-//! Sessions with the same SELECT bound to the same values share one [`Binding`]: it is evaluated once for them all.
+//! - A row that changed is a candidate. Its bound SELECTs are found by hashing: for a conjunct `column = $param` the row's
+//!   value, old and new; through a subquery the values of the inner rows that it leads to. SELECTs without such a way are
+//!   looked at one by one.
+//! - A row that did not change is one if an inner row did that may decide its answer. Then the way is walked *backwards*
+//!   ([`backwards`]): from the inner row, as it was and as it is, to the rows that it goes with, and on to those of the
+//!   SELECT. Only those bound SELECTs are asked that the inner row leads to as well, if it tells anything of their parameters.
 //!
-//! Conditions with subqueries will add candidates here: rows that no change touched, found backwards from the
-//! changed inner row to the parameter. What a candidate is, and what is decided about it, stays the same.
+//! Why no transaction is missed: an answer changes only if the row changes, or an inner row that goes with it. A row that went
+//! with another one only because one of the two was changed is found by the changed one's old values; so it is enough to
+//! look for rows that did *not* change in the state after the transaction.
+//!
+//! Sessions with the same SELECT bound to the same values share one [`Binding`]: it is evaluated once for them all. What is
+//! too much for one transaction ([`STEPS_MAX`]) is not routed: its sessions catch up.
 
-use std::{collections::HashMap, sync::Arc};
+mod backwards;
 
-use anabranch_proto::record::Malformed;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
+
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 
+use self::backwards::{Found, Walk};
 use crate::{
     delta::{self, Op},
-    mirror::Net,
+    lookup::{Error, Lookup},
+    mirror::{Key, Mirror, Net},
     shape::{Bound, RouteKey, Select},
-    table::Oid,
+    table::{Oid, Table},
 };
 
 type Map<K, V> = HashMap<K, V, RandomState>;
@@ -28,10 +42,16 @@ type Map<K, V> = HashMap<K, V, RandomState>;
 /// A connected session.
 pub type SessionId = u64;
 
+/// Rows that are looked at for one transaction beside those that it changed, at most: what is beyond would keep the engine
+/// for more than about a second, and is as well told by a catch-up.
+pub const STEPS_MAX: usize = 100_000;
+
 /// Who subscribed to what.
 #[derive(Default)]
 pub struct Router {
     tables: Map<Oid, Vec<Routes>>,
+    /// Tables that subqueries read: of which SELECTs, over which tables, as which of their steps.
+    inner: Map<Oid, Vec<Inner>>,
     bindings: Map<[u8; 16], BindingId>,
     slots: Vec<Option<Binding>>,
     free: Vec<BindingId>,
@@ -50,11 +70,39 @@ struct Binding {
 struct Routes {
     select: Arc<Select>,
     keyed: Map<RouteKey, Vec<BindingId>>,
+    /// Those that no row's values lead to.
     scanned: Vec<BindingId>,
+    /// All of them.
+    all: Vec<BindingId>,
+}
+
+/// A subquery of a SELECT.
+struct Inner {
+    select: Arc<Select>,
+    step: usize,
 }
 
 /// What one transaction means to one session: ops on its tables.
 pub type Ops = Vec<(Oid, Op)>;
+
+/// What one transaction means to all.
+#[derive(Default)]
+pub struct Routed {
+    /// To each session that it concerns.
+    pub ops: Map<SessionId, Ops>,
+    /// To these it means more than was found out: they must catch up.
+    pub behind: BTreeSet<SessionId>,
+}
+
+/// A row that may be told of.
+struct Candidate {
+    table: Arc<Table>,
+    before: Option<Bytes>,
+    after: Option<Bytes>,
+    /// Those that may have it: all of them if it changed, else all whose answer may have.
+    bindings: Vec<BindingId>,
+    changed: bool,
+}
 
 impl Router {
     /// A session gets, from here on, what its bound SELECTs show.
@@ -83,14 +131,16 @@ impl Router {
         }
     }
 
-    /// The sessions that have any of these tables.
+    /// The sessions that have any of these tables, or whose conditions read one.
     pub fn sessions_of(&self, tables: &[Oid]) -> Vec<SessionId> {
-        let mut sessions: Vec<_> = tables
-            .iter()
-            .filter_map(|table| self.tables.get(table))
+        let outer = tables.iter().filter_map(|table| self.tables.get(table));
+        let inner = tables.iter().filter_map(|table| self.inner.get(table));
+        let inner = inner.flatten().filter_map(|inner| self.routes(&inner.select));
+        let mut sessions: Vec<_> = outer
             .flatten()
-            .flat_map(Routes::all)
-            .filter_map(|id| self.slots[id].as_ref())
+            .chain(inner)
+            .flat_map(|routes| &routes.all)
+            .filter_map(|id| self.slots[*id].as_ref())
             .flat_map(|binding| binding.sessions.iter().copied())
             .collect();
         sessions.sort_unstable();
@@ -98,38 +148,104 @@ impl Router {
         sessions
     }
 
-    /// What a transaction means to each session that it concerns.
-    pub fn route(&self, nets: &[Net]) -> Result<Map<SessionId, Ops>, Malformed> {
-        let mut routed = Map::default();
+    /// What a transaction means to each session that it concerns. `nets` is all that it did, and `mirror` has it, as the last
+    /// one.
+    pub fn route(&self, nets: &[Net], mirror: &Mirror) -> Result<Routed, Error> {
+        let mut routed = Routed::default();
+        if nets.iter().all(|net| !self.reads(net.table.oid)) {
+            return Ok(routed);
+        }
+        let (now, before) = (mirror.now(), mirror.before(nets));
+        let mut candidates = Vec::new();
         for net in nets {
-            self.route_one(net, &mut routed)?;
+            let mut bindings = Vec::new();
+            for routes in self.tables.get(&net.table.oid).into_iter().flatten() {
+                routes.find(net.before.as_deref(), &before, &mut bindings)?;
+                routes.find(net.after.as_deref(), &now, &mut bindings)?;
+            }
+            if !bindings.is_empty() {
+                bindings.sort_unstable();
+                bindings.dedup();
+                candidates.push(Candidate {
+                    table: net.table.clone(),
+                    before: net.before.clone(),
+                    after: net.after.clone(),
+                    bindings,
+                    changed: true,
+                });
+            }
+        }
+        if nets.iter().any(|net| self.inner.contains_key(&net.table.oid)) {
+            let mut walk = Walk::new(self, nets, &before, &now);
+            for net in nets {
+                for inner in self.inner.get(&net.table.oid).into_iter().flatten() {
+                    walk.start(inner, net)?;
+                }
+            }
+            let (found, behind) = walk.finish();
+            for ((_, _), Found { table, row, bindings }) in found {
+                candidates.push(Candidate {
+                    table,
+                    before: Some(row.clone()),
+                    after: Some(row),
+                    bindings,
+                    changed: false,
+                });
+            }
+            for id in behind {
+                let binding = self.slots[id].as_ref().expect("indexed");
+                routed.behind.extend(&binding.sessions);
+            }
+        }
+        for candidate in &candidates {
+            self.tell(candidate, &before, &now, &mut routed)?;
         }
         Ok(routed)
     }
 
-    fn route_one(&self, net: &Net, routed: &mut Map<SessionId, Ops>) -> Result<(), Malformed> {
-        let Some(selects) = self.tables.get(&net.table.oid) else {
-            return Ok(());
+    /// Whether any session has, or reads, a table.
+    fn reads(&self, table: Oid) -> bool {
+        self.tables.contains_key(&table) || self.inner.contains_key(&table)
+    }
+
+    /// Adds what is to be told of one row.
+    fn tell(
+        &self,
+        candidate: &Candidate,
+        before: &dyn Lookup,
+        now: &dyn Lookup,
+        routed: &mut Routed,
+    ) -> Result<(), Error> {
+        let table = &candidate.table;
+        let answer = |id: BindingId| -> Result<(bool, bool), Error> {
+            let bound = &self.slots[id].as_ref().expect("indexed").bound;
+            let contains = |row: &Option<Bytes>, lookup| match row {
+                Some(row) => bound.contains(row, lookup),
+                None => Ok(false),
+            };
+            Ok((contains(&candidate.before, before)?, contains(&candidate.after, now)?))
         };
         // (session, was in one of its SELECTs, is in one, the SELECT that projects): of the few that are concerned.
         let mut concerned: Vec<(SessionId, bool, bool, &Arc<Select>)> = Vec::new();
-        for routes in selects {
-            for id in routes.candidates(net)? {
+        let mut others = BTreeSet::new();
+        for id in &candidate.bindings {
+            let (was, is) = answer(*id)?;
+            let binding = self.slots[*id].as_ref().expect("indexed");
+            if !candidate.changed && was != is {
+                others.extend(self.others(&binding.sessions, table.oid, &candidate.bindings));
+            }
+            if was || is {
+                let sessions = binding.sessions.iter();
+                concerned.extend(sessions.map(|session| (*session, was, is, &binding.bound.select)));
+            }
+        }
+        // Of a row that did not change only those SELECTs were found whose answer may have: another one may show it as before.
+        for id in others {
+            let (was, is) = answer(id)?;
+            if was || is {
                 let binding = self.slots[id].as_ref().expect("indexed");
-                let contains = |row: &Option<Bytes>| match row {
-                    Some(row) => binding.bound.contains(row),
-                    None => Ok(false),
-                };
-                let (was, is) = (contains(&net.before)?, contains(&net.after)?);
-                if !was && !is {
-                    continue;
-                }
-                concerned.extend(
-                    binding
-                        .sessions
-                        .iter()
-                        .map(|session| (*session, was, is, &routes.select)),
-                );
+                let sessions = binding.sessions.iter();
+                concerned.extend(sessions.map(|session| (*session, was, is, &binding.bound.select)));
             }
         }
         // A row that several SELECTs of one session show is one row: in if it is in any of them.
@@ -151,18 +267,37 @@ impl Router {
             let op = match known {
                 Some((.., op)) => op.clone(),
                 None => {
-                    let before = net.before.as_ref().filter(|_| was);
-                    let after = net.after.as_ref().filter(|_| is);
-                    let op = delta::decide(&net.table, before, after, |row| select.project(row))?;
+                    let before = candidate.before.as_ref().filter(|_| was);
+                    let after = candidate.after.as_ref().filter(|_| is);
+                    let op = delta::decide(table, before, after, |row| select.project(row))?;
                     told.push((select_at, was, is, op.clone()));
                     op
                 }
             };
             if let Some(op) = op {
-                routed.entry(session).or_default().push((net.table.oid, op));
+                routed.ops.entry(session).or_default().push((table.oid, op));
             }
         }
         Ok(())
+    }
+
+    /// What else these sessions have of a table.
+    fn others<'a>(
+        &'a self,
+        sessions: &'a [SessionId],
+        table: Oid,
+        known: &'a [BindingId],
+    ) -> impl Iterator<Item = BindingId> + 'a {
+        let held = sessions.iter().filter_map(|session| self.sessions.get(session));
+        held.flatten().copied().filter(move |id| {
+            let binding = self.slots[*id].as_ref().expect("indexed");
+            binding.bound.select.table.oid == table && known.binary_search(id).is_err()
+        })
+    }
+
+    fn routes(&self, select: &Select) -> Option<&Routes> {
+        let of_table = self.tables.get(&select.table.oid)?;
+        of_table.iter().find(|routes| routes.select.id == select.id)
     }
 
     fn binding(&mut self, bound: &Bound) -> BindingId {
@@ -185,18 +320,20 @@ impl Router {
             }
         };
         self.bindings.insert(fingerprint, id);
-        let selects = self.tables.entry(bound.select.table.oid).or_default();
-        let routes = match selects
-            .iter_mut()
-            .position(|routes| routes.select.id == bound.select.id)
-        {
-            Some(at) => &mut selects[at],
-            None => {
-                selects.push(Routes::new(bound.select.clone()));
-                selects.last_mut().expect("just pushed")
+        let select = &bound.select;
+        if self.routes(select).is_none() {
+            let of_table = self.tables.entry(select.table.oid).or_default();
+            of_table.push(Routes::new(select.clone()));
+            for (step, found) in select.steps().iter().enumerate() {
+                let select = select.clone();
+                let of_table = self.inner.entry(found.subquery.table.oid).or_default();
+                of_table.push(Inner { select, step });
             }
-        };
-        routes.insert(id, bound);
+        }
+        let of_table = self.tables.get_mut(&select.table.oid).expect("just made");
+        for routes in of_table.iter_mut().filter(|routes| routes.select.id == select.id) {
+            routes.insert(id, bound);
+        }
         id
     }
 
@@ -204,15 +341,23 @@ impl Router {
         let binding = self.slots[id].take().expect("indexed");
         self.free.push(id);
         self.bindings.remove(&binding.bound.fingerprint());
-        let oid = binding.bound.select.table.oid;
-        if let Some(selects) = self.tables.get_mut(&oid) {
-            selects
-                .iter_mut()
-                .for_each(|routes| routes.remove(id, &binding.bound));
-            selects.retain(|routes| routes.all().next().is_some());
-            if selects.is_empty() {
-                self.tables.remove(&oid);
+        let select = &binding.bound.select;
+        let Some(of_table) = self.tables.get_mut(&select.table.oid) else {
+            return;
+        };
+        for routes in of_table.iter_mut().filter(|routes| routes.select.id == select.id) {
+            routes.remove(id, &binding.bound);
+        }
+        let before = of_table.len();
+        of_table.retain(|routes| !routes.all.is_empty());
+        if of_table.len() < before {
+            if of_table.is_empty() {
+                self.tables.remove(&select.table.oid);
             }
+            self.inner.retain(|_, inner| {
+                inner.retain(|inner| inner.select.id != select.id);
+                !inner.is_empty()
+            });
         }
     }
 }
@@ -223,58 +368,56 @@ impl Routes {
             select,
             keyed: Map::default(),
             scanned: Vec::new(),
+            all: Vec::new(),
         }
     }
 
     fn insert(&mut self, id: BindingId, bound: &Bound) {
-        if self.select.is_routable() {
-            for key in bound.route_keys() {
-                self.keyed.entry(key).or_default().push(id);
-            }
-        } else {
+        self.all.push(id);
+        // Also for SELECTs that are scanned: a changed inner row may lead to their bindings.
+        for key in bound.route_keys() {
+            self.keyed.entry(key).or_default().push(id);
+        }
+        if !self.select.is_routable() {
             self.scanned.push(id);
         }
     }
 
     fn remove(&mut self, id: BindingId, bound: &Bound) {
-        if bound.select.id != self.select.id {
-            return;
-        }
+        self.all.retain(|other| *other != id);
         self.scanned.retain(|other| *other != id);
-        if self.select.is_routable() {
-            for key in bound.route_keys() {
-                if let Some(ids) = self.keyed.get_mut(&key) {
-                    ids.retain(|other| *other != id);
-                    if ids.is_empty() {
-                        self.keyed.remove(&key);
-                    }
+        for key in bound.route_keys() {
+            if let Some(ids) = self.keyed.get_mut(&key) {
+                ids.retain(|other| *other != id);
+                if ids.is_empty() {
+                    self.keyed.remove(&key);
                 }
             }
         }
     }
 
-    fn all(&self) -> impl Iterator<Item = BindingId> + '_ {
-        self.scanned
-            .iter()
-            .chain(self.keyed.values().flatten())
-            .copied()
+    /// Adds those that may have a row of the table, in a state.
+    fn find(
+        &self,
+        row: Option<&[u8]>,
+        lookup: &dyn Lookup,
+        found: &mut Vec<BindingId>,
+    ) -> Result<(), Error> {
+        let Some(row) = row else { return Ok(()) };
+        if !self.select.is_routable() {
+            found.extend(&self.scanned);
+            return Ok(());
+        }
+        let mut keys = Vec::new();
+        self.select.route_keys_of(row, lookup, &mut keys)?;
+        self.add_keyed(&keys, found);
+        Ok(())
     }
 
-    fn candidates(&self, net: &Net) -> Result<Vec<BindingId>, Malformed> {
-        if !self.select.is_routable() {
-            return Ok(self.scanned.clone());
+    fn add_keyed(&self, keys: &[RouteKey], found: &mut Vec<BindingId>) {
+        for key in keys {
+            found.extend(self.keyed.get(key).into_iter().flatten());
         }
-        let mut found: Vec<BindingId> = Vec::new();
-        for row in [&net.before, &net.after].into_iter().flatten() {
-            if let Some(key) = self.select.route_key(row)?
-                && let Some(ids) = self.keyed.get(&key)
-            {
-                found.extend(ids);
-            }
-        }
-        found.sort_unstable();
-        found.dedup();
-        Ok(found)
     }
 }
 

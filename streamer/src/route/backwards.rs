@@ -1,0 +1,187 @@
+//! From a changed row of an inner table to the rows of a SELECT whose answer it may have changed.
+//!
+//! One step of the walk goes from a row of a subquery's table to the rows that it goes with in the table around it. It is only
+//! asked whether the two go together, not what the rest of the condition says; so it may find too many.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+use bytes::Bytes;
+use foldhash::fast::RandomState;
+
+use super::{BindingId, Inner, Router, Routes, STEPS_MAX};
+use crate::{
+    lookup::{Error, Lookup},
+    mirror::{Key, Net},
+    shape::Select,
+    table::{Oid, Table},
+};
+
+/// A row that did not change, and the bindings whose answer may have.
+pub(super) struct Found {
+    pub table: std::sync::Arc<Table>,
+    pub row: Bytes,
+    /// Ascending.
+    pub bindings: Vec<BindingId>,
+}
+
+/// The walks of one transaction.
+pub(super) struct Walk<'a> {
+    router: &'a Router,
+    before: &'a dyn Lookup,
+    now: &'a dyn Lookup,
+    /// Rows that changed: they are candidates by themselves, and their own walks begin at them.
+    changed: HashSet<(Oid, &'a Key), RandomState>,
+    found: BTreeMap<(Oid, Key), Found>,
+    behind: BTreeSet<BindingId>,
+    steps: usize,
+}
+
+/// One walk: from one changed row.
+struct Way<'a> {
+    routes: &'a Routes,
+    /// The bindings that the rows on the way lead to; `None`: nothing is known of them yet.
+    bindings: Option<Vec<BindingId>>,
+}
+
+impl<'a> Walk<'a> {
+    pub fn new(
+        router: &'a Router,
+        nets: &'a [Net],
+        before: &'a dyn Lookup,
+        now: &'a dyn Lookup,
+    ) -> Walk<'a> {
+        Walk {
+            router,
+            before,
+            now,
+            changed: nets.iter().map(|net| (net.table.oid, &net.key)).collect(),
+            found: BTreeMap::new(),
+            behind: BTreeSet::new(),
+            steps: 0,
+        }
+    }
+
+    /// Walks from a changed row of a subquery's table.
+    pub fn start(&mut self, inner: &Inner, net: &Net) -> Result<(), Error> {
+        let Some(routes) = self.router.routes(&inner.select) else {
+            return Ok(());
+        };
+        let way = Way {
+            routes,
+            bindings: None,
+        };
+        let rows = [net.before.as_deref(), net.after.as_deref()];
+        self.step(&way, inner.step, rows)
+    }
+
+    /// What was found, and whom there is more for than was looked at.
+    pub fn finish(self) -> (BTreeMap<(Oid, Key), Found>, BTreeSet<BindingId>) {
+        (self.found, self.behind)
+    }
+
+    /// One step backwards, from a row of a step's table as it was and as it is.
+    fn step(
+        &mut self,
+        way: &Way<'a>,
+        step: usize,
+        [was, is]: [Option<&[u8]>; 2],
+    ) -> Result<(), Error> {
+        let select: &Select = &way.routes.select;
+        let found = &select.steps()[step];
+        let mut bindings = way.bindings.clone();
+        if bindings.is_none()
+            && let Some(path) = &found.path
+        {
+            let mut keys = Vec::new();
+            for (row, lookup) in [(was, self.before), (is, self.now)] {
+                if let Some(row) = row {
+                    path.keys_of(row, lookup, &mut keys)?;
+                }
+            }
+            let mut led_to = Vec::new();
+            way.routes.add_keyed(&keys, &mut led_to);
+            led_to.sort_unstable();
+            led_to.dedup();
+            bindings = Some(led_to);
+        }
+        if bindings.as_ref().is_some_and(Vec::is_empty) {
+            return Ok(());
+        }
+        if self.steps > STEPS_MAX {
+            self.give_up(way, bindings.as_deref());
+            return Ok(());
+        }
+        let outer = match found.parent {
+            Some(parent) => &select.steps()[parent].subquery.table,
+            None => &select.table,
+        };
+        let mut rows: HashMap<Key, Bytes, RandomState> = HashMap::default();
+        let mut steps = self.steps;
+        for row in [was, is.filter(|_| was != is)].into_iter().flatten() {
+            found.subquery.outer_rows(row, self.now, &mut |row| {
+                steps += 1;
+                let key = Key::of_row(outer, row)?;
+                if !self.changed.contains(&(outer.oid, &key)) {
+                    rows.entry(key).or_insert_with(|| Bytes::copy_from_slice(row));
+                }
+                Ok(steps <= STEPS_MAX)
+            })?;
+        }
+        self.steps = steps;
+        if self.steps > STEPS_MAX {
+            self.give_up(way, bindings.as_deref());
+            return Ok(());
+        }
+        match found.parent {
+            Some(parent) => {
+                let way = Way {
+                    routes: way.routes,
+                    bindings,
+                };
+                for row in rows.into_values() {
+                    self.step(&way, parent, [Some(&row), Some(&row)])?;
+                }
+            }
+            None => {
+                for (key, row) in rows {
+                    self.arrive(way.routes, key, row, bindings.as_deref())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A row of the SELECT's own table, for these bindings; `None`: for those that it leads to by itself.
+    fn arrive(
+        &mut self,
+        routes: &Routes,
+        key: Key,
+        row: Bytes,
+        bindings: Option<&[BindingId]>,
+    ) -> Result<(), Error> {
+        let mut all = match bindings {
+            Some(bindings) => bindings.to_vec(),
+            None => {
+                let mut all = Vec::new();
+                routes.find(Some(&row), self.before, &mut all)?;
+                routes.find(Some(&row), self.now, &mut all)?;
+                all
+            }
+        };
+        let table = &routes.select.table;
+        let found = self.found.entry((table.oid, key)).or_insert_with(|| Found {
+            table: table.clone(),
+            row,
+            bindings: Vec::new(),
+        });
+        self.steps += all.len();
+        found.bindings.append(&mut all);
+        found.bindings.sort_unstable();
+        found.bindings.dedup();
+        Ok(())
+    }
+
+    fn give_up(&mut self, way: &Way<'_>, bindings: Option<&[BindingId]>) {
+        self.behind.extend(bindings.unwrap_or(&way.routes.all));
+    }
+}
