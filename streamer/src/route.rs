@@ -12,12 +12,12 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use anabranch_proto::record::Malformed;
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 
 use crate::{
     delta::{self, Op},
+    lookup,
     mirror::Net,
     shape::{Bound, RouteKey, Select},
     table::Oid,
@@ -99,7 +99,7 @@ impl Router {
     }
 
     /// What a transaction means to each session that it concerns.
-    pub fn route(&self, nets: &[Net]) -> Result<Map<SessionId, Ops>, Malformed> {
+    pub fn route(&self, nets: &[Net]) -> Result<Map<SessionId, Ops>, lookup::Error> {
         let mut routed = Map::default();
         for net in nets {
             self.route_one(net, &mut routed)?;
@@ -107,7 +107,7 @@ impl Router {
         Ok(routed)
     }
 
-    fn route_one(&self, net: &Net, routed: &mut Map<SessionId, Ops>) -> Result<(), Malformed> {
+    fn route_one(&self, net: &Net, routed: &mut Map<SessionId, Ops>) -> Result<(), lookup::Error> {
         let Some(selects) = self.tables.get(&net.table.oid) else {
             return Ok(());
         };
@@ -117,7 +117,7 @@ impl Router {
             for id in routes.candidates(net)? {
                 let binding = self.slots[id].as_ref().expect("indexed");
                 let contains = |row: &Option<Bytes>| match row {
-                    Some(row) => binding.bound.contains(row),
+                    Some(row) => binding.bound.contains(row, &lookup::Nothing),
                     None => Ok(false),
                 };
                 let (was, is) = (contains(&net.before)?, contains(&net.after)?);
@@ -260,17 +260,18 @@ impl Routes {
             .copied()
     }
 
-    fn candidates(&self, net: &Net) -> Result<Vec<BindingId>, Malformed> {
+    fn candidates(&self, net: &Net) -> Result<Vec<BindingId>, lookup::Error> {
         if !self.select.is_routable() {
             return Ok(self.scanned.clone());
         }
         let mut found: Vec<BindingId> = Vec::new();
+        let mut keys = Vec::new();
         for row in [&net.before, &net.after].into_iter().flatten() {
-            if let Some(key) = self.select.route_key(row)?
-                && let Some(ids) = self.keyed.get(&key)
-            {
-                found.extend(ids);
-            }
+            self.select
+                .route_keys_of(row, &lookup::Nothing, &mut keys)?;
+        }
+        for key in &keys {
+            found.extend(self.keyed.get(key).into_iter().flatten());
         }
         found.sort_unstable();
         found.dedup();
