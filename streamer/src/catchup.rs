@@ -29,6 +29,7 @@ use bytes::Bytes;
 
 use crate::{
     delta::{self, Op},
+    lookup,
     mirror::{Error, Key, Keys, Place, Reader},
     table::{Oid, Table},
 };
@@ -51,7 +52,7 @@ pub trait View: Send + Sync {
     /// The table.
     fn table(&self) -> &Arc<Table>;
     /// Whether the replica sees this row.
-    fn contains(&self, row: &[u8]) -> Result<bool, Malformed>;
+    fn contains(&self, row: &[u8]) -> Result<bool, lookup::Error>;
     /// The record that it gets.
     fn project(&self, row: &Bytes) -> Result<Bytes, Malformed>;
 }
@@ -437,9 +438,11 @@ fn told(view: &dyn View, was: Option<&Bytes>, is: Option<&Bytes>) -> Result<Opti
         let seen = |row: Option<&Bytes>| row.map_or(Ok(false), |row| view.contains(row));
         let (was_seen, is_seen) = (seen(was)?, seen(is)?);
         let (was, is) = (was.filter(|_| was_seen), is.filter(|_| is_seen));
-        delta::decide(view.table(), was, is, |row| view.project(row))
+        Ok(delta::decide(view.table(), was, is, |row| {
+            view.project(row)
+        })?)
     };
-    told().map_err(|error: Malformed| {
+    told().map_err(|error: lookup::Error| {
         Error::Damaged(format!("a row of {}: {error}", view.table().full_name()))
     })
 }

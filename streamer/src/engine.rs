@@ -27,6 +27,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{
     events::Events,
+    lookup,
     mirror::{self, Applied, Entry, Mirror, State},
     route::{Router, SessionId},
     session::{Delivery, Handle, Lease},
@@ -121,6 +122,9 @@ pub enum Error {
     /// A row of the mirror can't be read.
     #[error("mirror: {0}")]
     Malformed(#[from] Malformed),
+    /// Rows that a condition asks for could not be had.
+    #[error(transparent)]
+    Lookup(#[from] lookup::Error),
 }
 
 /// The engine. See the module's doc.

@@ -14,7 +14,7 @@ use crate::{
     table::Oid,
 };
 
-/// By which columns rows of a table are found.
+/// By which columns rows of a table are found. Without any, all of them are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Index {
     /// Of this table.
@@ -48,7 +48,8 @@ pub type Each<'a> = &'a mut dyn FnMut(&[u8]) -> Result<bool, Error>;
 
 /// One state of the mirror's rows.
 pub trait Lookup {
-    /// Gives the rows whose key in `index` begins with `prefix`, in any order, until `each` says false.
+    /// Gives the rows whose key in `index` begins with `prefix`, in any order, until `each` says false. `each` may ask for
+    /// rows itself, of the same index too: subqueries are nested.
     fn rows(&self, index: &Index, prefix: &[u8], each: Each<'_>) -> Result<(), Error>;
 }
 

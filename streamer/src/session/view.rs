@@ -7,7 +7,7 @@ use aws_lc_rs::digest;
 use bytes::Bytes;
 
 use crate::{
-    catchup::View, policy::Policies, postgres::writer::Rule, shape::Bound, table::Table,
+    catchup::View, lookup, policy::Policies, postgres::writer::Rule, shape::Bound, table::Table,
     write::Policy,
 };
 
@@ -111,9 +111,9 @@ impl View for TableView {
         &self.table
     }
 
-    fn contains(&self, row: &[u8]) -> Result<bool, Malformed> {
+    fn contains(&self, row: &[u8]) -> Result<bool, lookup::Error> {
         for bound in &self.bounds {
-            if bound.contains(row)? {
+            if bound.contains(row, &lookup::Nothing)? {
                 return Ok(true);
             }
         }

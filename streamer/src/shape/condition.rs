@@ -1,12 +1,15 @@
 //! A condition with its types: what [`super::typing`] makes, and what evaluation, SQL and fingerprints are made of.
 
+use std::sync::Arc;
+
 use super::{
     datatype::{DataType, Domain},
     literal::Constant,
+    subquery::Subquery,
     syntax::{Comparison, Truth},
 };
 
-/// A condition over one row: true, false or unknown.
+/// A condition over one row, and what goes with it: true, false or unknown.
 #[derive(Clone, Debug)]
 pub enum Condition {
     /// TRUE, FALSE, or NULL.
@@ -59,6 +62,8 @@ pub enum Condition {
         /// How they compare.
         domain: Domain,
     },
+    /// Whether rows of another table go with this one.
+    Subquery(Arc<Subquery>),
     /// `inner IS TRUE` and the like.
     Is(Box<Condition>, Truth),
     /// All of these.
@@ -101,11 +106,22 @@ impl Condition {
         }
     }
 
-    /// The parts that must all hold.
-    pub fn conjuncts(&self) -> &[Condition] {
+    /// Adds the subqueries that stand in it, not those in them.
+    pub fn subqueries(&self, found: &mut Vec<Arc<Subquery>>) {
         match self {
-            Condition::And(parts) => parts,
-            one => std::slice::from_ref(one),
+            Condition::Subquery(subquery) => found.push(Arc::clone(subquery)),
+            Condition::Is(inner, _) | Condition::Not(inner) => inner.subqueries(found),
+            Condition::And(parts) | Condition::Or(parts) => {
+                parts.iter().for_each(|part| part.subqueries(found));
+            }
+            Condition::Fixed(_)
+            | Condition::Flag(_)
+            | Condition::Compare { .. }
+            | Condition::Quantified { .. }
+            | Condition::Like { .. }
+            | Condition::IsNull(_)
+            | Condition::IsNothing(_)
+            | Condition::Same { .. } => {}
         }
     }
 }

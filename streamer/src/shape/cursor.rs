@@ -5,6 +5,13 @@ use super::{
     syntax::{Fault, Name, Place},
 };
 
+/// Deepest nesting of subqueries, within the SELECT of a shape. A row is looked at with rows of so many tables, each once
+/// for those of the one before: by then few people know what a shape means.
+pub const SUBQUERY_DEPTH_MAX: usize = 4;
+
+/// Most subqueries of one SELECT. Each may need two indexes in the mirror, which every change of their tables keeps up.
+pub const SUBQUERIES_MAX: usize = 16;
+
 /// Deepest nesting of parentheses, NOT and signs. Bounds the stack that compiling and evaluating take.
 pub const DEPTH_MAX: usize = 50;
 
@@ -13,6 +20,8 @@ pub struct Cursor {
     tokens: Vec<Token>,
     next: usize,
     depth: usize,
+    subqueries: usize,
+    subquery_depth: usize,
 }
 
 impl Cursor {
@@ -22,6 +31,8 @@ impl Cursor {
             tokens: tokens(sql)?,
             next: 0,
             depth: 0,
+            subqueries: 0,
+            subquery_depth: 0,
         })
     }
 
@@ -129,6 +140,31 @@ impl Cursor {
         let result = parse(self);
         self.depth -= 1;
         result
+    }
+
+    /// Runs `parse`, which reads a subquery, one SELECT deeper.
+    pub fn subquery<T>(
+        &mut self,
+        parse: impl FnOnce(&mut Self) -> Result<T, Fault>,
+    ) -> Result<T, Fault> {
+        if self.subquery_depth == SUBQUERY_DEPTH_MAX {
+            let reason = format!("subqueries are nested deeper than {SUBQUERY_DEPTH_MAX} levels");
+            return Err(self.place().fault(reason));
+        }
+        if self.subqueries == SUBQUERIES_MAX {
+            let reason = format!("one SELECT has more than {SUBQUERIES_MAX} subqueries");
+            return Err(self.place().fault(reason));
+        }
+        self.subqueries += 1;
+        self.subquery_depth += 1;
+        let result = parse(self);
+        self.subquery_depth -= 1;
+        result
+    }
+
+    /// Whether a subquery begins here, in parentheses.
+    pub fn is_subquery(&self) -> bool {
+        *self.peek() == Kind::Open && self.is_word(1, "select")
     }
 
     /// Whether the next token can be a name.

@@ -113,7 +113,7 @@ impl DataType {
     /// The type that `name` names. Enums are known only as types of the columns of `tables`.
     pub fn named<'a>(
         name: &TypeName,
-        mut tables: impl Iterator<Item = &'a Table>,
+        tables: impl Iterator<Item = &'a Table>,
     ) -> Result<DataType, String> {
         let built_in = match name.schema.as_deref() {
             None | Some("pg_catalog") => match name.name.as_str() {
@@ -141,21 +141,29 @@ impl DataType {
         if let Some(built_in) = built_in {
             return Ok(built_in);
         }
-        tables
-            .find_map(|table| {
-                let is_it = |column: &&Column| {
-                    matches!(column.kind, Kind::Enum(_)) && is_named(&column.postgres_type, name)
-                };
-                table.columns.iter().find(is_it).and_then(DataType::of)
-            })
-            .ok_or_else(|| {
-                let schema = name.schema.as_ref().map(|schema| format!("{schema}.")).unwrap_or_default();
-                format!(
-                    "the type {schema}{} is not supported here: neither one whose values compare exactly, nor an enum \
-                     that a column of the table has",
-                    name.name
-                )
-            })
+        let mut found: Option<DataType> = None;
+        for column in tables.flat_map(|table| &table.columns) {
+            let is_it =
+                matches!(column.kind, Kind::Enum(_)) && is_named(&column.postgres_type, name);
+            match DataType::of(column) {
+                Some(other) if is_it && found.as_ref().is_some_and(|found| *found != other) => {
+                    return Err(format!(
+                        "columns have two types that are called {}: write its schema, too",
+                        name.name
+                    ));
+                }
+                Some(data_type) if is_it => found = Some(data_type),
+                _ => {}
+            }
+        }
+        found.ok_or_else(|| {
+            let schema = name.schema.as_ref().map(|schema| format!("{schema}.")).unwrap_or_default();
+            format!(
+                "the type {schema}{} is not supported here: neither one whose values compare exactly, nor an enum \
+                 that a column of the table has",
+                name.name
+            )
+        })
     }
 
     /// As SQL names it.

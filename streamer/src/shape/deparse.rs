@@ -1,24 +1,50 @@
 //! A typed condition as canonical SQL, which Postgres reads with the same meaning: every operand has its type
 //! written, every operator its parentheses. Fingerprints are made of it, and `check` and the tests ask Postgres with it.
 
+use std::cell::Cell;
+
 use super::{
     condition::{Condition, List, Operand},
     datatype::DataType,
     evaluate::Argument,
     literal::Constant,
     params::Param,
+    subquery::{Subquery, Test},
     syntax::{Comparison, Truth},
 };
 use crate::table::Table;
 
 /// Writes conditions over a table.
-pub struct Writer<'a> {
-    /// The table.
-    pub table: &'a Table,
-    /// The parameters of the shape.
-    pub params: &'a [Param],
+struct Writer<'a> {
+    table: &'a Table,
+    /// What the table is called, in SQL.
+    name: &'a str,
+    /// Columns are qualified, as it is not the only table.
+    qualified: bool,
+    params: &'a [Param],
     /// What they are bound to; without, each is written as NULL of its type.
-    pub arguments: Option<&'a [Argument]>,
+    arguments: Option<&'a [Argument]>,
+    /// So many inner tables were given a name.
+    named: &'a Cell<usize>,
+}
+
+/// Writes `condition` over `table`, which is called `name` where it will stand.
+pub fn condition(
+    condition: &Condition,
+    table: &Table,
+    name: &str,
+    params: &[Param],
+    arguments: Option<&[Argument]>,
+) -> String {
+    let writer = Writer {
+        table,
+        name,
+        qualified: false,
+        params,
+        arguments,
+        named: &Cell::new(0),
+    };
+    writer.condition(condition)
 }
 
 /// Quotes an identifier.
@@ -37,8 +63,7 @@ fn string(text: &str) -> String {
 }
 
 impl Writer<'_> {
-    /// The SQL of `condition`.
-    pub fn condition(&self, condition: &Condition) -> String {
+    fn condition(&self, condition: &Condition) -> String {
         match condition {
             Condition::Fixed(truth) => match truth {
                 Some(true) => "TRUE".to_owned(),
@@ -88,6 +113,7 @@ impl Writer<'_> {
                     self.operand(right)
                 )
             }
+            Condition::Subquery(subquery) => self.subquery(subquery),
             Condition::Is(inner, truth) => {
                 let truth = match truth {
                     Truth::True => "TRUE",
@@ -100,6 +126,55 @@ impl Writer<'_> {
             Condition::Or(parts) => self.chain(parts, " OR "),
             Condition::Not(inner) => format!("(NOT {})", self.condition(inner)),
         }
+    }
+
+    /// Each inner table has a name that none else has, so that whatever it hides is not meant.
+    fn subquery(&self, subquery: &Subquery) -> String {
+        self.named.set(self.named.get() + 1);
+        let name = identifier(&format!("_{}", self.named.get()));
+        let inner = Writer {
+            table: &subquery.table,
+            name: &name,
+            qualified: true,
+            ..*self
+        };
+        let mut parts: Vec<_> = subquery
+            .correlations
+            .iter()
+            .map(|c| format!("({} = {})", inner.column(c.inner), self.column(c.outer)))
+            .collect();
+        parts.extend(
+            subquery
+                .condition
+                .iter()
+                .map(|condition| inner.condition(condition)),
+        );
+        let condition = match parts.is_empty() {
+            true => String::new(),
+            false => format!(" WHERE {}", parts.join(" AND ")),
+        };
+        let from = format!(
+            "FROM ONLY {}.{} AS {name}{condition}",
+            identifier(&subquery.table.schema),
+            identifier(&subquery.table.name)
+        );
+        let pairs = match &subquery.test {
+            Test::Exists => return format!("(EXISTS (SELECT 1 {from}))"),
+            Test::In(pairs) => pairs,
+        };
+        let left: Vec<_> = pairs.iter().map(|pair| self.operand(&pair.left)).collect();
+        let columns: Vec<_> = pairs.iter().map(|pair| inner.column(pair.column)).collect();
+        format!(
+            "(({}) IN (SELECT {} {from}))",
+            left.join(", "),
+            columns.join(", ")
+        )
+    }
+
+    /// A column, qualified.
+    fn column(&self, index: usize) -> String {
+        let column = &self.table.columns[index];
+        format!("{}.{}", self.name, identifier(&column.name))
     }
 
     fn chain(&self, parts: &[Condition], operator: &str) -> String {
@@ -138,6 +213,7 @@ impl Writer<'_> {
 
     fn operand(&self, operand: &Operand) -> String {
         match operand {
+            Operand::Column(index) if self.qualified => self.column(*index),
             Operand::Column(index) => identifier(&self.table.columns[*index].name),
             Operand::Constant(of) => constant(of),
             Operand::Null(data_type) => null(data_type.as_ref()),

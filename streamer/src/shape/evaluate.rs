@@ -1,21 +1,27 @@
 //! A condition with its parameters bound, ready to be asked of rows: the hot path.
 //!
 //! The columns that it needs are read in one pass over the record; constants were parsed when it was built. What a
-//! row can't have by the type of its columns is [`Malformed`]; nothing else can fail.
+//! row can't have by the type of its columns is [`Malformed`]. Nothing else can fail, besides the lookup of the rows that
+//! subqueries ask for.
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, sync::Arc};
 
 use anabranch_proto::record::{self, Malformed, ValueRef};
 
 use super::{
     condition::{Condition, List, Operand},
     datatype::Domain,
+    inner::{Fixed, Inner},
     literal::Constant,
     pattern::Pattern,
+    subquery::Subquery,
     syntax::{Comparison, Truth},
     value::{Comparable, Reading, Value},
 };
-use crate::table::Table;
+use crate::{
+    lookup::{Error, Lookup},
+    table::Table,
+};
 
 /// So many columns of a row are read without allocation.
 const INLINE_COLUMNS: usize = 12;
@@ -77,10 +83,26 @@ enum Node {
     Like(Text, Option<Pattern>),
     IsNull(usize),
     Same(Source, Source),
+    Subquery(Box<Inner>),
     Is(Box<Node>, Truth),
     And(Vec<Node>),
     Or(Vec<Node>),
     Not(Box<Node>),
+}
+
+/// An error on its way up, small: nearly all answers are none.
+pub struct Failure(Box<Error>);
+
+impl From<Malformed> for Failure {
+    fn from(malformed: Malformed) -> Self {
+        Failure(Box::new(malformed.into()))
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure(Box::new(error))
+    }
 }
 
 /// The left side of LIKE.
@@ -111,8 +133,8 @@ impl Program {
         Ok(Program { columns, root })
     }
 
-    /// Whether the condition is true of `row`: not false, not unknown.
-    pub fn is_true(&self, row: &[u8]) -> Result<bool, Malformed> {
+    /// Whether the condition is true of `row`, in the state that `lookup` shows: not false, not unknown.
+    pub fn is_true(&self, row: &[u8], lookup: &dyn Lookup) -> Result<bool, Error> {
         let mut inline = [ValueRef::Null; INLINE_COLUMNS];
         let mut heap;
         let slots = match inline.get_mut(..self.columns.len()) {
@@ -130,7 +152,10 @@ impl Program {
                 .unwrap_or(Err(Malformed("fewer values than columns")))?;
             next = column + 1;
         }
-        Ok(self.root.evaluate(slots)? == Some(true))
+        match self.root.evaluate(slots, lookup) {
+            Ok(truth) => Ok(truth == Some(true)),
+            Err(Failure(error)) => Err(*error),
+        }
     }
 }
 
@@ -177,6 +202,7 @@ impl Builder<'_> {
                 right,
                 domain,
             } => Node::Same(self.source(left, domain)?, self.source(right, domain)?),
+            Condition::Subquery(subquery) => Node::Subquery(Box::new(self.inner(subquery)?)),
             Condition::Is(inner, truth) => Node::Is(Box::new(self.node(inner)?), *truth),
             Condition::And(parts) => Node::And(self.nodes(parts)?),
             Condition::Or(parts) => Node::Or(self.nodes(parts)?),
@@ -186,6 +212,37 @@ impl Builder<'_> {
 
     fn nodes(&self, parts: &[Condition]) -> Result<Vec<Node>, Unfit> {
         parts.iter().map(|part| self.node(part)).collect()
+    }
+
+    fn inner(&self, subquery: &Arc<Subquery>) -> Result<Inner, Unfit> {
+        let key = subquery
+            .outer
+            .parts
+            .iter()
+            .map(|part| (self.slot(part.column), part.reading.clone()));
+        let mut fixed = Vec::new();
+        for pair in subquery.test.pairs() {
+            let value = match &pair.left {
+                Operand::Column(_) => continue,
+                Operand::Null(_) => None,
+                left => Some(self.comparable(left, &pair.domain)?),
+            };
+            let column = &subquery.table.columns[pair.column];
+            fixed.push(Fixed {
+                column: pair.column,
+                reading: Reading::new(&column.kind, &pair.domain),
+                value,
+            });
+        }
+        let condition = subquery.condition.as_ref();
+        let condition =
+            condition.map(|condition| Program::new(condition, &subquery.table, self.arguments));
+        Ok(Inner {
+            of: Arc::clone(subquery),
+            key: key.collect(),
+            fixed,
+            condition: condition.transpose()?,
+        })
     }
 
     fn slot(&self, column: usize) -> usize {
@@ -330,6 +387,9 @@ fn collect_columns(condition: &Condition, columns: &mut Vec<usize>) {
             add(right);
         }
         Condition::Quantified { left, .. } => add(left),
+        Condition::Subquery(subquery) => {
+            columns.extend(subquery.outer.parts.iter().map(|part| part.column));
+        }
         Condition::Is(inner, _) | Condition::Not(inner) => collect_columns(inner, columns),
         Condition::And(parts) | Condition::Or(parts) => {
             parts.iter().for_each(|part| collect_columns(part, columns));
@@ -348,13 +408,17 @@ impl Source {
 }
 
 impl Node {
-    fn evaluate<'a>(&'a self, slots: &[ValueRef<'a>]) -> Result<Option<bool>, Malformed> {
+    fn evaluate<'a>(
+        &'a self,
+        slots: &[ValueRef<'a>],
+        lookup: &dyn Lookup,
+    ) -> Result<Option<bool>, Failure> {
         Ok(match self {
             Node::Fixed(truth) => *truth,
             Node::Flag(source) => match source.value(slots)? {
                 None => None,
                 Some(Value::Integer(value)) => Some(value != 0),
-                Some(_) => return Err(Malformed("a boolean is no integer")),
+                Some(_) => return Err(Malformed("a boolean is no integer").into()),
             },
             Node::Compare(comparison, left, right) => {
                 match (left.value(slots)?, right.value(slots)?) {
@@ -404,7 +468,7 @@ impl Node {
                     Text::Slot(slot) => match slots[*slot] {
                         ValueRef::Null => None,
                         ValueRef::Text(text) => Some(text),
-                        _ => return Err(Malformed("a text is none")),
+                        _ => return Err(Malformed("a text is none").into()),
                     },
                 };
                 match (text, pattern) {
@@ -417,17 +481,18 @@ impl Node {
                 (Some(left), Some(right)) => left.compare(right)?.is_eq(),
                 (left, right) => left.is_none() && right.is_none(),
             }),
+            Node::Subquery(inner) => inner.evaluate(slots, lookup)?,
             Node::Is(inner, truth) => {
                 let wanted = match truth {
                     Truth::True => Some(true),
                     Truth::False => Some(false),
                     Truth::Unknown => None,
                 };
-                Some(inner.evaluate(slots)? == wanted)
+                Some(inner.evaluate(slots, lookup)? == wanted)
             }
-            Node::And(parts) => decide(parts, slots, false)?,
-            Node::Or(parts) => decide(parts, slots, true)?,
-            Node::Not(inner) => inner.evaluate(slots)?.map(|truth| !truth),
+            Node::And(parts) => decide(parts, slots, lookup, false)?,
+            Node::Or(parts) => decide(parts, slots, lookup, true)?,
+            Node::Not(inner) => inner.evaluate(slots, lookup)?.map(|truth| !truth),
         })
     }
 }
@@ -436,11 +501,12 @@ impl Node {
 fn decide<'a>(
     parts: &'a [Node],
     slots: &[ValueRef<'a>],
+    lookup: &dyn Lookup,
     decisive: bool,
-) -> Result<Option<bool>, Malformed> {
+) -> Result<Option<bool>, Failure> {
     let mut result = Some(!decisive);
     for part in parts {
-        match part.evaluate(slots)? {
+        match part.evaluate(slots, lookup)? {
             Some(truth) if truth == decisive => return Ok(Some(decisive)),
             Some(_) => {}
             None => result = None,

@@ -175,11 +175,11 @@ const REFUSED: [&str; 79] = [
 fn refusal(word: &str) -> String {
     let upper = word.to_ascii_uppercase();
     match word {
-        "select" => "subqueries are not supported by this version yet".to_owned(),
+        "select" => "SELECT can stand only at the beginning, and in the parentheses of IN, = ANY, <> ALL and EXISTS".to_owned(),
         "with" => "WITH (common table expressions) is not supported".to_owned(),
         "join" | "cross" | "inner" | "left" | "right" | "full" | "outer" | "natural" | "on"
         | "using" | "lateral" => {
-            format!("joins are not supported: a shape has one SELECT for each table ({upper})")
+            format!("joins are not supported: a shape has one SELECT for each table, with subqueries for what depends on others ({upper})")
         }
         "order" | "limit" | "offset" | "fetch" | "group" | "having" | "window" | "union"
         | "intersect" | "except" | "for" | "into" | "tablesample" | "only" => {
@@ -243,9 +243,16 @@ pub fn tokens(sql: &str) -> Result<Vec<Token>, Fault> {
             Raw::Word(word) if word.quote_style.is_none() => {
                 let word = word.value.to_ascii_lowercase();
                 let is_first = tokens.is_empty();
+                let is_opened = matches!(
+                    tokens.last(),
+                    Some(Token {
+                        kind: Kind::Open,
+                        ..
+                    })
+                );
                 // These have their places, which the parser knows; WITH that of `timestamp with time zone`.
                 let has_place = match word.as_str() {
-                    "select" => is_first,
+                    "select" => is_first || is_opened,
                     "with" => !is_first,
                     "where" => true,
                     _ => false,

@@ -2,38 +2,42 @@
 //!
 //! ```text
 //! SQL ──parse──▶ Statement ──typing──▶ Condition ──bind──▶ Program ──▶ is the row in it?
-//!    lex, cursor,          term, literal,         params,         value, numeric,
-//!    typename, syntax      datatype               select          moment, pattern
+//!    lex, cursor,          names, term,           params,         value, numeric, moment,
+//!    typename, syntax      literal, datatype,     select          pattern, inner
+//!                          correlate, subquery    path    ──▶ who may have the row?
 //!                                                 deparse ──▶ SQL for Postgres, fingerprint
 //! ```
 //!
 //! It is exact or it is refused: a condition means what Postgres means by it (three-valued logic, types, promotion,
 //! collations), and what can't be evaluated exactly is refused when the config is read, with its place and the
-//! reason. No I/O, no clock: the same row gives the same answer. Besides a record that is not of its table, nothing
-//! can fail when rows come.
+//! reason. No I/O, no clock: the same rows give the same answer. Nothing can fail when rows come, besides a record that
+//! is not of its table.
 //!
-//! **Where subqueries will fit** (not supported yet). `column IN (SELECT …)` and `EXISTS (…)` become conditions
-//! whose answer needs rows of other tables. [`Bound::contains`] will then take a lookup of inner rows by key or
-//! index, which the caller gives twice: as the mirror is before a transaction and as it is after; so that one
-//! condition is asked of both, and `delta` gets two answers. A [`Select`] will name the inner tables and the columns
-//! that correlate, and say for a changed inner row which values of the outer columns, and from there which
-//! [`RouteKey`]s, it may concern: routing walks backwards from the inner row to a parameter. `Condition` gets one
-//! more variant for it, `Program` one more node; rows of the table itself are evaluated as they are now.
+//! **Subqueries.** `[NOT] IN (SELECT …)` and `[NOT] EXISTS (SELECT …)`, correlated by equality, are conditions whose answer
+//! needs rows of other tables. [`Bound::contains`] takes a [`Lookup`](crate::lookup::Lookup) of them, which is one state of the
+//! mirror: one condition is asked of the state before a transaction and of that after it, and `delta` gets two
+//! answers. [`Select`] says how it goes backwards, from a changed row of an inner table to the rows and the replicas
+//! that it may concern; that is always a superset, about which [`Bound::contains`] decides.
 
 mod bind;
 mod condition;
+mod correlate;
 mod cursor;
 mod datatype;
 mod deparse;
 mod evaluate;
+mod inner;
 mod lex;
 mod literal;
 mod moment;
+mod names;
 mod numeric;
 mod params;
 mod parse;
+mod path;
 mod pattern;
 mod select;
+mod subquery;
 mod syntax;
 mod term;
 #[cfg(test)]
@@ -48,18 +52,21 @@ use std::{
 };
 
 pub use bind::PARAM_BYTES_MAX;
-pub use cursor::DEPTH_MAX;
+pub use cursor::{DEPTH_MAX, SUBQUERIES_MAX, SUBQUERY_DEPTH_MAX};
 pub use lex::SQL_BYTES_MAX;
 pub use literal::ARRAY_ELEMENTS_MAX;
 pub use moment::Zone;
-pub use select::{Bound, RouteKey, Select};
+pub use path::{Path, RouteKey};
+pub use select::{Bound, Select, Step};
+pub use subquery::{IN_COLUMNS_MAX, Subquery};
 pub use value::{Reading, Value};
 
 use self::{
     condition::Condition,
     datatype::DataType,
+    names::Names,
     params::{Param, Params},
-    syntax::{Columns, Fault, Place, Statement},
+    syntax::{Columns, Fault, Name, Place, Statement},
     term::Scope,
 };
 use crate::table::Table;
@@ -71,7 +78,7 @@ pub struct Source {
     pub name: String,
     /// Its parameters, and where each comes from.
     pub params: BTreeMap<String, ParamSource>,
-    /// One SELECT per table.
+    /// One SELECT per table; tables that only subqueries name have none.
     pub tables: Vec<String>,
     /// Which of them the replica may write; those beyond its end it may not.
     pub writable: Vec<bool>,
@@ -123,22 +130,27 @@ pub struct Shape {
     params: Arc<[Param]>,
 }
 
-/// The tables (schema, name) that the SELECTs of `sources` name; unqualified names are in `public`.
+/// The tables (schema, name) that the SELECTs of `sources` name, also in subqueries; unqualified names are in `public`.
 pub fn tables_named(sources: &[Source]) -> Result<Vec<(String, String)>, Vec<Refused>> {
     let mut tables = BTreeSet::new();
     let mut refused = Vec::new();
     for source in sources {
         for (index, sql) in source.tables.iter().enumerate() {
-            match parse::statement(sql) {
-                Ok(statement) if statement.schema == crate::receipts::SCHEMA => {
+            let statement = match parse::statement(sql) {
+                Ok(statement) => statement,
+                Err(fault) => {
+                    refused.push(source.refused(index, fault));
+                    continue;
+                }
+            };
+            for statement in statement.all() {
+                if statement.schema == crate::receipts::SCHEMA {
                     let place = statement.table.place;
                     let reason = "the tables of schema anabranch are Anabranch's own: no shape can have them";
                     refused.push(source.refused(index, place.fault(reason.to_owned())));
+                } else {
+                    tables.insert((statement.schema.clone(), statement.table.text.clone()));
                 }
-                Ok(statement) => {
-                    tables.insert((statement.schema, statement.table.text));
-                }
-                Err(fault) => refused.push(source.refused(index, fault)),
             }
         }
     }
@@ -159,7 +171,7 @@ pub fn tables_writable(sources: &[Source]) -> BTreeSet<(String, String)> {
     sources.iter().flat_map(of_source).collect()
 }
 
-/// The table (schema, name) that a SELECT names; `None` where it is none that can be read.
+/// The table (schema, name) whose rows a SELECT has; `None` where it is none that can be read.
 pub fn table_named(sql: &str) -> Option<(String, String)> {
     let statement = parse::statement(sql).ok()?;
     Some((statement.schema, statement.table.text))
@@ -205,7 +217,11 @@ impl Source {
         let mut refused = Vec::new();
         let mut statements = Vec::new();
         for (index, sql) in self.tables.iter().enumerate() {
-            match parse::statement(sql).and_then(|statement| with_table(statement, tables)) {
+            let found = parse::statement(sql).and_then(|statement| {
+                let table = find_table(&statement, tables)?;
+                Ok((statement, table))
+            });
+            match found {
                 Ok((_, table))
                     if statements
                         .iter()
@@ -226,8 +242,13 @@ impl Source {
         if self.tables.is_empty() {
             refused.push(self.refused(0, Place::START.fault("the shape has no SELECT")));
         }
-        let known = || statements.iter().map(|(_, _, table)| &**table);
-        let mut params = match Params::new(&self.params, |name| DataType::named(name, known())) {
+        let named: Vec<Arc<Table>> = statements
+            .iter()
+            .flat_map(|(_, statement, _)| statement.all())
+            .filter_map(|statement| find_table(statement, tables).ok())
+            .collect();
+        let known = |name: &_| DataType::named(name, named.iter().map(|table| &**table));
+        let mut params = match Params::new(&self.params, known) {
             Ok(params) => params,
             Err(fault) => {
                 refused.push(self.refused(0, fault));
@@ -236,7 +257,7 @@ impl Source {
         };
         let mut drafts = Vec::new();
         for (index, statement, table) in &statements {
-            match draft(statement, table, &mut params) {
+            match draft(statement, table, tables, &mut params) {
                 Ok(draft) => drafts.push((*index, draft)),
                 Err(fault) => refused.push(self.refused(*index, fault)),
             }
@@ -276,15 +297,12 @@ impl Source {
     }
 }
 
-fn with_table(
-    statement: Statement,
-    tables: &[Arc<Table>],
-) -> Result<(Statement, Arc<Table>), Fault> {
+fn find_table(statement: &Statement, tables: &[Arc<Table>]) -> Result<Arc<Table>, Fault> {
     let found = tables
         .iter()
         .find(|table| table.schema == statement.schema && table.name == statement.table.text);
     match found {
-        Some(table) => Ok((statement, Arc::clone(table))),
+        Some(table) => Ok(Arc::clone(table)),
         None => Err(statement.table.place.fault(format!(
             "there is no table {}.{} that can be replicated",
             statement.schema, statement.table.text
@@ -292,35 +310,25 @@ fn with_table(
     }
 }
 
-fn draft(statement: &Statement, table: &Arc<Table>, params: &mut Params) -> Result<Draft, Fault> {
-    let mut scope = Scope::new(table, statement, params);
+fn draft(
+    statement: &Statement,
+    table: &Arc<Table>,
+    tables: &[Arc<Table>],
+    params: &mut Params,
+) -> Result<Draft, Fault> {
+    let mut scope = Scope {
+        names: Names::new(table, statement, None),
+        params,
+        tables,
+        exact: false,
+    };
     let columns = match &statement.columns {
         Columns::All(qualifier) => {
-            scope.check_qualifier(qualifier)?;
+            scope.names.check_qualifier(qualifier)?;
             (0..table.columns.len()).collect()
         }
-        Columns::Named(names) => {
-            let mut columns = Vec::with_capacity(names.len());
-            for name in names {
-                let index = scope.column(name)?;
-                if columns.contains(&index) {
-                    let place = name[0].place;
-                    return Err(place.fault(format!(
-                        "column \"{}\" is chosen twice",
-                        table.columns[index].name
-                    )));
-                }
-                columns.push(index);
-            }
-            if let Some(missing) = table.key.iter().find(|key| !columns.contains(key)) {
-                return Err(Place::START.fault(format!(
-                    "the columns of the key must be chosen, and \"{}\" is not",
-                    table.columns[*missing].name
-                )));
-            }
-            columns.sort_unstable();
-            columns
-        }
+        Columns::Named(names) => chosen(names, &scope.names)?,
+        Columns::Ignored { .. } => return Err(Place::START.fault("no columns are chosen")),
     };
     let condition = match &statement.condition {
         Some(expression) => Some(scope.condition(expression)?),
@@ -331,6 +339,31 @@ fn draft(statement: &Statement, table: &Arc<Table>, params: &mut Params) -> Resu
         columns,
         condition,
     })
+}
+
+/// The places of the columns that `names` choose, ascending.
+fn chosen(chosen: &[Vec<Name>], names: &Names<'_>) -> Result<Vec<usize>, Fault> {
+    let table = names.table;
+    let mut columns = Vec::with_capacity(chosen.len());
+    for name in chosen {
+        let index = names.own(name)?;
+        if columns.contains(&index) {
+            let place = name[0].place;
+            return Err(place.fault(format!(
+                "column \"{}\" is chosen twice",
+                table.columns[index].name
+            )));
+        }
+        columns.push(index);
+    }
+    if let Some(missing) = table.key.iter().find(|key| !columns.contains(key)) {
+        return Err(Place::START.fault(format!(
+            "the columns of the key must be chosen, and \"{}\" is not",
+            table.columns[*missing].name
+        )));
+    }
+    columns.sort_unstable();
+    Ok(columns)
 }
 
 impl Shape {

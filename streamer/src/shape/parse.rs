@@ -10,7 +10,7 @@
 use super::{
     cursor::Cursor,
     lex::Kind,
-    syntax::{Columns, Expression, Fault, Node, Place, Statement, Truth},
+    syntax::{Columns, Comparison, Expression, Fault, Name, Node, Place, Statement, Truth},
 };
 
 /// Most tests (`IS …`) or casts (`::…`) in a row: each is a level, too.
@@ -18,26 +18,49 @@ const CHAIN_MAX: usize = 4;
 
 /// Reads one SELECT.
 pub fn statement(sql: &str) -> Result<Statement, Fault> {
-    Cursor::new(sql)?.statement()
+    Cursor::new(sql)?.statement(Role::Shape)
+}
+
+/// What a SELECT is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// The rows of a shape.
+    Shape,
+    /// The values that IN compares with.
+    In,
+    /// Whether there is a row.
+    Exists,
+}
+
+/// A part of what EXISTS selects.
+enum Selected {
+    All(Vec<Name>),
+    Column(Vec<Name>),
 }
 
 impl Cursor {
-    fn statement(&mut self) -> Result<Statement, Fault> {
+    fn statement(&mut self, role: Role) -> Result<Statement, Fault> {
         if !self.take_word("select") {
             return Err(self.unexpected("SELECT"));
         }
         if self.is_word(0, "distinct") {
-            return Err(self
-                .place()
-                .fault("DISTINCT is not supported: rows have keys, none is there twice"));
+            return Err(self.place().fault(match role {
+                Role::Shape => "DISTINCT is not supported: rows have keys, none is there twice",
+                Role::In | Role::Exists => {
+                    "DISTINCT is not supported: here it would change nothing"
+                }
+            }));
         }
         self.take_word("all");
-        let columns = self.columns()?;
+        let columns = match role {
+            Role::Shape | Role::In => self.columns()?,
+            Role::Exists => self.ignored_columns()?,
+        };
         self.expect_word("from")?;
         if *self.peek() == Kind::Open {
             return Err(self
                 .place()
-                .fault("subqueries are not supported by this version yet"));
+                .fault("subqueries in FROM are not supported: name a table"));
         }
         let mut name = self.dotted_name("the name of a table")?;
         if *self.peek() == Kind::Open {
@@ -68,19 +91,29 @@ impl Cursor {
         if *self.peek() == Kind::Comma {
             return Err(self
                 .place()
-                .fault("joins are not supported: a shape has one SELECT for each table"));
+                .fault("joins are not supported: a shape has one SELECT for each table, with subqueries for what depends on others"));
         }
         let condition = if self.take_word("where") {
             Some(self.expression()?)
         } else {
             None
         };
-        if *self.peek() != Kind::End {
-            return Err(self.unexpected(if condition.is_some() {
-                "AND, OR or the end"
+        let is_over = match role {
+            Role::Shape => *self.peek() == Kind::End,
+            Role::In | Role::Exists => *self.peek() == Kind::Close,
+        };
+        if !is_over {
+            let more = if condition.is_some() {
+                "AND, OR"
             } else {
-                "WHERE or the end"
-            }));
+                "WHERE"
+            };
+            let end = if role == Role::Shape {
+                "the end"
+            } else {
+                "`)`"
+            };
+            return Err(self.unexpected(&format!("{more} or {end}")));
         }
         Ok(Statement {
             schema,
@@ -94,53 +127,82 @@ impl Cursor {
     fn columns(&mut self) -> Result<Columns, Fault> {
         let mut named = Vec::new();
         loop {
-            let mut parts = Vec::new();
-            let is_star = loop {
-                if self.take(&Kind::Star) {
-                    break true;
-                }
-                let place = self.place();
-                if !self.is_name() {
-                    return Err(place.fault(format!(
-                        "only columns of the table can be chosen, found {}",
-                        self.peek().describe()
-                    )));
-                }
-                parts.push(self.name("a column")?);
-                match self.peek() {
-                    Kind::Period => self.skip(),
-                    Kind::Open => {
-                        return Err(place.fault("functions are not supported: choose columns or *"));
-                    }
-                    Kind::DoubleColon => {
-                        return Err(self.place().fault("casts of columns are not supported"));
-                    }
-                    Kind::Word(word) if word == "as" => {
-                        return Err(self.place().fault("renaming columns is not supported"));
-                    }
-                    Kind::Quoted(_) => {
-                        return Err(self.place().fault("renaming columns is not supported"));
-                    }
-                    kind if kind.is_free_name() => {
-                        return Err(self.place().fault("renaming columns is not supported"));
-                    }
-                    Kind::Minus | Kind::Plus | Kind::Star | Kind::Comparison(_) | Kind::Text(_) => {
-                        return Err(self
-                            .place()
-                            .fault("only columns of the table can be chosen, no expressions"));
-                    }
-                    _ => break false,
-                }
-            };
-            if is_star {
-                if !named.is_empty() || *self.peek() == Kind::Comma {
+            match self.selected()? {
+                Selected::All(_) if !named.is_empty() || *self.peek() == Kind::Comma => {
                     return Err(self.place().fault("choose either * or columns"));
                 }
-                return Ok(Columns::All(parts));
+                Selected::All(parts) => return Ok(Columns::All(parts)),
+                Selected::Column(parts) => named.push(parts),
             }
-            named.push(parts);
             if !self.take(&Kind::Comma) {
                 return Ok(Columns::Named(named));
+            }
+        }
+    }
+
+    /// What EXISTS selects: nothing, or columns, stars and constants.
+    fn ignored_columns(&mut self) -> Result<Columns, Fault> {
+        let (mut named, mut all) = (Vec::new(), Vec::new());
+        let nothing = self.is_word(0, "from");
+        while !nothing {
+            let is_constant = match self.peek() {
+                Kind::Number(_) | Kind::Text(_) => true,
+                Kind::Word(word) => matches!(word.as_str(), "null" | "true" | "false"),
+                _ => false,
+            };
+            if is_constant {
+                self.skip();
+            } else {
+                match self.selected()? {
+                    Selected::All(parts) => all.push(parts),
+                    Selected::Column(parts) => named.push(parts),
+                }
+            }
+            if !self.take(&Kind::Comma) {
+                break;
+            }
+        }
+        Ok(Columns::Ignored { named, all })
+    }
+
+    /// A column, or a star, with its qualifiers.
+    fn selected(&mut self) -> Result<Selected, Fault> {
+        let mut parts = Vec::new();
+        loop {
+            if self.take(&Kind::Star) {
+                return Ok(Selected::All(parts));
+            }
+            let place = self.place();
+            if !self.is_name() {
+                return Err(place.fault(format!(
+                    "only columns of the table can be chosen, found {}",
+                    self.peek().describe()
+                )));
+            }
+            parts.push(self.name("a column")?);
+            match self.peek() {
+                Kind::Period => self.skip(),
+                Kind::Open => {
+                    return Err(place.fault("functions are not supported: choose columns or *"));
+                }
+                Kind::DoubleColon => {
+                    return Err(self.place().fault("casts of columns are not supported"));
+                }
+                Kind::Word(word) if word == "as" => {
+                    return Err(self.place().fault("renaming columns is not supported"));
+                }
+                Kind::Quoted(_) => {
+                    return Err(self.place().fault("renaming columns is not supported"));
+                }
+                kind if kind.is_free_name() => {
+                    return Err(self.place().fault("renaming columns is not supported"));
+                }
+                Kind::Minus | Kind::Plus | Kind::Star | Kind::Comparison(_) | Kind::Text(_) => {
+                    return Err(self
+                        .place()
+                        .fault("only columns of the table can be chosen, no expressions"));
+                }
+                _ => return Ok(Selected::Column(parts)),
             }
         }
     }
@@ -265,6 +327,19 @@ impl Cursor {
         let any = self.is_word(0, "any") || self.is_word(0, "some");
         let node = if any || self.is_word(0, "all") {
             self.skip();
+            if self.is_subquery() {
+                let negated = match (comparison, any) {
+                    (Comparison::Equal, true) => false,
+                    (Comparison::NotEqual, false) => true,
+                    _ => {
+                        return Err(self.place().fault(
+                            "before a subquery only IN, NOT IN, = ANY and <> ALL are supported",
+                        ));
+                    }
+                };
+                let node = self.in_select(negated, left)?;
+                return self.not_compared(Expression { place, node });
+            }
             self.expect(&Kind::Open)?;
             let array = Box::new(self.expression()?);
             self.expect(&Kind::Close)?;
@@ -277,12 +352,37 @@ impl Cursor {
         } else {
             Node::Compare(comparison, left, Box::new(self.range()?))
         };
+        self.not_compared(Expression { place, node })
+    }
+
+    fn not_compared(&self, comparison: Expression) -> Result<Expression, Fault> {
         match self.peek() {
             Kind::Comparison(_) => Err(self
                 .place()
                 .fault("two comparisons in a row need parentheses")),
-            _ => Ok(Expression { place, node }),
+            _ => Ok(comparison),
         }
+    }
+
+    /// `(SELECT …)`, to which `left` is compared.
+    fn in_select(&mut self, negated: bool, left: Box<Expression>) -> Result<Node, Fault> {
+        let left = match left.node {
+            Node::Row(left) => left,
+            _ => vec![*left],
+        };
+        Ok(Node::InSelect {
+            negated,
+            left,
+            select: Box::new(self.subselect(Role::In)?),
+        })
+    }
+
+    /// `(SELECT …)`
+    fn subselect(&mut self, role: Role) -> Result<Statement, Fault> {
+        self.expect(&Kind::Open)?;
+        let statement = self.subquery(|cursor| cursor.statement(role))?;
+        self.expect(&Kind::Close)?;
+        Ok(statement)
     }
 
     /// BETWEEN, IN and LIKE.
@@ -318,17 +418,7 @@ impl Cursor {
                 high,
             }
         } else if self.take_word("in") {
-            self.expect(&Kind::Open)?;
-            let mut list = vec![self.expression()?];
-            while self.take(&Kind::Comma) {
-                list.push(self.expression()?);
-            }
-            self.expect(&Kind::Close)?;
-            Node::In {
-                negated,
-                left,
-                list,
-            }
+            self.in_list(negated, left)?
         } else {
             self.expect_word("like")?;
             if self.is_word(0, "any") || self.is_word(0, "all") || self.is_word(0, "some") {
@@ -363,6 +453,24 @@ impl Cursor {
                 .fault("BETWEEN, IN or LIKE twice in a row need parentheses"));
         }
         Ok(Expression { place, node })
+    }
+
+    /// What comes after IN.
+    fn in_list(&mut self, negated: bool, left: Box<Expression>) -> Result<Node, Fault> {
+        if self.is_subquery() {
+            return self.in_select(negated, left);
+        }
+        self.expect(&Kind::Open)?;
+        let mut list = vec![self.expression()?];
+        while self.take(&Kind::Comma) {
+            list.push(self.expression()?);
+        }
+        self.expect(&Kind::Close)?;
+        Ok(Node::In {
+            negated,
+            left,
+            list,
+        })
     }
 
     /// A column, constant or parameter, with its sign and casts; or an expression in parentheses.
@@ -455,7 +563,8 @@ impl Cursor {
                 }
             }
             Kind::Word(word) if word == "exists" && *self.peek_at(1) == Kind::Open => {
-                return Err(place.fault("subqueries are not supported by this version yet"));
+                self.skip();
+                Node::Exists(Box::new(self.subselect(Role::Exists)?))
             }
             Kind::Word(word) if word == "row" && *self.peek_at(1) == Kind::Open => {
                 return Err(place.fault("rows can't be compared; compare each column"));
@@ -472,20 +581,34 @@ impl Cursor {
     }
 
     fn parentheses(&mut self) -> Result<Expression, Fault> {
+        let place = self.place();
+        if self.is_subquery() {
+            return Err(place.fault(
+                "a subquery can stand only in the parentheses of IN, = ANY, <> ALL and EXISTS",
+            ));
+        }
         self.skip();
         let inner = self.expression()?;
-        if *self.peek() == Kind::Comma {
-            return Err(self
-                .place()
-                .fault("rows can't be compared; compare each column"));
+        if *self.peek() != Kind::Comma {
+            self.expect(&Kind::Close)?;
+            return Ok(inner);
+        }
+        let mut row = vec![inner];
+        while self.take(&Kind::Comma) {
+            row.push(self.expression()?);
         }
         self.expect(&Kind::Close)?;
-        Ok(inner)
+        Ok(Expression {
+            place,
+            node: Node::Row(row),
+        })
     }
 
     fn array(&mut self, place: Place) -> Result<Node, Fault> {
         if *self.peek() == Kind::Open {
-            return Err(place.fault("subqueries are not supported by this version yet"));
+            return Err(
+                place.fault("an array of a subquery is not supported: write = ANY (SELECT …)")
+            );
         }
         self.expect(&Kind::OpenBracket)?;
         let mut elements = Vec::new();

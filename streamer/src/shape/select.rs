@@ -1,4 +1,14 @@
 //! A compiled SELECT, and one that is bound to a principal's parameters.
+//!
+//! **From a row to those who may have it.** [`Select::route_keys_of`] gives, for a row of the SELECT's own table, keys
+//! among which every bound SELECT that has the row has one of its [`Bound::route_keys`]; unless the SELECT is not
+//! [`Select::is_routable`]: then all of them must be asked.
+//!
+//! **From a row of an inner table.** [`Select::subqueries`] are the steps between tables. A row of the inner table of a step
+//! that comes, goes or changes may change the answer for the outer rows that [`Subquery::outer_rows`] gives (of the row
+//! as it was, in the state before, and as it is, in the state after), and for those bound SELECTs only that have a key
+//! of the step's [`Path`]. The outer rows are of the SELECT's own table, or else rows whose condition may have changed, of
+//! the inner table of the step's parent: from there it goes on in the same way, with what the parent's path says.
 
 use std::sync::Arc;
 
@@ -7,15 +17,17 @@ use aws_lc_rs::digest;
 use bytes::Bytes;
 
 use super::{
-    condition::{Condition, List, Operand},
-    datatype::Domain,
-    deparse::Writer,
+    condition::Condition,
+    deparse,
     evaluate::{Argument, Program, Unfit},
     params::Param,
-    syntax::Comparison,
-    value::{Comparable, Reading},
+    path::{Leaves, Path, RouteKey},
+    subquery::Subquery,
 };
-use crate::table::Table;
+use crate::{
+    lookup::{Error, Index, Lookup},
+    table::Table,
+};
 
 /// One compiled SELECT.
 #[derive(Debug)]
@@ -30,7 +42,9 @@ pub struct Select {
     pub writable: bool,
     condition: Option<Condition>,
     params: Arc<[Param]>,
-    route: Option<Route>,
+    path: Option<Path>,
+    steps: Vec<Step>,
+    leaves: Leaves,
 }
 
 /// A SELECT with its parameters bound: what one replica may see of one table.
@@ -54,17 +68,16 @@ impl std::fmt::Debug for Bound {
     }
 }
 
-/// The value of a routing column, such that values equal by Postgres' meaning are equal here.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RouteKey(pub Vec<u8>);
-
-/// A conjunct `column = $param` or `column = ANY ($param)`.
+/// One subquery of a SELECT: a step between rows of two tables.
 #[derive(Debug)]
-struct Route {
-    column: usize,
-    reading: Reading,
-    domain: Domain,
-    param: usize,
+pub struct Step {
+    /// The subquery, with its inner table.
+    pub subquery: Arc<Subquery>,
+    /// The step whose inner table is the outer one of this; `None`: that is the SELECT's own table.
+    pub parent: Option<usize>,
+    /// From a row of the inner table to the bound SELECTs for which it may decide an answer; `None`: the subquery tells
+    /// nothing of parameters, and it may for all of them.
+    pub path: Option<Path>,
 }
 
 impl Select {
@@ -76,9 +89,11 @@ impl Select {
         params: Arc<[Param]>,
         writable: bool,
     ) -> Select {
-        let route = condition
+        let mut leaves = Leaves::default();
+        let path = condition
             .as_ref()
-            .and_then(|condition| Route::find(condition, &table));
+            .and_then(|condition| Path::find(condition, &table, &mut leaves));
+        let steps = steps(condition.as_ref(), &mut leaves);
         Select {
             id,
             table,
@@ -86,23 +101,50 @@ impl Select {
             writable,
             condition,
             params,
-            route,
+            path,
+            steps,
+            leaves,
         }
     }
 
-    /// If the condition has a conjunct `column = $param` (or `= ANY ($param)`): the value of that column in `row`;
-    /// None where it is NULL (then no bound SELECT has the row). `is_routable` says whether there is such a conjunct.
-    pub fn route_key(&self, row: &[u8]) -> Result<Option<RouteKey>, Malformed> {
-        let Some(route) = &self.route else {
-            return Ok(None);
-        };
-        let value = route.reading.read(record::value(row, route.column)?)?;
-        Ok(value.map(|value| RouteKey(value.route_bytes())))
+    /// Whether the bound SELECTs that may have a row are found by [`Select::route_keys_of`].
+    pub fn is_routable(&self) -> bool {
+        self.path.is_some()
     }
 
-    /// Whether the condition can be indexed by `route_key`.
-    pub fn is_routable(&self) -> bool {
-        self.route.is_some()
+    /// Adds keys, none twice, for `row` of the SELECT's table in the state that `lookup` shows: every bound SELECT that has
+    /// the row then has one of them among its [`Bound::route_keys`]. None where the SELECT is not routable.
+    pub fn route_keys_of(
+        &self,
+        row: &[u8],
+        lookup: &dyn Lookup,
+        keys: &mut Vec<RouteKey>,
+    ) -> Result<(), Error> {
+        if let Some(path) = &self.path {
+            path.keys_of(row, lookup, keys)?;
+            keys.sort_unstable();
+            keys.dedup();
+        }
+        Ok(())
+    }
+
+    /// The subqueries, those further out first: so parents come before their children.
+    pub fn subqueries(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// The indexes that a lookup of rows must have for this SELECT, each once; besides the one without columns, by which all
+    /// rows of a table are found.
+    pub fn indexes(&self) -> Vec<Index> {
+        let mut indexes: Vec<Index> = Vec::new();
+        for step in &self.steps {
+            for index in [&step.subquery.inner, &step.subquery.outer] {
+                if !index.parts.is_empty() && !indexes.contains(index) {
+                    indexes.push(index.clone());
+                }
+            }
+        }
+        indexes
     }
 
     /// The record of the chosen columns. Shares the buffer where all columns are chosen.
@@ -122,19 +164,16 @@ impl Select {
     }
 
     /// The condition as SQL that Postgres reads with the same meaning; parameters are NULLs of their types.
-    /// For asking Postgres whether it takes it.
-    pub fn condition_sql(&self) -> String {
-        self.sql(None)
+    /// For asking Postgres whether it takes it. `name` is as in [`Bound::condition_sql`].
+    pub fn condition_sql(&self, name: &str) -> String {
+        self.sql(name, None)
     }
 
-    fn sql(&self, arguments: Option<&[Argument]>) -> String {
-        let writer = Writer {
-            table: &self.table,
-            params: &self.params,
-            arguments,
-        };
+    fn sql(&self, name: &str, arguments: Option<&[Argument]>) -> String {
         match &self.condition {
-            Some(condition) => writer.condition(condition),
+            Some(condition) => {
+                deparse::condition(condition, &self.table, name, &self.params, arguments)
+            }
             None => "TRUE".to_owned(),
         }
     }
@@ -144,15 +183,11 @@ impl Select {
             Some(condition) => Some(Arc::new(Program::new(condition, &self.table, arguments)?)),
             None => None,
         };
-        let route_keys = match &self.route {
-            Some(route) => route.keys(arguments)?,
-            None => Vec::new(),
-        };
         Ok(Bound {
             select: Arc::clone(self),
             arguments: Arc::clone(arguments),
             program,
-            route_keys: route_keys.into(),
+            route_keys: self.leaves.keys(arguments)?.into(),
             fingerprint: self.fingerprint(arguments),
         })
     }
@@ -179,7 +214,13 @@ impl Select {
                 column.postgres_type, column.type_oid, column.typmod
             ));
         }
-        part(&self.sql(Some(arguments)));
+        for step in &self.steps {
+            part(&format!(
+                "{} {}",
+                step.subquery.table.oid, step.subquery.table.version
+            ));
+        }
+        part(&self.sql("t", Some(arguments)));
         let mut fingerprint = [0; 16];
         fingerprint.copy_from_slice(&hash.finish().as_ref()[..16]);
         fingerprint
@@ -187,15 +228,17 @@ impl Select {
 }
 
 impl Bound {
-    /// Whether the condition is true (not false, not unknown) of `row`, as Postgres would say.
-    pub fn contains(&self, row: &[u8]) -> Result<bool, Malformed> {
+    /// Whether the condition is true (not false, not unknown) of `row`, as Postgres would say in the state that `lookup`
+    /// shows.
+    pub fn contains(&self, row: &[u8], lookup: &dyn Lookup) -> Result<bool, Error> {
         match &self.program {
-            Some(program) => program.is_true(row),
+            Some(program) => program.is_true(row, lookup),
             None => Ok(true),
         }
     }
 
-    /// The keys under which a routable SELECT is to be found: several for an array parameter.
+    /// The keys under which it is to be found, by a row of the SELECT's own table and by rows of the inner tables:
+    /// for each parameter that a path ends at, its value, or its values for an array.
     pub fn route_keys(&self) -> Vec<RouteKey> {
         self.route_keys.to_vec()
     }
@@ -208,75 +251,36 @@ impl Bound {
 
     /// The condition as SQL that Postgres reads with the same meaning. It holds the values of the parameters: never
     /// for logs or errors.
-    pub fn condition_sql(&self) -> String {
-        self.select.sql(Some(&self.arguments))
+    ///
+    /// `name` is what the table is called where the SQL will stand: its alias, or its quoted name. Columns are qualified
+    /// with it within subqueries; elsewhere they are not qualified.
+    pub fn condition_sql(&self, name: &str) -> String {
+        self.select.sql(name, Some(&self.arguments))
     }
 }
 
-impl Route {
-    /// The best conjunct to route by: `=` finds fewer rows than `= ANY`.
-    fn find(condition: &Condition, table: &Table) -> Option<Route> {
-        let mut found: Option<Route> = None;
-        for part in condition.conjuncts() {
-            let (column, param, domain, one) = match part {
-                Condition::And(_) => match Route::find(part, table) {
-                    Some(route) => return Some(route),
-                    None => continue,
-                },
-                Condition::Compare {
-                    comparison: Comparison::Equal,
-                    left: Operand::Column(column),
-                    right: Operand::Param(param),
-                    domain,
-                }
-                | Condition::Compare {
-                    comparison: Comparison::Equal,
-                    left: Operand::Param(param),
-                    right: Operand::Column(column),
-                    domain,
-                } => (*column, *param, domain, true),
-                Condition::Quantified {
-                    comparison: Comparison::Equal,
-                    all: false,
-                    left: Operand::Column(column),
-                    list: List::Param(param),
-                    domain,
-                } => (*column, *param, domain, false),
-                _ => continue,
-            };
-            // Equal floats have many forms, and what is compared as a float is equal to several integers.
-            if *domain == Domain::Float || (!one && found.is_some()) {
-                continue;
-            }
-            found = Some(Route {
-                column,
-                reading: Reading::new(&table.columns[column].kind, domain),
-                domain: domain.clone(),
-                param,
+fn steps(condition: Option<&Condition>, leaves: &mut Leaves) -> Vec<Step> {
+    let mut steps: Vec<Step> = Vec::new();
+    let mut found = Vec::new();
+    let mut parent = None;
+    let mut condition = condition;
+    loop {
+        if let Some(condition) = condition {
+            condition.subqueries(&mut found);
+        }
+        for subquery in found.drain(..) {
+            steps.push(Step {
+                path: Path::within(&subquery, leaves),
+                subquery,
+                parent,
             });
-            if one {
-                break;
-            }
         }
-        found
-    }
-
-    fn keys(&self, arguments: &[Argument]) -> Result<Vec<RouteKey>, Unfit> {
-        let constants = match arguments.get(self.param) {
-            Some(Argument::One(constant)) => std::slice::from_ref(constant),
-            Some(Argument::Many(constants)) => constants,
-            None => &[],
+        // Those that were found are looked into in the same order.
+        let next = parent.map_or(0, |parent| parent + 1);
+        let Some(step) = steps.get(next) else {
+            return steps;
         };
-        let mut keys = Vec::with_capacity(constants.len());
-        for constant in constants {
-            let comparable = Comparable::new(constant, &self.domain).map_err(|reason| Unfit {
-                param: Some(self.param),
-                reason,
-            })?;
-            keys.push(RouteKey(comparable.value().route_bytes()));
-        }
-        keys.sort_unstable();
-        keys.dedup();
-        Ok(keys)
+        parent = Some(next);
+        condition = step.subquery.condition.as_ref();
     }
 }

@@ -63,6 +63,13 @@ pub enum Columns {
     All(Vec<Name>),
     /// Columns, each with its qualifiers: the last part is the column.
     Named(Vec<Vec<Name>>),
+    /// What EXISTS does not look at: columns, tables before `.*`, and constants, which are not kept.
+    Ignored {
+        /// Columns, as in [`Columns::Named`].
+        named: Vec<Vec<Name>>,
+        /// Qualifiers, as in [`Columns::All`].
+        all: Vec<Vec<Name>>,
+    },
 }
 
 /// An expression and the place where it begins.
@@ -123,6 +130,8 @@ pub enum Node {
     Negate(Box<Expression>),
     /// `ARRAY[…]`
     Array(Vec<Expression>),
+    /// `(a, b)`
+    Row(Vec<Expression>),
     /// `a = b` and the like.
     Compare(Comparison, Box<Expression>, Box<Expression>),
     /// `a = ANY (b)`, `a = ALL (b)`
@@ -145,6 +154,17 @@ pub enum Node {
         /// The list.
         list: Vec<Expression>,
     },
+    /// `a [NOT] IN (SELECT …)`, `a = ANY (SELECT …)`, `a <> ALL (SELECT …)`
+    InSelect {
+        /// `NOT`.
+        negated: bool,
+        /// Left of it: one for each column.
+        left: Vec<Expression>,
+        /// The subquery.
+        select: Box<Statement>,
+    },
+    /// `EXISTS (SELECT …)`
+    Exists(Box<Statement>),
     /// `a [NOT] BETWEEN [SYMMETRIC] b AND c`
     Between {
         /// `NOT`.
@@ -216,7 +236,43 @@ impl Node {
                 | Node::Cast(..)
                 | Node::Negate(_)
                 | Node::Array(_)
+                | Node::Row(_)
         )
+    }
+}
+
+impl Statement {
+    /// This SELECT, and the subqueries of its condition.
+    pub fn all(&self) -> Vec<&Statement> {
+        let mut found = vec![self];
+        if let Some(condition) = &self.condition {
+            condition.subqueries(&mut found);
+        }
+        found
+    }
+}
+
+impl Expression {
+    /// The parts that AND joins, in parentheses or not.
+    pub fn conjuncts<'a>(&'a self, parts: &mut Vec<&'a Expression>) {
+        match &self.node {
+            Node::And(of) => of.iter().for_each(|part| part.conjuncts(parts)),
+            _ => parts.push(self),
+        }
+    }
+
+    fn subqueries<'a>(&'a self, found: &mut Vec<&'a Statement>) {
+        match &self.node {
+            Node::InSelect { select, .. } | Node::Exists(select) => found.extend(select.all()),
+            Node::And(parts) | Node::Or(parts) => {
+                parts.iter().for_each(|part| part.subqueries(found));
+            }
+            Node::Not(inner)
+            | Node::IsTruth { left: inner, .. }
+            | Node::IsNull { left: inner, .. } => inner.subqueries(found),
+            // Made of operands; a condition among them is refused when they get their types.
+            _ => {}
+        }
     }
 }
 

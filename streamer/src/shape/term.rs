@@ -1,21 +1,28 @@
 //! Operands: what the names and constants of a condition are, before the other side gives them a type.
 
+use std::sync::Arc;
+
 use super::{
     condition::Operand,
+    correlate::comparable,
     datatype::DataType,
     literal::{self, Constant},
+    names::Names,
     params::Params,
-    syntax::{Expression, Fault, Name, Node, Place, Statement, TypeName},
+    syntax::{Expression, Fault, Node, Place, TypeName},
 };
 use crate::table::Table;
 
-/// What names mean in a SELECT.
+/// What is known where a condition stands.
 pub struct Scope<'a> {
-    /// Its table.
-    pub table: &'a Table,
-    statement: &'a Statement,
+    /// What names mean.
+    pub names: Names<'a>,
     /// The parameters of the shape.
     pub params: &'a mut Params,
+    /// The tables that there are.
+    pub tables: &'a [Arc<Table>],
+    /// Whether it matters if what stands here is false or unknown; else only whether it is true.
+    pub exact: bool,
 }
 
 /// An operand before the other side gives it a type.
@@ -74,52 +81,7 @@ impl Term {
     }
 }
 
-impl<'a> Scope<'a> {
-    /// The scope of `statement`, which selects from `table`.
-    pub fn new(table: &'a Table, statement: &'a Statement, params: &'a mut Params) -> Self {
-        Scope {
-            table,
-            statement,
-            params,
-        }
-    }
-
-    /// The place in the table of the column that `name` names, qualified or not.
-    pub fn column(&self, name: &[Name]) -> Result<usize, Fault> {
-        let (column, qualifier) = name.split_last().expect("a name has a part");
-        self.check_qualifier(qualifier)?;
-        let found = self
-            .table
-            .columns
-            .iter()
-            .position(|known| known.name == column.text);
-        found.ok_or_else(|| {
-            column.place.fault(format!(
-                "{} has no column \"{}\" that is replicated: it does not exist, or it is generated",
-                self.table.full_name(),
-                column.text
-            ))
-        })
-    }
-
-    /// Whether `qualifier` (nothing, `table`, or `schema.table`) means this table.
-    pub fn check_qualifier(&self, qualifier: &[Name]) -> Result<(), Fault> {
-        let statement = self.statement;
-        let known = match (qualifier, &statement.alias) {
-            ([], _) => true,
-            ([table], Some(alias)) => table.text == *alias,
-            ([table], None) => table.text == statement.table.text,
-            ([schema, table], None) => {
-                table.text == statement.table.text && schema.text == statement.schema
-            }
-            _ => false,
-        };
-        match qualifier.first() {
-            Some(first) if !known => Err(first.place.fault("the SELECT has no table of this name")),
-            _ => Ok(()),
-        }
-    }
-
+impl Scope<'_> {
     /// What `expression` is as an operand; conditions are none.
     pub fn term(&mut self, expression: &Expression) -> Result<Term, Fault> {
         let place = expression.place;
@@ -129,15 +91,9 @@ impl<'a> Scope<'a> {
         };
         match &expression.node {
             Node::Column(name) => {
-                let index = self.column(name)?;
-                let column = &self.table.columns[index];
-                match DataType::of(column) {
-                    Some(data_type) => Ok(Term::Column(index, data_type)),
-                    None => Err(place.fault(format!(
-                        "column \"{}\" has type {}, which can't be compared exactly: only IS NULL works on it",
-                        column.name, column.postgres_type
-                    ))),
-                }
+                let index = self.names.own(name)?;
+                let data_type = comparable(&self.names.table.columns[index], place)?;
+                Ok(Term::Column(index, data_type))
             }
             Node::Text(text) => Ok(Term::Untyped(Untyped::Text(text.clone(), place))),
             Node::Null => Ok(Term::Untyped(Untyped::Null)),
@@ -158,6 +114,9 @@ impl<'a> Scope<'a> {
                 _ => Err(place.fault("arithmetic (`-`) is not supported")),
             },
             Node::Array(_) => Err(place.fault("an array can only stand in ANY (…) and ALL (…)")),
+            Node::Row(_) => {
+                Err(place.fault("rows can't be compared, but with a subquery; compare each column"))
+            }
             _ => Err(place
                 .fault("only columns, constants and parameters can be compared, not conditions")),
         }
@@ -165,7 +124,7 @@ impl<'a> Scope<'a> {
 
     /// The type that `name` names.
     pub fn named_type(&self, name: &TypeName, place: Place) -> Result<DataType, Fault> {
-        DataType::named(name, std::iter::once(self.table)).map_err(|reason| place.fault(reason))
+        DataType::named(name, self.names.tables()).map_err(|reason| place.fault(reason))
     }
 
     fn cast(&mut self, inner: &Expression, name: &TypeName, place: Place) -> Result<Term, Fault> {

@@ -23,7 +23,7 @@ impl Scope<'_> {
         Ok(match &expression.node {
             Node::And(parts) => Condition::And(self.conditions(parts)?),
             Node::Or(parts) => Condition::Or(self.conditions(parts)?),
-            Node::Not(inner) => Condition::Not(Box::new(self.condition(inner)?)),
+            Node::Not(inner) => Condition::Not(Box::new(self.condition_as(inner, true)?)),
             Node::Compare(comparison, left, right) => {
                 let (left, right) = (self.term(left)?, self.term(right)?);
                 self.compare(*comparison, left, right, place)?
@@ -72,7 +72,23 @@ impl Scope<'_> {
                 negated,
                 truth,
                 left,
-            } => Condition::Is(Box::new(self.condition(left)?), *truth).negated_if(*negated),
+            } => {
+                let exact = *truth != Truth::True;
+                let inner = Box::new(self.condition_as(left, exact)?);
+                Condition::Is(inner, *truth).negated_if(*negated)
+            }
+            Node::InSelect {
+                negated,
+                left,
+                select,
+            } => {
+                let exact = self.exact || *negated;
+                let before = std::mem::replace(&mut self.exact, exact);
+                let subquery = self.in_select(left, select, place);
+                self.exact = before;
+                subquery?.negated_if(*negated)
+            }
+            Node::Exists(select) => self.exists(select)?,
             Node::Distinct {
                 negated,
                 left,
@@ -80,6 +96,14 @@ impl Scope<'_> {
             } => self.same(left, right, place)?.negated_if(!negated),
             _ => self.flag(expression)?,
         })
+    }
+
+    /// The condition, where it does, or does not, matter whether it is false or unknown.
+    fn condition_as(&mut self, expression: &Expression, exact: bool) -> Result<Condition, Fault> {
+        let before = std::mem::replace(&mut self.exact, exact);
+        let condition = self.condition(expression);
+        self.exact = before;
+        condition
     }
 
     fn conditions(&mut self, parts: &[Expression]) -> Result<Vec<Condition>, Fault> {
@@ -156,62 +180,14 @@ impl Scope<'_> {
         ordered: bool,
         place: Place,
     ) -> Result<Domain, Fault> {
-        let domain = left_type
-            .domain(right_type, ordered)
-            .map_err(|reason| place.fault(reason))?;
         let columns: Vec<&Column> = [left, right]
             .into_iter()
             .filter_map(|term| match term {
-                Term::Column(index, _) => Some(&self.table.columns[*index]),
+                Term::Column(index, _) => Some(&self.names.table.columns[*index]),
                 _ => None,
             })
             .collect();
-        if domain == Domain::Float && columns.iter().any(|column| column.kind == Kind::Numeric) {
-            return Err(place.fault(
-                "a numeric column is not compared with a float: Postgres would fail for a row whose number is no float8",
-            ));
-        }
-        let has_collation = matches!(left_type, DataType::Text | DataType::Name | DataType::Char);
-        if has_collation {
-            self.check_collation(&columns, ordered, place)?;
-        }
-        Ok(domain)
-    }
-
-    fn check_collation(
-        &self,
-        columns: &[&Column],
-        ordered: bool,
-        place: Place,
-    ) -> Result<(), Fault> {
-        for column in columns {
-            if column.collation == Collation::NonDeterministic {
-                return Err(place.fault(format!(
-                    "column \"{}\" has a non-deterministic collation, which can't be compared exactly",
-                    column.name
-                )));
-            }
-            if ordered && column.collation != Collation::Bytes {
-                return Err(place.fault(format!(
-                    "the order of column \"{}\" is its collation's, which can't be followed exactly: only =, <>, IN \
-                     and LIKE work, or a column with COLLATE \"C\"",
-                    column.name
-                )));
-            }
-        }
-        if let [left, right] = columns
-            && left.collation != right.collation
-        {
-            return Err(place.fault(format!(
-                "columns \"{}\" and \"{}\" have two collations, between which Postgres may not choose",
-                left.name, right.name
-            )));
-        }
-        if ordered && columns.is_empty() {
-            return Err(place
-                .fault("the order of these texts is the database's collation's; name a column"));
-        }
-        Ok(())
+        domain_of(left_type, right_type, &columns, ordered, place)
     }
 
     fn between(
@@ -439,7 +415,7 @@ impl Scope<'_> {
             }
         }
         if let Term::Column(index, _) = left_term {
-            self.check_collation(&[&self.table.columns[index]], false, left.place)?;
+            check_collation(&[&self.names.table.columns[index]], false, left.place)?;
         }
         match &pattern {
             Term::Column(..) => {
@@ -464,8 +440,8 @@ impl Scope<'_> {
 
     fn is_null(&mut self, left: &Expression) -> Result<Condition, Fault> {
         if let Node::Column(name) = &left.node {
-            let index = self.column(name)?;
-            let column = &self.table.columns[index];
+            let index = self.names.own(name)?;
+            let column = &self.names.table.columns[index];
             if may_be_composite(column) {
                 return Err(left.place.fault(format!(
                     "IS NULL of a composite looks at its fields, and \"{}\" may be one: write IS NOT DISTINCT FROM NULL",
@@ -476,7 +452,7 @@ impl Scope<'_> {
         }
         if !left.node.is_operand() {
             return Ok(Condition::Is(
-                Box::new(self.condition(left)?),
+                Box::new(self.condition_as(left, true)?),
                 Truth::Unknown,
             ));
         }
@@ -500,7 +476,7 @@ impl Scope<'_> {
             if matches!(one.node, Node::Null)
                 && let Node::Column(name) = &other.node
             {
-                return Ok(Condition::IsNothing(Operand::Column(self.column(name)?)));
+                return Ok(Condition::IsNothing(Operand::Column(self.names.own(name)?)));
             }
         }
         let (left, right) = (self.term(left)?, self.term(right)?);
@@ -513,8 +489,67 @@ impl Scope<'_> {
     }
 }
 
+/// How two sides of these types compare, of which `columns` are columns.
+pub(super) fn domain_of(
+    left_type: &DataType,
+    right_type: &DataType,
+    columns: &[&Column],
+    ordered: bool,
+    place: Place,
+) -> Result<Domain, Fault> {
+    let domain = left_type
+        .domain(right_type, ordered)
+        .map_err(|reason| place.fault(reason))?;
+    if domain == Domain::Float && columns.iter().any(|column| column.kind == Kind::Numeric) {
+        return Err(place.fault(
+            "a numeric column is not compared with a float: Postgres would fail for a row whose number is no float8",
+        ));
+    }
+    let has_collation = matches!(left_type, DataType::Text | DataType::Name | DataType::Char);
+    if has_collation {
+        check_collation(columns, ordered, place)?;
+    }
+    Ok(domain)
+}
+
+fn check_collation(columns: &[&Column], ordered: bool, place: Place) -> Result<(), Fault> {
+    for column in columns {
+        if column.collation == Collation::NonDeterministic {
+            return Err(place.fault(format!(
+                "column \"{}\" has a non-deterministic collation, which can't be compared exactly",
+                column.name
+            )));
+        }
+        if ordered && column.collation != Collation::Bytes {
+            return Err(place.fault(format!(
+                "the order of column \"{}\" is its collation's, which can't be followed exactly: only =, <>, IN \
+                 and LIKE work, or a column with COLLATE \"C\"",
+                column.name
+            )));
+        }
+    }
+    if let [left, right] = columns
+        && left.collation != right.collation
+    {
+        return Err(place.fault(format!(
+            "columns \"{}\" and \"{}\" have two collations, between which Postgres may not choose",
+            left.name, right.name
+        )));
+    }
+    if ordered && columns.is_empty() {
+        return Err(
+            place.fault("the order of these texts is the database's collation's; name a column")
+        );
+    }
+    Ok(())
+}
+
 /// What could not be compared is refused now, not when a row comes.
-fn check_constant(operand: &Operand, domain: &Domain, place: Place) -> Result<(), Fault> {
+pub(super) fn check_constant(
+    operand: &Operand,
+    domain: &Domain,
+    place: Place,
+) -> Result<(), Fault> {
     match operand {
         Operand::Constant(constant) => {
             Comparable::new(constant, domain).map_err(|reason| place.fault(reason))?;

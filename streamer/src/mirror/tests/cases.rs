@@ -136,7 +136,7 @@ impl View for All {
     fn table(&self) -> &Arc<Table> {
         &self.0
     }
-    fn contains(&self, _row: &[u8]) -> Result<bool, anabranch_proto::record::Malformed> {
+    fn contains(&self, _row: &[u8]) -> Result<bool, crate::lookup::Error> {
         Ok(true)
     }
     fn project(&self, row: &Bytes) -> Result<Bytes, anabranch_proto::record::Malformed> {

@@ -18,6 +18,7 @@ use super::model::{
 use crate::{
     catchup::{Catchup, Item, Round, View},
     delta::Op,
+    lookup,
     mirror::{Applied, Error, Mirror, Reader, Settings, State},
     table::{Oid, Table},
     transaction::Chunk,
@@ -80,7 +81,7 @@ impl View for Filter {
     fn table(&self) -> &Arc<Table> {
         &self.table
     }
-    fn contains(&self, row: &[u8]) -> Result<bool, Malformed> {
+    fn contains(&self, row: &[u8]) -> Result<bool, lookup::Error> {
         Ok(match record::value(row, grp(&self.table))? {
             ValueRef::Integer(group) => self.groups.contains(&group),
             _ => false,

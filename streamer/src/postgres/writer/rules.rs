@@ -27,7 +27,8 @@ impl Rule {
     /// `bounds` are the SELECTs over the table that the replica is bound to: a row may be written that any of them
     /// shows.
     pub fn new(table: Arc<Table>, columns: Vec<usize>, bounds: &[Bound], policy: Policy) -> Rule {
-        let conditions: Vec<_> = bounds.iter().map(Bound::condition_sql).collect();
+        let condition = |bound: &Bound| bound.condition_sql(super::statement::TABLE);
+        let conditions: Vec<_> = bounds.iter().map(condition).collect();
         let shown = if conditions.is_empty() {
             // It is bound to nothing, so it is shown nothing.
             Some("FALSE".to_owned())

@@ -30,6 +30,9 @@ use crate::{
     write::{Change, Conflict, Set, WriteTable},
 };
 
+/// What the table of an entry is called in its statements, and so in the condition of the replica.
+pub const TABLE: &str = "t";
+
 /// A table as a transaction names it, found in the database.
 pub struct Target {
     /// What the replica may do with it.
