@@ -416,7 +416,7 @@ impl Catchup {
             };
             (LISTS.fetch_add(1, Ordering::Relaxed), place)
         });
-        let more = (turn.reader).collect(list, &tables, &upto, COLLECTED_MAX)?;
+        let more = (turn.reader).collect(list, &tables, &[], &upto, COLLECTED_MAX)?;
         let complete = more.is_none();
         let upto = more.unwrap_or(Place {
             ordinal: turn.now,

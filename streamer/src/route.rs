@@ -32,7 +32,7 @@ use self::backwards::{Found, Walk};
 use crate::{
     delta::{self, Op},
     lookup::{Error, Lookup},
-    mirror::{Key, Mirror, Net},
+    mirror::{Mirror, Net},
     shape::{Bound, RouteKey, Select},
     table::{Oid, Table},
 };
@@ -183,7 +183,7 @@ impl Router {
                 }
             }
             let (found, behind) = walk.finish();
-            for ((_, _), Found { table, row, bindings }) in found {
+            for Found { table, row, bindings } in found.into_values() {
                 candidates.push(Candidate {
                     table,
                     before: Some(row.clone()),
@@ -324,7 +324,7 @@ impl Router {
         if self.routes(select).is_none() {
             let of_table = self.tables.entry(select.table.oid).or_default();
             of_table.push(Routes::new(select.clone()));
-            for (step, found) in select.steps().iter().enumerate() {
+            for (step, found) in select.subqueries().iter().enumerate() {
                 let select = select.clone();
                 let of_table = self.inner.entry(found.subquery.table.oid).or_default();
                 of_table.push(Inner { select, step });

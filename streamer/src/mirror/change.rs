@@ -89,7 +89,7 @@ pub(super) fn make(
             };
             let new_key = Key::of_row(rows.table(), &new)?;
             if new_key == key {
-                check_size(&new, row_bytes_max)?;
+                check_row(rows, &new, row_bytes_max)?;
                 let identity = rows.identity(&new)?;
                 if let Some(identity) = identity
                     && (work.find(rows, &identity)?).is_some_and(|other| other != key)
@@ -121,7 +121,7 @@ fn insert(
     new: &Bytes,
     row_bytes_max: usize,
 ) -> Result<(), Failure> {
-    check_size(new, row_bytes_max)?;
+    check_row(rows, new, row_bytes_max)?;
     if work.get(rows, key)?.is_some() {
         return Err(stop("a row came under a key that the mirror has already"));
     }
@@ -175,18 +175,15 @@ fn key_of_old(work: &mut impl Work, rows: &Rows, old: &Old) -> Result<Key, Failu
     }
 }
 
-fn check_size(row: &[u8], row_bytes_max: usize) -> Result<(), Failure> {
+/// Whether it can be kept. Found out before anything is written: one that cannot stops its table, not the mirror.
+pub(super) fn check_row(rows: &Rows, row: &[u8], row_bytes_max: usize) -> Result<(), Failure> {
     if row.len() > row_bytes_max {
-        return Err(too_large(row.len(), row_bytes_max));
+        return Err(Failure::Stop(format!(
+            "a row of {} bytes is above row_bytes_max ({row_bytes_max} bytes)",
+            row.len()
+        )));
     }
-    Ok(())
-}
-
-/// What is said of a row above the limit.
-pub(super) fn too_large(bytes: usize, row_bytes_max: usize) -> Failure {
-    Failure::Stop(format!(
-        "a row of {bytes} bytes is above row_bytes_max ({row_bytes_max} bytes)"
-    ))
+    Ok(rows.check_keys(row)?)
 }
 
 fn stop(reason: &str) -> Failure {

@@ -19,9 +19,9 @@ use bytes::Bytes;
 
 use super::{
     Entry, Error, Key, Mirror, State,
-    change::{Failure, too_large},
+    change::{Failure, check_row},
     rows::Rows,
-    schema,
+    schema, secondary,
 };
 use crate::table::{Oid, Table};
 
@@ -47,11 +47,12 @@ impl Mirror {
     /// Creates an empty table in state `Copying`; one that is there already is emptied. An open group is
     /// committed before.
     pub fn begin_copy(&mut self, table: &Table) -> Result<(), Error> {
-        let rows = Rows::new(Entry {
+        let entry = Entry {
             table: Arc::new(table.clone()),
             state: State::Copying,
             floor: Lsn(0),
-        });
+        };
+        let rows = Rows::new(entry, &self.indexes);
         let description = serde_json::to_string(table)
             .map_err(|error| Error::Damaged(format!("{}: {error}", table.full_name())))?;
         self.alone(|mirror| {
@@ -124,9 +125,7 @@ impl Mirror {
         let mut late = Vec::new();
         let mut insert = rows.inserting(&self.sqlite)?;
         for row in batch {
-            if row.len() > self.settings.row_bytes_max {
-                return Err(too_large(row.len(), self.settings.row_bytes_max));
-            }
+            check_row(rows, row, self.settings.row_bytes_max)?;
             let key = Key::of_row(rows.table(), row)?;
             let identity = rows.identity(row)?;
             if !insert(&key, row)?
@@ -178,7 +177,7 @@ impl Mirror {
         Ok(())
     }
 
-    /// The copy is complete as of `at`; durable when it returns.
+    /// The copy is complete as of `at`; durable when it returns. Makes the table's secondary indexes.
     ///
     /// `at` must not lie below the position: changes of a table that is being copied are not applied, so those in
     /// between would be missing. Until the position reaches `at` nobody may see its rows.
@@ -207,7 +206,7 @@ impl Mirror {
                 "UPDATE tables SET state = ?2, floor = ?3, reach = ?3 + replaced * ?4 WHERE oid = ?1",
                 (table, rows.entry.state.columns().0, at.0 as i64, behind as i64),
             )?;
-            Ok(())
+            secondary::make_all(&mirror.sqlite, &mirror.tables[&table])
         })
     }
 

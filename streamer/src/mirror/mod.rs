@@ -22,6 +22,10 @@
 //! | `history`   | epochs, holes, facts                                                             |
 //! | `checkpoint`| moves what is durable in the log to the file, beside the writer                  |
 //! | `reader`    | snapshots for catch-ups                                                          |
+//! | `list`      | what changed since, by key: for long catch-ups                                    |
+//! | `secondary` | indexes by other columns than the key                                             |
+//! | `lookup`    | rows by these, as they are, and before the last transaction                       |
+//! | `past`      | and as of an earlier one                                                          |
 
 mod change;
 mod checkpoint;
@@ -32,9 +36,13 @@ mod fold;
 mod history;
 mod index;
 mod key;
+mod list;
+mod lookup;
+mod past;
 mod reader;
 mod rows;
 mod schema;
+mod secondary;
 #[cfg(test)]
 mod tests;
 mod transaction;
@@ -46,14 +54,16 @@ use bytes::Bytes;
 use foldhash::fast::FixedState;
 use rusqlite::Connection;
 
-pub(crate) use self::reader::{Keys, Place};
 use self::{checkpoint::Checkpoint, index::Index, rows::Rows, transaction::Large};
 pub use self::{
     error::Error,
     fold::{NETS_BYTES_MAX, NETS_MAX},
     key::Key,
+    lookup::{Before, EachKeyed, Now},
+    past::At,
     reader::Reader,
 };
+pub(crate) use self::{list::Place, reader::Keys};
 use crate::table::{Oid, Table};
 
 /// How a mirror is opened.
@@ -79,6 +89,8 @@ pub struct Mirror {
     file: PathBuf,
     settings: Settings,
     tables: HashMap<Oid, Rows, FixedState>,
+    /// The secondary indexes that are wanted, also of tables that are not there.
+    indexes: Vec<crate::lookup::Index>,
     index: Index,
     position: Position,
     durable: Position,
@@ -165,6 +177,7 @@ impl Mirror {
             file,
             settings: settings.clone(),
             tables: HashMap::default(),
+            indexes: Vec::new(),
             index,
             position: Position::default(),
             durable: Position::default(),
@@ -198,7 +211,7 @@ impl Mirror {
         self.durable = self.position;
         self.tables = load_tables(&self.sqlite)?
             .into_iter()
-            .map(|entry| (entry.table.oid, Rows::new(entry)))
+            .map(|entry| (entry.table.oid, Rows::new(entry, &self.indexes)))
             .collect();
         self.index = Index::load(&self.sqlite, Lsn(floor as u64), &self.settings)?;
         self.now = self.sqlite.query_row(

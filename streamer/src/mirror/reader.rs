@@ -3,21 +3,22 @@
 //! What it offers beyond opening and closing is for `catchup`: rows in key order, and what the change index has on a
 //! range of keys. It decides nothing about what a replica may see.
 
-use std::path::Path;
+use std::{collections::HashSet, path::Path};
 
 use anabranch_proto::{Epoch, Lsn, Position};
 use bytes::Bytes;
+use foldhash::fast::FixedState;
 use rusqlite::{Connection, OptionalExtension, Rows, types::ValueRef};
 
-use super::{Error, Key, index::ordinal_at, schema};
+use super::{Error, Key, index::ordinal_at, list::List, schema};
 use crate::table::{Oid, Table};
 
 /// A read-only connection, for one catch-up at a time.
 pub struct Reader {
     sqlite: Connection,
     snapshot: Option<Snapshot>,
-    /// Which list [`Reader::collect`] has filled last.
-    list: Option<u64>,
+    /// The list that was filled last.
+    pub(super) list: Option<List>,
 }
 
 /// What an open snapshot says of the whole mirror.
@@ -33,7 +34,7 @@ pub(crate) struct Snapshot {
     /// Where the change index begins.
     floor: Lsn,
     /// Segments and their first ordinals, oldest first.
-    segments: Vec<(i64, i64)>,
+    pub(super) segments: Vec<(i64, i64)>,
 }
 
 /// What a snapshot says of a table.
@@ -131,6 +132,7 @@ impl Reader {
             // COMMIT, so that temporary tables outlive the snapshot. It can't fail for what was only read; if it does,
             // the snapshot must not stay open whatever becomes of those.
             if self.sqlite.execute_batch("COMMIT").is_err() {
+                let _ = self.forget_collected();
                 let _ = self.sqlite.execute_batch("ROLLBACK");
             }
         }
@@ -187,6 +189,33 @@ impl Reader {
                 })
             })
             .optional()?)
+    }
+
+    /// The tables that may be seen: their copies are complete, and not ahead of the position.
+    pub(super) fn complete(&self) -> Result<HashSet<Oid, FixedState>, Error> {
+        let position = self.snapshot()?.position;
+        let mut statement =
+            (self.sqlite).prepare_cached("SELECT oid, floor FROM tables WHERE state <> ?1")?;
+        let mut tables = statement.query([super::State::Copying.columns().0])?;
+        let mut complete = HashSet::default();
+        while let Some(table) = tables.next()? {
+            if Lsn(table.get::<_, i64>(1)? as u64) <= position.lsn {
+                complete.insert(table.get(0)?);
+            }
+        }
+        Ok(complete)
+    }
+
+    /// A table's name, for people.
+    pub(super) fn name(&self, table: Oid) -> Result<String, Error> {
+        let schema: Option<String> = self
+            .sqlite
+            .query_row("SELECT schema FROM tables WHERE oid = ?1", [table], |row| {
+                row.get(0)
+            })
+            .optional()?;
+        let known = schema.and_then(|schema| serde_json::from_str::<Table>(&schema).ok());
+        Ok(known.map_or_else(|| format!("table {table}"), |known| known.full_name()))
     }
 
     /// The tables that are not followed any more, and why.
@@ -324,116 +353,15 @@ impl Reader {
         }
     }
 
-    /// Whether it has this list of [`Reader::collect`].
-    pub(crate) fn has_list(&self, list: u64) -> bool {
-        self.list == Some(list)
+    /// For lookups.
+    pub(super) fn sqlite(&self) -> &Connection {
+        &self.sqlite
     }
-
-    /// Empties the list of changed keys that [`Reader::collect`] fills.
-    pub(crate) fn forget_collected(&mut self) -> Result<(), Error> {
-        self.list = None;
-        Ok(self
-            .sqlite
-            .execute_batch("DROP TABLE IF EXISTS temp.changed")?)
-    }
-
-    /// Lists the keys that transactions after `from` changed in these tables, at most `entries_max` of them; another
-    /// `list` is forgotten. Returns where to go on, or `None` once it is complete up to the snapshot's last transaction.
-    pub(crate) fn collect(
-        &mut self,
-        list: u64,
-        tables: &[Oid],
-        from: &Place,
-        entries_max: usize,
-    ) -> Result<Option<Place>, Error> {
-        if !self.has_list(list) {
-            self.forget_collected()?;
-            self.list = Some(list);
-        }
-        self.sqlite.execute_batch(
-            "CREATE TEMP TABLE IF NOT EXISTS changed(
-                tbl INTEGER, k, txn INTEGER, PRIMARY KEY(tbl, k, txn)
-            ) WITHOUT ROWID",
-        )?;
-        let mut insert = self
-            .sqlite
-            .prepare_cached("INSERT OR IGNORE INTO temp.changed(tbl, k, txn) VALUES(?1, ?2, ?3)")?;
-        let wanted: Vec<String> = tables.iter().map(Oid::to_string).collect();
-        let wanted = wanted.join(", ");
-        let mut left = entries_max;
-        let snapshot = self.snapshot()?;
-        let first = (snapshot.segments)
-            .partition_point(|(_, first)| *first <= from.ordinal)
-            .saturating_sub(1);
-        for (segment, _) in &snapshot.segments[first..] {
-            let mut statement = self.sqlite.prepare(&format!(
-                "SELECT txn, tbl, k FROM changes_{segment} WHERE (txn, tbl, k) > (?1, ?2, ?3) AND tbl IN ({wanted})"
-            ))?;
-            let (table, key) = match &from.entry {
-                Some((table, key)) => (i64::from(*table), Some(key)),
-                // Behind all tables of that transaction.
-                None => (i64::MAX, None),
-            };
-            let mut entries = statement.query((from.ordinal, table, key))?;
-            while let Some(entry) = entries.next()? {
-                let (ordinal, table, key): (i64, Oid, Key) =
-                    (entry.get(0)?, entry.get(1)?, entry.get(2)?);
-                insert.raw_bind_parameter(1, table)?;
-                insert.raw_bind_parameter(2, &key)?;
-                insert.raw_bind_parameter(3, ordinal)?;
-                insert.raw_execute()?;
-                left -= 1;
-                if left == 0 {
-                    return Ok(Some(Place {
-                        ordinal,
-                        entry: Some((table, key)),
-                    }));
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    /// Gives the collected keys of a table, each with the first transaction after `from` that changed it, in key order,
-    /// until `each` says that it is enough.
-    pub(crate) fn changed_after(
-        &self,
-        table: Oid,
-        from: i64,
-        keys: Keys<'_>,
-        mut each: impl FnMut(Key, i64) -> Result<bool, Error>,
-    ) -> Result<(), Error> {
-        let range = keys.condition();
-        let mut statement = self.sqlite.prepare_cached(&format!(
-            "SELECT k, txn FROM temp.changed WHERE tbl = ?3 AND {range} AND txn > ?4 ORDER BY k, txn"
-        ))?;
-        let mut entries = statement.query((keys.after, keys.upto, table, from))?;
-        let mut last: Option<Key> = None;
-        while let Some(entry) = entries.next()? {
-            let key: Key = entry.get(0)?;
-            if last.as_ref() == Some(&key) {
-                continue;
-            }
-            last = Some(key.clone());
-            if !each(key, entry.get(1)?)? {
-                break;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A place in the change index.
-#[derive(Clone, Debug)]
-pub(crate) struct Place {
-    /// Behind this entry of this transaction; `None`: behind all of it.
-    pub ordinal: i64,
-    pub entry: Option<(Oid, Key)>,
 }
 
 impl Keys<'_> {
     /// As a condition on `k`, with the bounds as the first two parameters.
-    fn condition(&self) -> &'static str {
+    pub(super) fn condition(&self) -> &'static str {
         match (self.after, self.upto) {
             (Some(_), Some(_)) => "k > ?1 AND k <= ?2",
             (Some(_), None) => "k > ?1 AND ?2 IS NULL",

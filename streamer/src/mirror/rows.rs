@@ -6,9 +6,10 @@ use anabranch_proto::{Lsn, record::Malformed};
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension};
 
-use super::{Entry, Key, State, copy::Copied};
+use super::{Entry, Key, State, copy::Copied, secondary};
 use crate::{
     delta,
+    lookup::Index,
     table::{Identity, Table},
 };
 
@@ -17,6 +18,8 @@ use crate::{
 pub(super) struct Rows {
     pub entry: Entry,
     pub copied: Copied,
+    /// Its secondary indexes, once its copy is complete.
+    pub indexes: Vec<Index>,
     get: String,
     insert: String,
     update: String,
@@ -34,7 +37,7 @@ struct IdentitySql {
 }
 
 impl Rows {
-    pub fn new(entry: Entry) -> Rows {
+    pub fn new(entry: Entry, indexes: &[Index]) -> Rows {
         let oid = entry.table.oid;
         let identity = match &entry.table.identity {
             Identity::Index(columns) => Some(IdentitySql {
@@ -48,6 +51,7 @@ impl Rows {
         Rows {
             entry,
             copied: Copied::default(),
+            indexes: secondary::of_table(indexes, oid),
             get: format!("SELECT r FROM rows_{oid} WHERE k = ?1"),
             insert: format!("INSERT OR IGNORE INTO rows_{oid}(k, r) VALUES(?1, ?2)"),
             update: format!("UPDATE rows_{oid} SET r = ?2 WHERE k = ?1"),
@@ -123,6 +127,14 @@ impl Rows {
         let mut statement = sqlite.prepare_cached(&self.delete)?;
         statement.raw_bind_parameter(1, key)?;
         Ok(statement.raw_execute()? == 1)
+    }
+
+    /// Whether SQLite will find the row's keys in all indexes; else it would refuse to write it.
+    pub fn check_keys(&self, row: &[u8]) -> Result<(), Malformed> {
+        for index in &self.indexes {
+            index.key(row)?;
+        }
+        Ok(())
     }
 
     /// Postgres names old rows by another unique index than the key.

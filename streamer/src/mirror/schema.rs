@@ -13,6 +13,8 @@
 //! | `segment`        | segments of the change index: `first` ordinal, bytes, time of the first commit          |
 //! | `changes_<n>`    | one: what rows were before a transaction; `old` is NULL where there was none            |
 //!
+//! `rows_<oid>` may have indexes `index_<oid>_<columns>`, by which rows are found for conditions with subqueries (see `secondary`).
+//!
 //! `tables.open`: readers may look at it although its copy is not complete (see `copy`). `tables.copy`: the number of the
 //! copy, which no other one has. `tables.replaced`: it began when there were replicas, which may have the table from before.
 //! `tables.reach`: the lowest position from which the change index has all that happened to it.
@@ -29,7 +31,7 @@ use std::{
 
 use rusqlite::{Connection, OpenFlags};
 
-use super::Error;
+use super::{Error, secondary};
 use crate::table::Oid;
 
 /// The version of the file's format, in `user_version`.
@@ -185,6 +187,7 @@ pub(super) fn open_reader(file: &Path, cache_bytes: usize) -> Result<Connection,
 
 fn set_up(sqlite: &Connection, cache_bytes: usize) -> Result<(), Error> {
     sqlite.set_prepared_statement_cache_capacity(STATEMENTS_MAX);
+    secondary::register(sqlite)?;
     // Negative: KiB. What does not fit is spilled, so this bounds memory whatever a transaction's size.
     let kibibytes = i64::try_from(cache_bytes / 1024)
         .unwrap_or(i64::MAX)

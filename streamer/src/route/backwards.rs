@@ -87,7 +87,7 @@ impl<'a> Walk<'a> {
         [was, is]: [Option<&[u8]>; 2],
     ) -> Result<(), Error> {
         let select: &Select = &way.routes.select;
-        let found = &select.steps()[step];
+        let found = &select.subqueries()[step];
         let mut bindings = way.bindings.clone();
         if bindings.is_none()
             && let Some(path) = &found.path
@@ -112,7 +112,7 @@ impl<'a> Walk<'a> {
             return Ok(());
         }
         let outer = match found.parent {
-            Some(parent) => &select.steps()[parent].subquery.table,
+            Some(parent) => &select.subqueries()[parent].subquery.table,
             None => &select.table,
         };
         let mut rows: HashMap<Key, Bytes, RandomState> = HashMap::default();

@@ -12,29 +12,32 @@ use anabranch_proto::{
 use bytes::Bytes;
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 
-use super::model::{
-    Content, ROW_BYTES_MAX, Row, RowKey, Source, Tables, Value, decode, encode, grp, key_of,
+use super::{
+    model::{
+        Content, ROW_BYTES_MAX, Row, RowKey, Source, Tables, Value, decode, encode, grp, key_of,
+    },
+    probe::{self, Historian},
 };
 use crate::{
     catchup::{Catchup, Item, Round, View},
     delta::Op,
-    lookup,
+    lookup::{self, Index},
     mirror::{Applied, Error, Mirror, Reader, Settings, State},
     table::{Oid, Table},
     transaction::Chunk,
 };
 
-const EPOCH: Epoch = Epoch(0xF000_0000_0000_0001);
+pub const EPOCH: Epoch = Epoch(0xF000_0000_0000_0001);
 
 /// What the mirror must be at some point.
 #[derive(Clone, Default)]
-struct Expected {
+pub struct Expected {
     /// Transactions of the log that are applied.
     applied: usize,
-    lsn: Lsn,
-    tables: Tables,
+    pub lsn: Lsn,
+    pub tables: Tables,
     stopped: BTreeSet<Oid>,
-    floors: BTreeMap<Oid, Lsn>,
+    pub floors: BTreeMap<Oid, Lsn>,
 }
 
 /// What one replica sees of one table.
@@ -121,6 +124,13 @@ struct Driver {
     durable: Expected,
     /// What the mirror was at each committed position.
     history: Vec<Expected>,
+    /// And after each transaction.
+    states: BTreeMap<Lsn, Expected>,
+    /// How often each table was copied anew.
+    copies: BTreeMap<Oid, usize>,
+    /// That the mirror is to have.
+    indexes: Vec<Index>,
+    historian: Historian,
     replicas: Vec<Replica>,
     completed: usize,
     reset: usize,
@@ -146,6 +156,8 @@ impl Driver {
             ..Expected::default()
         };
         mirror.sample_rows = rng.random_range(1..10);
+        let indexes = probe::any_indexes(&mut rng, &source.tables);
+        mirror.set_indexes(&indexes).unwrap();
         let mut replicas = Vec::new();
         if rng.random() {
             replicas.push(Replica::early(&mut rng, &source, &mirror));
@@ -161,6 +173,10 @@ impl Driver {
             directory,
             settings,
             source,
+            states: BTreeMap::from([(now.lsn, now.clone())]),
+            copies: BTreeMap::new(),
+            indexes,
+            historian: Historian::new(&mirror),
             mirror: Some(mirror),
             nets_max,
             durable: now.clone(),
@@ -184,8 +200,11 @@ impl Driver {
             60..63 => self.idle(),
             63..66 => self.copy_again(),
             66..70 if self.replicas.len() < 3 => self.join(),
+            70..82 => self.look_back(),
+            82..84 => self.set_indexes(),
             _ => self.round(),
         }
+        self.look(None);
         let position = self.mirror.as_ref().unwrap().position();
         assert_eq!(
             position,
@@ -250,6 +269,10 @@ impl Driver {
             }
         }
         self.now = after;
+        self.states.insert(self.now.lsn, self.now.clone());
+        if applied.large.is_empty() && !in_parts {
+            self.look(Some((&applied, &before.tables)));
+        }
         if in_parts {
             assert_eq!(self.mirror().durable(), self.mirror().position());
             self.committed();
@@ -313,6 +336,7 @@ impl Driver {
     fn committed(&mut self) {
         self.durable = self.now.clone();
         self.history.push(self.now.clone());
+        self.states.insert(self.now.lsn, self.now.clone());
         assert_eq!(self.mirror().durable().lsn, self.now.lsn);
         let (directory, index_bytes_max) = (self.directory.path(), self.settings.index_bytes_max);
         let _ = (directory, index_bytes_max);
@@ -360,7 +384,42 @@ impl Driver {
         assert!(!mirror.is_open());
         self.mirror = Some(mirror);
         self.now = self.durable.clone();
+        self.states.retain(|lsn, _| *lsn <= self.now.lsn);
         self.check();
+        // What the file has is there, also before it is said what is wanted.
+        self.look(None);
+        if self.rng.random() {
+            self.indexes = probe::any_indexes(&mut self.rng, &self.source.tables);
+        }
+        let mirror = self.mirror.as_mut().unwrap();
+        mirror.set_indexes(&self.indexes).unwrap();
+    }
+
+    fn set_indexes(&mut self) {
+        self.indexes = probe::any_indexes(&mut self.rng, &self.source.tables);
+        let mirror = self.mirror.as_mut().unwrap();
+        mirror.set_indexes(&self.indexes).unwrap();
+        if !mirror.is_open() {
+            self.committed();
+        }
+    }
+
+    /// Looks rows up as they are, and before a transaction that was just applied to tables that were so.
+    fn look(&mut self, last: Option<(&Applied, &Tables)>) {
+        let (mirror, tables) = (self.mirror.as_ref().unwrap(), &self.source.tables);
+        let rng = &mut self.rng;
+        probe::look(rng, tables, &self.indexes, mirror, &self.now, last);
+    }
+
+    fn look_back(&mut self) {
+        self.historian.step(
+            &mut self.rng,
+            &self.source.tables,
+            &self.indexes,
+            &self.durable,
+            &self.states,
+            &self.copies,
+        );
     }
 
     /// A table is copied anew, as of now or of some transactions ahead; those then belong to the copy.
@@ -399,6 +458,7 @@ impl Driver {
             &content,
         );
         self.mirror().end_copy(oid, at).unwrap();
+        *self.copies.entry(oid).or_default() += 1;
         self.now.stopped.remove(&oid);
         self.now.floors.insert(oid, at);
         self.now.tables.insert(oid, content);
@@ -746,7 +806,7 @@ fn whatever_happens_the_mirror_and_its_replicas_equal_the_source() {
             (0..histories).map(|n| first.wrapping_add(n)).collect()
         }
     };
-    let (mut completed, mut reset) = (0, 0);
+    let (mut completed, mut reset, mut looks) = (0, 0, 0);
     for seed in seeds {
         println!("ANABRANCH_SEED={seed}");
         let mut driver = Driver::new(seed);
@@ -757,7 +817,10 @@ fn whatever_happens_the_mirror_and_its_replicas_equal_the_source() {
         driver.check();
         completed += driver.completed;
         reset += driver.reset;
+        looks += driver.historian.looks;
     }
-    println!("{completed} catch-ups were completed, {reset} tables were reset");
-    assert!(completed > 0);
+    println!(
+        "{completed} catch-ups were completed, {reset} tables were reset, {looks} earlier states were looked at"
+    );
+    assert!(completed > 0 && looks > 0);
 }

@@ -1,0 +1,262 @@
+//! What changed since some transaction, listed by key: the change index itself has it by transaction. It is kept in temporary
+//! tables of a reader, in a file, and outlives its snapshots: it is filled some entries at a time, and goes on where it
+//! stopped, in a later snapshot if need be.
+//!
+//! `changed` has keys and transactions only. Of tables that conditions look into, `past_<oid>` has the old rows as well, with
+//! indexes as the rows themselves have (see `past`).
+
+use rusqlite::Connection;
+
+use super::{Error, Key, Keys, Reader, secondary};
+use crate::{lookup::Index, table::Oid};
+
+/// An old row counts as one entry, and as one more for each so many bytes.
+const ENTRY_BYTES: usize = 1024;
+
+/// What a reader has listed.
+pub(super) struct List {
+    id: u64,
+    /// It has what came after this transaction.
+    pub since: i64,
+    /// Up to and with this one; `None`: it is not complete up to the last of any snapshot.
+    pub upto: Option<i64>,
+    /// The tables whose old rows it has.
+    pub past: Vec<Past>,
+}
+
+/// A table whose old rows are listed.
+pub(super) struct Past {
+    pub table: Oid,
+    /// As the table was when it was first listed. What is listed of another copy does not belong together.
+    pub version: u32,
+    pub copy: i64,
+    /// The last transaction whose old rows are of another version: they can't be read, and are not listed.
+    pub unreadable: Option<i64>,
+}
+
+/// A place in the change index.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// Behind this entry of this transaction; `None`: behind all of it.
+    pub ordinal: i64,
+    pub entry: Option<(Oid, Key)>,
+}
+
+impl Reader {
+    /// Whether it has this list of [`Reader::collect`].
+    pub(crate) fn has_list(&self, list: u64) -> bool {
+        self.list.as_ref().is_some_and(|has| has.id == list)
+    }
+
+    /// Empties the list of changed keys that [`Reader::collect`] fills.
+    pub(crate) fn forget_collected(&mut self) -> Result<(), Error> {
+        let sqlite = self.sqlite();
+        sqlite.execute_batch("DROP TABLE IF EXISTS temp.changed")?;
+        for past in self.list.iter().flat_map(|list| &list.past) {
+            let table = past.table;
+            sqlite.execute_batch(&format!("DROP TABLE IF EXISTS temp.past_{table}"))?;
+        }
+        self.list = None;
+        Ok(())
+    }
+
+    /// Lists the keys that transactions after `from` changed in these tables, and in those that the indexes `past` are of, at
+    /// most about `entries_max` of them; another `list` is forgotten. Of the latter it also lists the old rows, for
+    /// [`Reader::at`]. Returns where to go on, or `None` once it is complete up to the snapshot's last transaction; in a
+    /// later snapshot, go on behind that one.
+    ///
+    /// `tables` and `past` are the same in all calls for one list. After an error the list is void.
+    pub(crate) fn collect(
+        &mut self,
+        list: u64,
+        tables: &[Oid],
+        past: &[Index],
+        from: &Place,
+        entries_max: usize,
+    ) -> Result<Option<Place>, Error> {
+        if !self.has_list(list) {
+            self.begin_list(list, past, from.ordinal)?;
+        }
+        let Some(mut has) = self.list.take() else {
+            return Ok(None);
+        };
+        let place =
+            (self.check_copies(&has)).and_then(|()| self.fill(&mut has, tables, from, entries_max));
+        has.upto = match place {
+            Ok(None) => Some(self.snapshot()?.last),
+            _ => None,
+        };
+        // Also after an error: what it is made of is known by it, to be dropped.
+        self.list = Some(has);
+        place
+    }
+
+    fn begin_list(&mut self, id: u64, past: &[Index], since: i64) -> Result<(), Error> {
+        self.forget_collected()?;
+        let mut list = List {
+            id,
+            since,
+            upto: None,
+            past: Vec::new(),
+        };
+        for index in past {
+            let table = index.table;
+            if list.past.iter().any(|past| past.table == table) {
+                continue;
+            }
+            let Some(standing) = self.standing(table)? else {
+                return Err(Error::NotReady(format!("table {table}")));
+            };
+            list.past.push(Past {
+                table,
+                version: standing.version,
+                copy: standing.copy,
+                unreadable: None,
+            });
+        }
+        let tables: Vec<Oid> = list.past.iter().map(|past| past.table).collect();
+        self.list = Some(list);
+        let sqlite = self.sqlite();
+        sqlite.execute_batch(
+            "CREATE TEMP TABLE changed(
+                tbl INTEGER, k, txn INTEGER, PRIMARY KEY(tbl, k, txn)
+            ) WITHOUT ROWID",
+        )?;
+        for table in tables {
+            sqlite.execute_batch(&format!(
+                "CREATE TEMP TABLE past_{table}(k, txn INTEGER, old BLOB NOT NULL, PRIMARY KEY(k, txn)) WITHOUT ROWID"
+            ))?;
+        }
+        for index in past.iter().filter(|index| !index.parts.is_empty()) {
+            sqlite.execute_batch(&format!(
+                "CREATE INDEX IF NOT EXISTS temp.past_{} ON past_{}({})",
+                secondary::suffix(index),
+                index.table,
+                secondary::key_sql(index, "old")
+            ))?;
+        }
+        Ok(())
+    }
+
+    /// That what is listed and what the snapshot has are of the same copies.
+    pub(super) fn check_copies(&self, list: &List) -> Result<(), Error> {
+        for past in &list.past {
+            let standing = self.standing(past.table)?;
+            if standing.map(|standing| (standing.version, standing.copy))
+                != Some((past.version, past.copy))
+            {
+                return Err(Error::OutOfReach(self.name(past.table)?));
+            }
+        }
+        Ok(())
+    }
+
+    fn fill(
+        &self,
+        list: &mut List,
+        tables: &[Oid],
+        from: &Place,
+        entries_max: usize,
+    ) -> Result<Option<Place>, Error> {
+        let sqlite = self.sqlite();
+        let in_list = |tables: &mut dyn Iterator<Item = Oid>| {
+            let tables: Vec<String> = tables.map(|table| table.to_string()).collect();
+            tables.join(", ")
+        };
+        let of_past = in_list(&mut list.past.iter().map(|past| past.table));
+        let wanted =
+            in_list(&mut (tables.iter().copied()).chain(list.past.iter().map(|past| past.table)));
+        let mut changed = sqlite
+            .prepare_cached("INSERT OR IGNORE INTO temp.changed(tbl, k, txn) VALUES(?1, ?2, ?3)")?;
+        let mut left = entries_max;
+        let snapshot = self.snapshot()?;
+        let first = (snapshot.segments)
+            .partition_point(|(_, first)| *first <= from.ordinal)
+            .saturating_sub(1);
+        for (segment, _) in &snapshot.segments[first..] {
+            // Old rows may be long: only those that are wanted are read.
+            let mut statement = sqlite.prepare(&format!(
+                "SELECT txn, tbl, k, version, CASE WHEN tbl IN ({of_past}) THEN old END
+                 FROM changes_{segment} WHERE (txn, tbl, k) > (?1, ?2, ?3) AND tbl IN ({wanted})"
+            ))?;
+            let (table, key) = match &from.entry {
+                Some((table, key)) => (i64::from(*table), Some(key)),
+                // Behind all tables of that transaction.
+                None => (i64::MAX, None),
+            };
+            let mut entries = statement.query((from.ordinal, table, key))?;
+            while let Some(entry) = entries.next()? {
+                let (ordinal, table, key): (i64, Oid, Key) =
+                    (entry.get(0)?, entry.get(1)?, entry.get(2)?);
+                changed.raw_bind_parameter(1, table)?;
+                changed.raw_bind_parameter(2, &key)?;
+                changed.raw_bind_parameter(3, ordinal)?;
+                changed.raw_execute()?;
+                left = left.saturating_sub(1);
+                let old = entry.get_ref(4)?.as_blob_or_null();
+                if let Some(old) = old.map_err(rusqlite::Error::from)?
+                    && let Some(past) = list.past.iter_mut().find(|past| past.table == table)
+                {
+                    if entry.get::<_, u32>(3)? == past.version {
+                        insert_past(sqlite, table, &key, ordinal, old)?;
+                        left = left.saturating_sub(old.len() / ENTRY_BYTES);
+                    } else {
+                        past.unreadable = past.unreadable.max(Some(ordinal));
+                    }
+                }
+                if left == 0 {
+                    return Ok(Some(Place {
+                        ordinal,
+                        entry: Some((table, key)),
+                    }));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Gives the collected keys of a table, each with the first transaction after `from` that changed it, in key order,
+    /// until `each` says that it is enough.
+    pub(crate) fn changed_after(
+        &self,
+        table: Oid,
+        from: i64,
+        keys: Keys<'_>,
+        mut each: impl FnMut(Key, i64) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        let range = keys.condition();
+        let mut statement = self.sqlite().prepare_cached(&format!(
+            "SELECT k, txn FROM temp.changed WHERE tbl = ?3 AND {range} AND txn > ?4 ORDER BY k, txn"
+        ))?;
+        let mut entries = statement.query((keys.after, keys.upto, table, from))?;
+        let mut last: Option<Key> = None;
+        while let Some(entry) = entries.next()? {
+            let key: Key = entry.get(0)?;
+            if last.as_ref() == Some(&key) {
+                continue;
+            }
+            last = Some(key.clone());
+            if !each(key, entry.get(1)?)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn insert_past(
+    sqlite: &Connection,
+    table: Oid,
+    key: &Key,
+    ordinal: i64,
+    old: &[u8],
+) -> Result<(), Error> {
+    let mut insert = sqlite.prepare_cached(&format!(
+        "INSERT OR IGNORE INTO temp.past_{table}(k, txn, old) VALUES(?1, ?2, ?3)"
+    ))?;
+    insert.raw_bind_parameter(1, key)?;
+    insert.raw_bind_parameter(2, ordinal)?;
+    insert.raw_bind_parameter(3, old)?;
+    insert.raw_execute()?;
+    Ok(())
+}
