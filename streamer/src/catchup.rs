@@ -13,24 +13,34 @@
 //! gives those keys that have entries in the change index after it: what the row was is told by the first of them, what
 //! it is by the mirror. [`delta::decide`] says what the replica is told.
 //!
+//! Of a table whose condition looks into others, the rows that did not change, but the condition's answer may have, are looked at
+//! as well (`affected`): before and after are two states of all these tables, and the condition is asked in both.
+//!
 //! A mirror that is still being filled may be read as well: rows of tables that are open to readers are given out up
 //! to the highest key that is there so far (see `mirror::copy`). The mirror has no position then, so no round is complete;
 //! when the history has begun, the rounds go on in it.
 //!
 //! Nothing here waits, looks at a clock, or writes to the mirror.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+mod affected;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use anabranch_proto::{Position, record::Malformed};
 use bytes::Bytes;
 
+use self::affected::Noted;
 use crate::{
     delta::{self, Op},
-    lookup,
+    lookup::{self, Index, Lookup, Nothing},
     mirror::{Error, Key, Keys, Place, Reader},
+    shape::Bound,
     table::{Oid, Table},
 };
 
@@ -51,10 +61,29 @@ const COLLECTED_MAX: usize = 200_000;
 pub trait View: Send + Sync {
     /// The table.
     fn table(&self) -> &Arc<Table>;
-    /// Whether the replica sees this row.
-    fn contains(&self, row: &[u8]) -> Result<bool, lookup::Error>;
+    /// Whether the replica sees this row, in the state that `lookup` shows.
+    fn contains(&self, row: &[u8], lookup: &dyn Lookup) -> Result<bool, lookup::Error>;
     /// The record that it gets.
     fn project(&self, row: &Bytes) -> Result<Bytes, Malformed>;
+    /// Its SELECTs whose conditions look into other tables, and maybe others.
+    fn bounds(&self) -> &[Bound] {
+        &[]
+    }
+}
+
+/// Its own table, and those that its conditions look into; none twice.
+pub fn tables_of(view: &dyn View) -> Vec<&Arc<Table>> {
+    let mut tables = vec![view.table()];
+    let steps = view
+        .bounds()
+        .iter()
+        .flat_map(|bound| bound.select.subqueries());
+    for table in steps.map(|step| &step.subquery.table) {
+        if !tables.iter().any(|other| other.oid == table.oid) {
+            tables.push(table);
+        }
+    }
+    tables
 }
 
 /// One table to catch up with.
@@ -90,15 +119,24 @@ struct Walk {
     histories: i64,
     /// The mirror was filled in the last round.
     filled: bool,
-    /// Of each item: the copy that its rows come from. `None`: it was not begun yet.
-    copies: Vec<Option<i64>>,
+    /// Of each table: the copy that its rows come from. `None`: it was not begun yet.
+    copies: HashMap<Oid, Option<i64>>,
     /// Of each item.
     ranges: Vec<Ranges>,
     /// The next round goes on behind this key (`None`: at the first) of this item.
     item: usize,
     after: Option<Key>,
-    /// The list of the change index by key that a reader has, and how far it goes.
-    collected: Option<(u64, Place)>,
+    /// The list of the change index by key that a reader has.
+    collected: Option<Collected>,
+}
+
+/// What a reader has listed of the change index.
+struct Collected {
+    list: u64,
+    /// How far it goes.
+    upto: Place,
+    /// Which changes of inner tables were followed to the rows that they concern.
+    noted: Noted,
 }
 
 /// One round.
@@ -163,7 +201,7 @@ impl Catchup {
         };
         self.check(&mut walk, reader)?;
         // Any reader may serve a round: this one may have another list, or an older state of this one's.
-        (walk.collected).take_if(|(list, _)| !reader.has_list(*list));
+        (walk.collected).take_if(|collected| !reader.has_list(collected.list));
         let (position, now) = (reader.snapshot()?.position, reader.snapshot()?.last);
         let mut round = Turn {
             reader,
@@ -193,12 +231,15 @@ impl Catchup {
         let at = reader.snapshot()?.position;
         let mut ranges = Vec::new();
         for Item { view, from } in &self.items {
-            let table = view.table();
+            if let Some(from) = *from {
+                for table in tables_of(&**view) {
+                    if !filled || !reader.reaches(table.oid, from)? {
+                        return Err(Error::OutOfReach(table.full_name()));
+                    }
+                }
+            }
             let as_of = match *from {
                 None => None,
-                Some(from) if !filled || !reader.reaches(table.oid, from)? => {
-                    return Err(Error::OutOfReach(table.full_name()));
-                }
                 Some(from) if from.lsn > at.lsn => return Err(Error::Ahead { from, at }),
                 Some(from) => Some(reader.ordinal_at(from.lsn)?),
             };
@@ -207,7 +248,7 @@ impl Catchup {
         Ok(Walk {
             histories: reader.snapshot()?.histories,
             filled,
-            copies: vec![None; self.items.len()],
+            copies: HashMap::default(),
             ranges,
             item: 0,
             after: None,
@@ -218,8 +259,7 @@ impl Catchup {
     /// In a mirror that is filled, all tables can be served.
     fn check_ready(&self, reader: &Reader) -> Result<(), Error> {
         let at = reader.snapshot()?.position;
-        for item in &self.items {
-            let table = item.view.table();
+        for table in self.items.iter().flat_map(|item| tables_of(&*item.view)) {
             match reader.standing(table.oid)? {
                 Some(standing) if standing.copied && standing.floor <= at.lsn => {}
                 _ => return Err(Error::NotReady(table.full_name())),
@@ -231,6 +271,7 @@ impl Catchup {
     /// What earlier rounds gave out still means what it meant, and the change index still has what is missing.
     fn check(&self, walk: &mut Walk, reader: &Reader) -> Result<(), Error> {
         let snapshot = reader.snapshot()?;
+        let mut copies = HashMap::new();
         let was_filled = walk.filled;
         if !walk.filled && is_filled(reader)? {
             // The first history counts as one; another one was not that of these rows.
@@ -239,26 +280,29 @@ impl Catchup {
             self.check_ready(reader)?;
         }
         for (place, item) in self.items.iter().enumerate() {
-            let table = item.view.table();
-            let standing = reader.standing(table.oid)?;
             let oldest = walk.ranges[place].oldest();
-            let copy = standing.map(|standing| standing.copy);
-            // The change index has nothing of what happened between two copies.
-            let copied_anew = walk.copies[place].is_some() && walk.copies[place] != copy;
-            walk.copies[place] = copy;
-            // A copy that was stopped is emptied: rows that were given out before are not told to go.
-            let emptied = !was_filled
-                && standing.is_some_and(|standing| standing.stopped)
-                && oldest.is_some();
-            if snapshot.histories != walk.histories
-                || oldest.is_some_and(|oldest| oldest + 1 < snapshot.first)
-                || standing.is_some_and(|standing| standing.version != table.version)
-                || copied_anew
-                || emptied
-            {
-                return Err(Error::OutOfReach(table.full_name()));
+            for table in tables_of(&*item.view) {
+                let standing = reader.standing(table.oid)?;
+                let copy = standing.map(|standing| standing.copy);
+                // The change index has nothing of what happened between two copies.
+                let before = copies.insert(table.oid, copy);
+                let before = walk.copies.get(&table.oid).copied().or(before).flatten();
+                let copied_anew = before.is_some() && before != copy;
+                // A copy that was stopped is emptied: rows that were given out before are not told to go.
+                let emptied = !was_filled
+                    && standing.is_some_and(|standing| standing.stopped)
+                    && oldest.is_some();
+                if snapshot.histories != walk.histories
+                    || oldest.is_some_and(|oldest| oldest + 1 < snapshot.first)
+                    || standing.is_some_and(|standing| standing.version != table.version)
+                    || copied_anew
+                    || emptied
+                {
+                    return Err(Error::OutOfReach(table.full_name()));
+                }
             }
         }
+        walk.copies = copies;
         Ok(())
     }
 
@@ -294,6 +338,10 @@ impl Catchup {
         if walk.filled {
             return self.bring(walk, item, after, None, turn);
         }
+        if self.looks_into_others(item) {
+            // What those have is not complete: nothing can be said of any row.
+            return Ok(true);
+        }
         let table = self.items[item].view.table().oid;
         match turn.reader.standing(table)? {
             Some(standing) if standing.copied => self.bring(walk, item, after, None, turn),
@@ -316,9 +364,8 @@ impl Catchup {
     ) -> Result<bool, Error> {
         while let Some((from, to, as_of)) = walk.ranges[item].stale(after.as_ref(), upto, turn.now)
         {
-            if as_of.is_some_and(|as_of| as_of + self.merged_max < turn.now)
-                && !self.collect(walk, turn)?
-            {
+            let listed = |as_of| self.looks_into_others(item) || as_of + self.merged_max < turn.now;
+            if as_of.is_some_and(listed) && !self.collect(walk, turn)? {
                 (walk.item, walk.after) = (item, after);
                 return Ok(false);
             }
@@ -354,6 +401,7 @@ impl Catchup {
     ) -> Result<Stretch, Error> {
         let view = &*self.items[item].view;
         let table = view.table();
+        let looks_into_others = self.looks_into_others(item);
         let Turn {
             reader,
             now,
@@ -361,6 +409,20 @@ impl Catchup {
             sink,
         } = turn;
         let reader: &Reader = reader;
+        // What conditions are asked in: the state that the replica has, and that of the snapshot.
+        let (at, there);
+        let (before, after): (&dyn Lookup, &dyn Lookup) = if looks_into_others {
+            there = reader.now()?;
+            match as_of {
+                Some(as_of) => {
+                    at = reader.at(as_of)?;
+                    (&at, &there)
+                }
+                None => (&Nothing, &there),
+            }
+        } else {
+            (&Nothing, &Nothing)
+        };
         let mut behind = None;
         let mut stopped = false;
         let mut look = |key: Key, was: Option<Bytes>, is: Option<Bytes>| {
@@ -371,7 +433,7 @@ impl Catchup {
             }
             budget.look(was.as_ref());
             budget.look(is.as_ref());
-            if let Some(op) = told(view, was.as_ref(), is.as_ref())? {
+            if let Some(op) = told(view, (was.as_ref(), before), (is.as_ref(), after))? {
                 budget.give(&op);
                 sink(item, op);
             }
@@ -380,6 +442,16 @@ impl Catchup {
         };
         match as_of {
             None => reader.scan(table.oid, keys, |key, row| look(key, None, Some(row)))?,
+            Some(as_of) if looks_into_others => {
+                reader.concerned_after(table.oid, item, as_of, keys, |key, ordinal| {
+                    let is = reader.row(table.oid, &key)?;
+                    let was = match ordinal {
+                        Some(ordinal) => reader.old(table, ordinal, &key)?,
+                        None => is.clone(),
+                    };
+                    look(key, was, is)
+                })?;
+            }
             Some(as_of) if as_of + self.merged_max >= *now => {
                 reader.changes_of(table, as_of, *now, keys, |key, was| {
                     let is = reader.row(table.oid, &key)?;
@@ -406,25 +478,60 @@ impl Catchup {
             .iter()
             .map(|item| item.view.table().oid)
             .collect();
-        let (list, upto) = walk.collected.take().unwrap_or_else(|| {
+        let mut collected = walk.collected.take().unwrap_or_else(|| {
             static LISTS: AtomicU64 = AtomicU64::new(0);
             let oldest = walk.ranges.iter().filter_map(Ranges::oldest).min();
             // From here on ranges only get newer.
-            let place = Place {
-                ordinal: oldest.unwrap_or(turn.now),
-                entry: None,
-            };
-            (LISTS.fetch_add(1, Ordering::Relaxed), place)
+            let ordinal = oldest.unwrap_or(turn.now);
+            Collected {
+                list: LISTS.fetch_add(1, Ordering::Relaxed),
+                upto: Place {
+                    ordinal,
+                    entry: None,
+                },
+                noted: Noted::since(ordinal),
+            }
         });
-        let more = (turn.reader).collect(list, &tables, &[], &upto, COLLECTED_MAX)?;
-        let complete = more.is_none();
-        let upto = more.unwrap_or(Place {
+        let bounds: Vec<&[Bound]> = self.items.iter().map(|item| item.view.bounds()).collect();
+        let more = (turn.reader).collect(
+            collected.list,
+            &tables,
+            &inner_indexes(&bounds),
+            &collected.upto,
+            COLLECTED_MAX,
+        )?;
+        let mut complete = more.is_none();
+        collected.upto = more.unwrap_or(Place {
             ordinal: turn.now,
             entry: None,
         });
-        walk.collected = Some((list, upto));
+        if complete {
+            complete = collected.noted.go_on(turn.reader, &bounds, turn.now)?;
+        }
+        walk.collected = Some(collected);
         Ok(complete)
     }
+
+    /// Whether the condition of an item looks into other tables.
+    fn looks_into_others(&self, item: usize) -> bool {
+        let bounds = self.items[item].view.bounds();
+        bounds
+            .iter()
+            .any(|bound| !bound.select.subqueries().is_empty())
+    }
+}
+
+/// By which rows of inner tables are found.
+fn inner_indexes(bounds: &[&[Bound]]) -> Vec<Index> {
+    let mut indexes: Vec<Index> = Vec::new();
+    for bound in bounds.iter().copied().flatten() {
+        for step in bound.select.subqueries() {
+            if !indexes.contains(&step.subquery.inner) {
+                indexes.push(step.subquery.inner.clone());
+            }
+        }
+    }
+    indexes
 }
 
 /// The mirror has a position: its initial copy is complete.
@@ -433,18 +540,33 @@ fn is_filled(reader: &Reader) -> Result<bool, Error> {
 }
 
 /// What the replica is told of one row.
-fn told(view: &dyn View, was: Option<&Bytes>, is: Option<&Bytes>) -> Result<Option<Op>, Error> {
+fn told(
+    view: &dyn View,
+    (was, before): (Option<&Bytes>, &dyn Lookup),
+    (is, after): (Option<&Bytes>, &dyn Lookup),
+) -> Result<Option<Op>, Error> {
     let told = || {
-        let seen = |row: Option<&Bytes>| row.map_or(Ok(false), |row| view.contains(row));
-        let (was_seen, is_seen) = (seen(was)?, seen(is)?);
+        let seen = |row: Option<&Bytes>, lookup| match row {
+            Some(row) => view.contains(row, lookup),
+            None => Ok(false),
+        };
+        let (was_seen, is_seen) = (seen(was, before)?, seen(is, after)?);
         let (was, is) = (was.filter(|_| was_seen), is.filter(|_| is_seen));
         Ok(delta::decide(view.table(), was, is, |row| {
             view.project(row)
         })?)
     };
-    told().map_err(|error: lookup::Error| {
-        Error::Damaged(format!("a row of {}: {error}", view.table().full_name()))
-    })
+    told().map_err(|error| of_rows(view.table(), error))
+}
+
+fn of_rows(table: &Table, error: lookup::Error) -> Error {
+    match error {
+        lookup::Error::Mirror(error) => error,
+        lookup::Error::Malformed(error) => Error::Damaged(format!(
+            "a row of {}, or one that goes with it: {error}",
+            table.full_name()
+        )),
+    }
 }
 
 impl Ranges {

@@ -27,9 +27,9 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{
     events::Events,
-    lookup,
-    mirror::{self, Applied, Entry, Mirror, State},
-    route::{Router, SessionId},
+    lookup::{self, Nothing},
+    mirror::{self, Applied, Entry, Mirror, Net, State},
+    route::{Routed, Router, SessionId},
     session::{Delivery, Handle, Lease},
     shape::Bound,
     table::Oid,
@@ -328,7 +328,19 @@ impl Engine {
     fn deliver(&mut self, applied: &Applied, end: End) -> Result<(), Error> {
         self.source.lsn = self.source.lsn.max(end.lsn);
         let position = self.mirror.position();
-        let mut routed = self.router.route(&applied.nets)?;
+        let Routed {
+            ops: mut routed,
+            behind,
+        } = self.route(&applied.nets)?;
+        // First: who got a part of it would take it for all.
+        for session in behind
+            .into_iter()
+            .chain(self.router.sessions_of(&applied.large))
+        {
+            if let Some(handle) = self.sessions.get(&session) {
+                handle.fall_behind();
+            }
+        }
         for (table, reason) in &applied.stopped {
             for session in self.router.sessions_of(&[*table]) {
                 // A stop is a delivery even where no row is.
@@ -350,12 +362,17 @@ impl Engine {
                 self.leave(session);
             }
         }
-        for session in self.router.sessions_of(&applied.large) {
-            if let Some(handle) = self.sessions.get(&session) {
-                handle.fall_behind();
-            }
-        }
         Ok(())
+    }
+
+    fn route(&self, nets: &[Net]) -> Result<Routed, Error> {
+        if !self.router.looks_into_others() {
+            // Most streamers have no shape that does: they need not prepare for it.
+            return Ok(self.router.route(nets, &Nothing, &Nothing)?);
+        }
+        Ok(self
+            .router
+            .route(nets, &self.mirror.before(nets), &self.mirror.now())?)
     }
 
     fn stop(&mut self, table: Oid, reason: &str) -> Result<(), Error> {
@@ -369,12 +386,14 @@ impl Engine {
         }
         // In a group of its own, so that it is durable before it is told.
         self.commit()?;
-        self.mirror.stop_table(table, reason)?;
+        let stopped = self.mirror.stop_table(table, reason)?;
         self.commit()?;
-        for session in self.router.sessions_of(&[table]) {
-            if let Some(handle) = self.sessions.get(&session) {
-                handle.stop(table, reason);
-                handle.wake();
+        for (table, reason) in &stopped {
+            for session in self.router.sessions_of(&[*table]) {
+                if let Some(handle) = self.sessions.get(&session) {
+                    handle.stop(*table, reason);
+                    handle.wake();
+                }
             }
         }
         Ok(())

@@ -32,7 +32,7 @@ use self::backwards::{Found, Walk};
 use crate::{
     delta::{self, Op},
     lookup::{Error, Lookup},
-    mirror::{Mirror, Net},
+    mirror::Net,
     shape::{Bound, RouteKey, Select},
     table::{Oid, Table},
 };
@@ -135,7 +135,9 @@ impl Router {
     pub fn sessions_of(&self, tables: &[Oid]) -> Vec<SessionId> {
         let outer = tables.iter().filter_map(|table| self.tables.get(table));
         let inner = tables.iter().filter_map(|table| self.inner.get(table));
-        let inner = inner.flatten().filter_map(|inner| self.routes(&inner.select));
+        let inner = inner
+            .flatten()
+            .filter_map(|inner| self.routes(&inner.select));
         let mut sessions: Vec<_> = outer
             .flatten()
             .chain(inner)
@@ -148,20 +150,26 @@ impl Router {
         sessions
     }
 
-    /// What a transaction means to each session that it concerns. `nets` is all that it did, and `mirror` has it, as the last
-    /// one.
-    pub fn route(&self, nets: &[Net], mirror: &Mirror) -> Result<Routed, Error> {
+    /// Whether any condition looks into other tables, so that [`Router::route`] looks for their rows.
+    pub fn looks_into_others(&self) -> bool {
+        !self.inner.is_empty()
+    }
+
+    /// What a transaction means to each session that it concerns. `nets` is all that it did; `before` and `now` are the states
+    /// before it and after it.
+    pub fn route(
+        &self,
+        nets: &[Net],
+        before: &dyn Lookup,
+        now: &dyn Lookup,
+    ) -> Result<Routed, Error> {
         let mut routed = Routed::default();
-        if nets.iter().all(|net| !self.reads(net.table.oid)) {
-            return Ok(routed);
-        }
-        let (now, before) = (mirror.now(), mirror.before(nets));
         let mut candidates = Vec::new();
         for net in nets {
             let mut bindings = Vec::new();
             for routes in self.tables.get(&net.table.oid).into_iter().flatten() {
-                routes.find(net.before.as_deref(), &before, &mut bindings)?;
-                routes.find(net.after.as_deref(), &now, &mut bindings)?;
+                routes.find(net.before.as_deref(), before, &mut bindings)?;
+                routes.find(net.after.as_deref(), now, &mut bindings)?;
             }
             if !bindings.is_empty() {
                 bindings.sort_unstable();
@@ -175,15 +183,23 @@ impl Router {
                 });
             }
         }
-        if nets.iter().any(|net| self.inner.contains_key(&net.table.oid)) {
-            let mut walk = Walk::new(self, nets, &before, &now);
+        if nets
+            .iter()
+            .any(|net| self.inner.contains_key(&net.table.oid))
+        {
+            let mut walk = Walk::new(self, nets, before, now);
             for net in nets {
                 for inner in self.inner.get(&net.table.oid).into_iter().flatten() {
                     walk.start(inner, net)?;
                 }
             }
             let (found, behind) = walk.finish();
-            for Found { table, row, bindings } in found.into_values() {
+            for Found {
+                table,
+                row,
+                bindings,
+            } in found.into_values()
+            {
                 candidates.push(Candidate {
                     table,
                     before: Some(row.clone()),
@@ -198,14 +214,9 @@ impl Router {
             }
         }
         for candidate in &candidates {
-            self.tell(candidate, &before, &now, &mut routed)?;
+            self.tell(candidate, before, now, &mut routed)?;
         }
         Ok(routed)
-    }
-
-    /// Whether any session has, or reads, a table.
-    fn reads(&self, table: Oid) -> bool {
-        self.tables.contains_key(&table) || self.inner.contains_key(&table)
     }
 
     /// Adds what is to be told of one row.
@@ -223,7 +234,10 @@ impl Router {
                 Some(row) => bound.contains(row, lookup),
                 None => Ok(false),
             };
-            Ok((contains(&candidate.before, before)?, contains(&candidate.after, now)?))
+            Ok((
+                contains(&candidate.before, before)?,
+                contains(&candidate.after, now)?,
+            ))
         };
         // (session, was in one of its SELECTs, is in one, the SELECT that projects): of the few that are concerned.
         let mut concerned: Vec<(SessionId, bool, bool, &Arc<Select>)> = Vec::new();
@@ -236,7 +250,8 @@ impl Router {
             }
             if was || is {
                 let sessions = binding.sessions.iter();
-                concerned.extend(sessions.map(|session| (*session, was, is, &binding.bound.select)));
+                concerned
+                    .extend(sessions.map(|session| (*session, was, is, &binding.bound.select)));
             }
         }
         // Of a row that did not change only those SELECTs were found whose answer may have: another one may show it as before.
@@ -245,7 +260,8 @@ impl Router {
             if was || is {
                 let binding = self.slots[id].as_ref().expect("indexed");
                 let sessions = binding.sessions.iter();
-                concerned.extend(sessions.map(|session| (*session, was, is, &binding.bound.select)));
+                concerned
+                    .extend(sessions.map(|session| (*session, was, is, &binding.bound.select)));
             }
         }
         // A row that several SELECTs of one session show is one row: in if it is in any of them.
@@ -288,7 +304,9 @@ impl Router {
         table: Oid,
         known: &'a [BindingId],
     ) -> impl Iterator<Item = BindingId> + 'a {
-        let held = sessions.iter().filter_map(|session| self.sessions.get(session));
+        let held = sessions
+            .iter()
+            .filter_map(|session| self.sessions.get(session));
         held.flatten().copied().filter(move |id| {
             let binding = self.slots[*id].as_ref().expect("indexed");
             binding.bound.select.table.oid == table && known.binary_search(id).is_err()
@@ -331,7 +349,10 @@ impl Router {
             }
         }
         let of_table = self.tables.get_mut(&select.table.oid).expect("just made");
-        for routes in of_table.iter_mut().filter(|routes| routes.select.id == select.id) {
+        for routes in of_table
+            .iter_mut()
+            .filter(|routes| routes.select.id == select.id)
+        {
             routes.insert(id, bound);
         }
         id
@@ -345,7 +366,10 @@ impl Router {
         let Some(of_table) = self.tables.get_mut(&select.table.oid) else {
             return;
         };
-        for routes in of_table.iter_mut().filter(|routes| routes.select.id == select.id) {
+        for routes in of_table
+            .iter_mut()
+            .filter(|routes| routes.select.id == select.id)
+        {
             routes.remove(id, &binding.bound);
         }
         let before = of_table.len();
@@ -429,6 +453,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        lookup::Nothing,
         mirror::Key,
         shape::{self, ParamSource, Source},
         table::{Collation, Column, Identity, Kind, Table},
@@ -495,7 +520,7 @@ mod tests {
     }
 
     fn told(router: &Router, net: Net) -> Vec<(SessionId, Op)> {
-        let routed = router.route(&[net]).unwrap();
+        let routed = router.route(&[net], &Nothing, &Nothing).unwrap().ops;
         let mut told: Vec<_> = routed
             .into_iter()
             .flat_map(|(session, ops)| ops.into_iter().map(move |(_, op)| (session, op)))

@@ -3,7 +3,8 @@
 //! stopped, in a later snapshot if need be.
 //!
 //! `changed` has keys and transactions only. Of tables that conditions look into, `past_<oid>` has the old rows as well, with
-//! indexes as the rows themselves have (see `past`).
+//! indexes as the rows themselves have (see `past`). `affected` has rows that did not change, and of which a condition may say
+//! something else since a transaction all the same: whoever knows conditions notes them there.
 
 use rusqlite::Connection;
 
@@ -51,7 +52,9 @@ impl Reader {
     /// Empties the list of changed keys that [`Reader::collect`] fills.
     pub(crate) fn forget_collected(&mut self) -> Result<(), Error> {
         let sqlite = self.sqlite();
-        sqlite.execute_batch("DROP TABLE IF EXISTS temp.changed")?;
+        sqlite.execute_batch(
+            "DROP TABLE IF EXISTS temp.changed; DROP TABLE IF EXISTS temp.affected",
+        )?;
         for past in self.list.iter().flat_map(|list| &list.past) {
             let table = past.table;
             sqlite.execute_batch(&format!("DROP TABLE IF EXISTS temp.past_{table}"))?;
@@ -120,6 +123,9 @@ impl Reader {
         sqlite.execute_batch(
             "CREATE TEMP TABLE changed(
                 tbl INTEGER, k, txn INTEGER, PRIMARY KEY(tbl, k, txn)
+            ) WITHOUT ROWID;
+            CREATE TEMP TABLE affected(
+                item INTEGER, k, txn INTEGER, PRIMARY KEY(item, k)
             ) WITHOUT ROWID",
         )?;
         for table in tables {
@@ -229,6 +235,77 @@ impl Reader {
             "SELECT k, txn FROM temp.changed WHERE tbl = ?3 AND {range} AND txn > ?4 ORDER BY k, txn"
         ))?;
         let mut entries = statement.query((keys.after, keys.upto, table, from))?;
+        let mut last: Option<Key> = None;
+        while let Some(entry) = entries.next()? {
+            let key: Key = entry.get(0)?;
+            if last.as_ref() == Some(&key) {
+                continue;
+            }
+            last = Some(key.clone());
+            if !each(key, entry.get(1)?)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Reader {
+    /// Gives the collected changes of a table by transactions after `after`, up to and with `upto`, of keys above `above`, in
+    /// key order, until `each` says that it is enough.
+    pub(crate) fn changes_between(
+        &self,
+        table: Oid,
+        (after, upto): (i64, i64),
+        above: Option<&Key>,
+        mut each: impl FnMut(Key, i64) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        let range = match above {
+            Some(_) => "k > ?4",
+            None => "?4 IS NULL",
+        };
+        let mut statement = self.sqlite().prepare_cached(&format!(
+            "SELECT k, txn FROM temp.changed WHERE tbl = ?1 AND txn > ?2 AND txn <= ?3 AND {range} ORDER BY k, txn"
+        ))?;
+        let mut changes = statement.query((table, after, upto, above))?;
+        while let Some(change) = changes.next()? {
+            if !each(change.get(0)?, change.get(1)?)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes that what a condition says of a row may be something else since the transaction `ordinal`, although the row may not
+    /// have changed. `item` tells conditions apart.
+    pub(crate) fn note_affected(&self, item: usize, key: &Key, ordinal: i64) -> Result<(), Error> {
+        self.sqlite()
+            .prepare_cached(
+                "INSERT INTO temp.affected(item, k, txn) VALUES(?1, ?2, ?3)
+                 ON CONFLICT DO UPDATE SET txn = excluded.txn WHERE excluded.txn > txn",
+            )?
+            .execute((item as i64, key, ordinal))?;
+        Ok(())
+    }
+
+    /// Gives the keys of a table that changed or were noted for `item` after the transaction `from`: each with the first
+    /// transaction after `from` that changed it, if one did; in key order, until `each` says that it is enough.
+    pub(crate) fn concerned_after(
+        &self,
+        table: Oid,
+        item: usize,
+        from: i64,
+        keys: Keys<'_>,
+        mut each: impl FnMut(Key, Option<i64>) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        let range = keys.condition();
+        // A note comes behind all changes of its key.
+        let mut statement = self.sqlite().prepare_cached(&format!(
+            "SELECT k, txn, 0 AS noted FROM temp.changed WHERE tbl = ?3 AND {range} AND txn > ?4
+             UNION ALL SELECT k, NULL, 1 FROM temp.affected WHERE item = ?5 AND {range} AND txn > ?4
+             ORDER BY k, noted, txn"
+        ))?;
+        let mut entries = statement.query((keys.after, keys.upto, table, from, item as i64))?;
         let mut last: Option<Key> = None;
         while let Some(entry) = entries.next()? {
             let key: Key = entry.get(0)?;

@@ -17,6 +17,7 @@
 //! | `fold`      | a transaction in memory: the net changes, to be routed                           |
 //! | `direct`    | a transaction that does not fit: written as it comes                             |
 //! | `transaction` | the calls that apply transactions, of both kinds                               |
+//! | `dependents`| tables that stop with others                                                     |
 //! | `index`     | what rows were before                                                            |
 //! | `copy`      | filling tables                                                                   |
 //! | `history`   | epochs, holes, facts                                                             |
@@ -30,6 +31,7 @@
 mod change;
 mod checkpoint;
 mod copy;
+mod dependents;
 mod direct;
 mod error;
 mod fold;
@@ -91,6 +93,7 @@ pub struct Mirror {
     tables: HashMap<Oid, Rows, FixedState>,
     /// The secondary indexes that are wanted, also of tables that are not there.
     indexes: Vec<crate::lookup::Index>,
+    dependents: dependents::Dependents,
     index: Index,
     position: Position,
     durable: Position,
@@ -178,6 +181,7 @@ impl Mirror {
             settings: settings.clone(),
             tables: HashMap::default(),
             indexes: Vec::new(),
+            dependents: Default::default(),
             index,
             position: Position::default(),
             durable: Position::default(),

@@ -8,6 +8,7 @@ use foldhash::fast::FixedState;
 use super::{
     Applied, Error, Mirror, REMEDY, State,
     change::{self, Failure},
+    dependents,
     direct::Direct,
     fold::Fold,
     rows::Rows,
@@ -64,7 +65,10 @@ impl Mirror {
             };
             match change::make(&mut fold, rows, change, self.settings.row_bytes_max) {
                 Ok(()) => {}
-                Err(Failure::Stop(reason)) => stopped.push((oid, reason)),
+                Err(Failure::Stop(reason)) => {
+                    stopped.push((oid, reason));
+                    stopped.extend(dependents::with(&self.tables, &self.dependents, oid));
+                }
                 Err(Failure::TooLarge) => return Ok(None),
                 Err(Failure::Mirror(error)) => return Err(error),
             }
@@ -159,8 +163,9 @@ impl Mirror {
         Ok(())
     }
 
-    /// Stops a table outside of a transaction (the schema was found changed). Joins the open group.
-    pub fn stop_table(&mut self, table: Oid, reason: &str) -> Result<(), Error> {
+    /// Stops a table outside of a transaction (the schema was found changed), and what can't be told of without it. Joins the
+    /// open group. Returns all that were stopped, with the reasons.
+    pub fn stop_table(&mut self, table: Oid, reason: &str) -> Result<Vec<(Oid, String)>, Error> {
         if self.large.is_some() {
             return Err(Error::Misused(
                 "a table was stopped within a large transaction",
@@ -172,8 +177,13 @@ impl Mirror {
             ));
         }
         self.open_group()?;
-        let stopped = self.set_stopped(table, self.position.lsn, reason);
-        self.settle(stopped)
+        let mut stopped = vec![(table, reason.to_owned())];
+        stopped.extend(dependents::with(&self.tables, &self.dependents, table));
+        for (table, reason) in &stopped {
+            let stopped = self.set_stopped(*table, self.position.lsn, reason);
+            self.settle(stopped)?;
+        }
+        Ok(stopped)
     }
 
     fn begin_directly(&mut self, commit_lsn: Lsn) -> Result<Large, Error> {
@@ -205,6 +215,11 @@ impl Mirror {
                     direct.undo(rows)?;
                     large.touched.remove(&oid);
                     large.stopped.push((oid, reason));
+                    for with in dependents::with(&self.tables, &self.dependents, oid) {
+                        direct.undo(&self.tables[&with.0])?;
+                        large.touched.remove(&with.0);
+                        large.stopped.push(with);
+                    }
                 }
                 Err(Failure::TooLarge) => {
                     return Err(Error::Misused("a transaction too large for the disk path"));

@@ -122,7 +122,8 @@ impl<'a> Walk<'a> {
                 steps += 1;
                 let key = Key::of_row(outer, row)?;
                 if !self.changed.contains(&(outer.oid, &key)) {
-                    rows.entry(key).or_insert_with(|| Bytes::copy_from_slice(row));
+                    rows.entry(key)
+                        .or_insert_with(|| Bytes::copy_from_slice(row));
                 }
                 Ok(steps <= STEPS_MAX)
             })?;

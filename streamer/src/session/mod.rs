@@ -28,7 +28,7 @@ pub use self::{
     view::{ColumnsDiffer, TableView},
 };
 use crate::{
-    catchup::{Catchup, Item, Round, View},
+    catchup::{Catchup, Item, Round, View, tables_of},
     encode::Encoder,
     engine::{Input, Inputs, Join, Joined, Progress},
     metrics::Metrics,
@@ -460,7 +460,9 @@ impl Session {
             reader.begin()?;
             for (at, (view, from)) in self.views.iter().zip(&standing.from).enumerate() {
                 let reaches = match from {
-                    Some(from) => reader.reaches(view.table().oid, *from)?,
+                    Some(from) => tables_of(&**view).iter().try_fold(true, |all, table| {
+                        Ok::<_, mirror::Error>(all && reader.reaches(table.oid, *from)?)
+                    })?,
                     None => false,
                 };
                 if !reaches {

@@ -7,7 +7,12 @@ use aws_lc_rs::digest;
 use bytes::Bytes;
 
 use crate::{
-    catchup::View, lookup, policy::Policies, postgres::writer::Rule, shape::Bound, table::Table,
+    catchup::View,
+    lookup::{self, Lookup},
+    policy::Policies,
+    postgres::writer::Rule,
+    shape::Bound,
+    table::Table,
     write::Policy,
 };
 
@@ -111,9 +116,9 @@ impl View for TableView {
         &self.table
     }
 
-    fn contains(&self, row: &[u8]) -> Result<bool, lookup::Error> {
+    fn contains(&self, row: &[u8], lookup: &dyn Lookup) -> Result<bool, lookup::Error> {
         for bound in &self.bounds {
-            if bound.contains(row, &lookup::Nothing)? {
+            if bound.contains(row, lookup)? {
                 return Ok(true);
             }
         }
@@ -122,5 +127,9 @@ impl View for TableView {
 
     fn project(&self, row: &Bytes) -> Result<Bytes, Malformed> {
         self.bounds[0].select.project(row)
+    }
+
+    fn bounds(&self) -> &[Bound] {
+        &self.bounds
     }
 }

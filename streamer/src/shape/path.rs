@@ -109,6 +109,15 @@ impl Path {
         Ok(())
     }
 
+    /// Whether a row's own values are enough: its keys are the same in all states.
+    pub fn is_direct(&self) -> bool {
+        match self {
+            Path::Key(_) => true,
+            Path::Through { .. } => false,
+            Path::Any(paths) => paths.iter().all(Path::is_direct),
+        }
+    }
+
     /// Few keys come before many, and few rows to be read before many: the least is best.
     fn cost(&self) -> (u8, usize) {
         match self {

@@ -243,6 +243,11 @@ impl Bound {
         self.route_keys.to_vec()
     }
 
+    /// Whether it is among these.
+    pub fn has_route_key(&self, key: &RouteKey) -> bool {
+        self.route_keys.contains(key)
+    }
+
     /// Tells definition, bound parameters and schema version apart: 16 bytes of SHA-256. The shape's name is no part
     /// of it: renaming a shape costs nothing.
     pub fn fingerprint(&self) -> [u8; 16] {

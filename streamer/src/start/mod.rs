@@ -295,6 +295,7 @@ impl Start<'_> {
         self.on_mirror(move |mirror| Remembered::created(mirror, &incarnation))
             .await?;
         tracing::info!(slot, %at, "slot created");
+        self.prepare_lookups(&resolved.all()).await?;
         early(self.opening(&resolved.all()).await?)?;
         self.copy(&created.snapshot, &resolved.copy, at).await?;
 
@@ -347,6 +348,7 @@ impl Start<'_> {
         witnesses.extend(kept.filter_map(|oid| Some((oid, *judged.get(&oid)?))));
         self.on_mirror(move |mirror| Remembered::published(mirror, publication, &witnesses))
             .await?;
+        self.prepare_lookups(&resolved.all()).await?;
         if !resolved.copy.is_empty() {
             // Unique, since the server may take a while to notice that an earlier connection ended.
             let random = uuid::Uuid::new_v4().simple().to_string();
@@ -421,6 +423,25 @@ impl Start<'_> {
             (false, Ok(())) => Err(Error::Transient("the copy was cut off".into())),
             (true, Ok(())) => Ok(()),
         }
+    }
+
+    /// What conditions that look into other tables need of the mirror: indexes, and that no table goes on without one that it
+    /// needs.
+    async fn prepare_lookups(&self, tables: &[Arc<Table>]) -> Result<(), Error> {
+        let (mut indexes, mut dependents) = (Vec::new(), Vec::new());
+        for select in (compile(self.config, tables)?.iter()).flat_map(|shape| &shape.selects) {
+            indexes.extend(select.indexes());
+            let needed = select
+                .subqueries()
+                .iter()
+                .map(|step| step.subquery.table.oid);
+            dependents.extend(needed.map(|needed| (needed, select.table.oid)));
+        }
+        self.on_mirror(move |mirror| {
+            mirror.set_indexes(&indexes)?;
+            mirror.set_dependents(&dependents)
+        })
+        .await
     }
 
     /// What sessions need. The mirror's tables are `tables`, or will be.

@@ -9,6 +9,7 @@ use super::model::{Value, decode, encode, table};
 use crate::{
     catchup::{Catchup, Item, Round, View},
     delta::Op,
+    lookup,
     mirror::{Applied, Error, Key, Keys, Mirror, NETS_BYTES_MAX, Settings, State},
     table::{Identity, Kind, Oid, Table},
     transaction::{Change, Chunk, End, Old},
@@ -136,7 +137,7 @@ impl View for All {
     fn table(&self) -> &Arc<Table> {
         &self.0
     }
-    fn contains(&self, _row: &[u8]) -> Result<bool, crate::lookup::Error> {
+    fn contains(&self, _: &[u8], _: &dyn lookup::Lookup) -> Result<bool, lookup::Error> {
         Ok(true)
     }
     fn project(&self, row: &Bytes) -> Result<Bytes, anabranch_proto::record::Malformed> {

@@ -84,7 +84,7 @@ impl View for Filter {
     fn table(&self) -> &Arc<Table> {
         &self.table
     }
-    fn contains(&self, row: &[u8]) -> Result<bool, lookup::Error> {
+    fn contains(&self, row: &[u8], _: &dyn lookup::Lookup) -> Result<bool, lookup::Error> {
         Ok(match record::value(row, grp(&self.table))? {
             ValueRef::Integer(group) => self.groups.contains(&group),
             _ => false,
