@@ -57,6 +57,9 @@ const MERGED_MAX: i64 = 8;
 /// Entries of the change index that one round lists at most: less than a second's work.
 const COLLECTED_MAX: usize = 200_000;
 
+/// The same where old rows of tables that conditions look into are listed with them.
+const COLLECTED_WITH_ROWS_MAX: usize = 50_000;
+
 /// What one replica sees of one table: the union of its subscriptions.
 pub trait View: Send + Sync {
     /// The table.
@@ -493,13 +496,14 @@ impl Catchup {
             }
         });
         let bounds: Vec<&[Bound]> = self.items.iter().map(|item| item.view.bounds()).collect();
-        let more = (turn.reader).collect(
-            collected.list,
-            &tables,
-            &inner_indexes(&bounds),
-            &collected.upto,
-            COLLECTED_MAX,
-        )?;
+        let past = inner_indexes(&bounds);
+        let entries_max = if past.is_empty() {
+            COLLECTED_MAX
+        } else {
+            COLLECTED_WITH_ROWS_MAX
+        };
+        let more =
+            (turn.reader).collect(collected.list, &tables, &past, &collected.upto, entries_max)?;
         let mut complete = more.is_none();
         collected.upto = more.unwrap_or(Place {
             ordinal: turn.now,
