@@ -813,3 +813,98 @@ fn cost_of_long_chains() {
     let answer = live(40, &[receipt(&file, seq)]);
     measure("its answer", &mut file, &answer);
 }
+
+/// Latin-1, as a program may well store it: it is no UTF-8, and SQLite does not mind.
+fn latin(bytes: &[u8]) -> String {
+    let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("CAST(x'{digits}' AS TEXT)")
+}
+
+fn named() -> Sheet {
+    use v1::Conflict::LastWrite;
+    Sheet {
+        id: 1,
+        name: "t",
+        columns: vec![("name", Text, 1, LastWrite), ("a", Text, 0, LastWrite)],
+    }
+}
+
+fn named_in_full(rows: &[&[ValueRef<'_>]], lsn: u64) -> v1::Down {
+    let mut elements = vec![first(&[1, RECEIPTS, REJECTIONS]), named().declare()];
+    elements.extend(receipts());
+    elements.extend([upserts(1, rows), commit(lsn)]);
+    down(elements)
+}
+
+const NAMES: &str = "SELECT hex(name), hex(a) FROM t ORDER BY name";
+
+#[test]
+fn a_rejected_key_that_is_no_utf8_stays() {
+    let folder = Folder::new();
+    let mut file = folder.open();
+    file.apply(&named_in_full(&[&[T("x"), T("old")]], 10))
+        .unwrap();
+    folder.program(&format!(
+        "INSERT INTO t VALUES({}, 'new'); UPDATE t SET a = {} WHERE name = 'x'",
+        latin(b"M\xfcller"),
+        latin(b"caf\xe9")
+    ));
+    let shown = ["'4DFC6C6C6572'|'6E6577'", "'78'|'636166E9'"];
+    assert_eq!(folder.query(NAMES), shown);
+    let seq = folder.assign(&mut file);
+    let sent = file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap();
+    let sent = &sent[0].entries;
+    let has = |bytes: &[u8]| sent.windows(bytes.len()).any(|there| there == bytes);
+    // What the program wrote, and not something like it.
+    assert!(has(b"M\xfcller") && has(b"caf\xe9"));
+    // Postgres changes what is beside it, and then says no.
+    file.apply(&live(20, &[upserts(1, &[&[T("x"), T("theirs")]])]))
+        .unwrap();
+    assert_eq!(folder.query(NAMES), shown);
+    file.apply(&live(
+        30,
+        &[receipt(&file, seq), rejection(&file, seq, Some(0))],
+    ))
+    .unwrap();
+    assert_eq!(folder.query(NAMES), ["'78'|'746865697273'"]);
+    assert_eq!(base_rows(&folder), "0");
+    folder.program("UPDATE _anabranch_rejected SET action = 'retry'");
+    assert_eq!(file.retry_rejected().unwrap(), 2);
+    assert_eq!(folder.query(NAMES), shown);
+    let seq = folder.assign(&mut file);
+    file.apply(&live(
+        40,
+        &[receipt(&file, seq), rejection(&file, seq, Some(0))],
+    ))
+    .unwrap();
+    assert_eq!(folder.query(NAMES), ["'78'|'746865697273'"]);
+    assert_eq!(base_rows(&folder), "0");
+}
+
+#[test]
+fn a_pending_key_that_is_no_utf8_is_rebuilt_for_ever() {
+    let folder = Folder::new();
+    let mut file = folder.open();
+    file.apply(&named_in_full(&[&[T("x"), T("old")]], 10))
+        .unwrap();
+    folder.program(&format!(
+        "INSERT INTO t VALUES({}, 'new')",
+        latin(b"M\xfcller")
+    ));
+    let (done, is_done) = std::sync::mpsc::channel();
+    // A table is sent in full, with what is pending in it.
+    let again = std::thread::spawn(move || {
+        file.begin_stream().unwrap();
+        file.apply(&named_in_full(&[&[T("x"), T("theirs")]], 20))
+            .unwrap();
+        done.send(()).unwrap();
+    });
+    is_done
+        .recv_timeout(std::time::Duration::from_secs(20))
+        .expect("it is done");
+    again.join().unwrap();
+    assert_eq!(
+        folder.query(NAMES),
+        ["'4DFC6C6C6572'|'6E6577'", "'78'|'746865697273'"]
+    );
+}
