@@ -908,3 +908,41 @@ fn a_pending_key_that_is_no_utf8_is_rebuilt_for_ever() {
         ["'4DFC6C6C6572'|'6E6577'", "'78'|'746865697273'"]
     );
 }
+
+#[test]
+fn a_retry_that_a_programs_trigger_refuses_ends_the_replica() {
+    for (refuse, commits) in [
+        ("RAISE(ABORT, 'too many')", true),
+        ("RAISE(IGNORE)", true),
+        ("RAISE(ABORT, 'too many')", false),
+    ] {
+        let (folder, mut file, t) = start_with(&[(1, "a", "b", "10")]);
+        folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+        let seq = folder.assign(&mut file);
+        file.apply(&live(
+            20,
+            &[receipt(&file, seq), rejection(&file, seq, Some(0))],
+        ))
+        .unwrap();
+        folder.program(&format!(
+            "CREATE TRIGGER own BEFORE UPDATE ON t WHEN NEW.a = 'mine' BEGIN SELECT {refuse}; END"
+        ));
+        file.look().unwrap();
+        if commits {
+            file.apply(&live(30, &[upsert_all(&[(2, "x", "y", "1")])]))
+                .unwrap();
+            file.apply(&live(40, &[deletes(1, &[&[I(2)]])])).unwrap();
+        }
+        folder.program("UPDATE _anabranch_rejected SET action = 'retry'");
+        for _ in 0..2 {
+            file.tidy(None).unwrap();
+        }
+        shows(&folder, &["1|'a'|'b'|'10'"]);
+        assert_eq!(pending(&folder), "0|1");
+        assert_eq!(
+            folder.query("SELECT action FROM _anabranch_rejected"),
+            ["'refused'"],
+            "{refuse}"
+        );
+    }
+}
