@@ -213,6 +213,11 @@ pub(super) fn inspect(connection: &Connection, table: &str) -> rusqlite::Result<
     Ok(!is_whole)
 }
 
+/// Whether programs can write a table.
+pub(super) fn captures(connection: &Connection, table: &str) -> rusqlite::Result<bool> {
+    Ok(load(connection, table)?.is_some_and(|captured| captured.is_writable()))
+}
+
 /// Removes the triggers of a table. What they captured stays: see `layout`.
 pub(super) fn remove(connection: &Connection, table: &str) -> rusqlite::Result<()> {
     drop_triggers(connection, table)?;

@@ -946,3 +946,28 @@ fn a_retry_that_a_programs_trigger_refuses_ends_the_replica() {
         );
     }
 }
+
+#[test]
+fn what_a_unique_index_had_replaced_is_missing_for_ever() {
+    for running in [true, false] {
+        let (folder, file, _) = start_with(&[(1, "a", "b", "1"), (2, "x", "b", "2")]);
+        let running = running.then_some(file);
+        // No trigger sees that the second row goes.
+        folder.program(
+            "PRAGMA recursive_triggers = OFF; CREATE UNIQUE INDEX own ON t(a); \
+             INSERT OR REPLACE INTO t VALUES(1, 'x', 'b', '1')",
+        );
+        assert_eq!(folder.query("SELECT id FROM t"), ["1"]);
+        let mut file = running.unwrap_or_else(|| folder.open());
+        file.look().unwrap();
+        assert!(
+            file.resume_token().is_empty(),
+            "the table is to be sent again"
+        );
+        file.begin_stream().unwrap();
+        file.apply(&full(&[(1, "a", "b", "1"), (2, "x", "b", "2")], 20, &[]))
+            .unwrap();
+        shows(&folder, &["1|'x'|'b'|'1'", "2|'x'|'b'|'2'"]);
+        assert_eq!(pending(&folder), "1|0");
+    }
+}
