@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::{
     Error, File, capture,
     error::Doing,
-    names, open, receipts,
+    layout, names, open, receipts,
     schema::{self, Catalog},
     transaction::Write,
 };
@@ -168,6 +168,7 @@ impl File {
         if let Some(up_to) = forget {
             self.forget_answered(up_to)?;
         }
+        self.let_go_of_base_rows()?;
         let untidy = self.untidy().doing("look for what statements left")?;
         if untidy.is_empty() {
             return Ok(());
@@ -177,6 +178,28 @@ impl File {
             capture::tidy(&self.connection, table).doing("remove what statements left")?;
         }
         write.commit().map(drop)
+    }
+
+    /// Removes base rows of tables that nothing is pending in. A statement that then skips the row, or changes nothing of it, has
+    /// saved it before it could know: a program that imports all rows again and again would have each of them kept twice,
+    /// for good. What such a base row says is what is shown.
+    fn let_go_of_base_rows(&self) -> Result<(), Error> {
+        let connection = &self.connection;
+        for table in self.catalog.names() {
+            let is_left = || layout::are_base_rows_left(connection, &table);
+            if !is_left().doing("look for base rows")? {
+                continue;
+            }
+            let write = Write::begin(connection)?;
+            // A program may have written meanwhile.
+            let delete = || match is_left()? {
+                true => layout::delete_base_rows(connection, &table),
+                false => Ok(()),
+            };
+            delete().doing("remove base rows that nothing needs")?;
+            write.commit()?;
+        }
+        Ok(())
     }
 
     /// Tables of which statements left prior rows.

@@ -971,3 +971,21 @@ fn what_a_unique_index_had_replaced_is_missing_for_ever() {
         assert_eq!(pending(&folder), "1|0");
     }
 }
+
+#[test]
+fn base_rows_of_what_changed_nothing_stay_for_ever() {
+    let (folder, mut file, _) = start_with(&[(1, "a", "b", "1"), (2, "x", "b", "2")]);
+    folder.program(
+        "INSERT OR REPLACE INTO t SELECT * FROM t WHERE id = 1; INSERT OR IGNORE INTO t VALUES(2, '', '', '')",
+    );
+    file.look().unwrap();
+    assert_eq!(pending(&folder), "0|0");
+    assert_eq!(base_rows(&folder), "2");
+    file.tidy(None).unwrap();
+    assert_eq!(base_rows(&folder), "0");
+    folder.program(
+        "UPDATE t SET a = 'mine' WHERE id = 1; INSERT OR IGNORE INTO t VALUES(2, '', '', '')",
+    );
+    file.tidy(None).unwrap();
+    base_is(&folder, &["1|'a'|'b'|'1'", "2|'x'|'b'|'2'"]);
+}
