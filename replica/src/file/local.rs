@@ -223,10 +223,10 @@ impl File {
     pub fn local(&mut self) -> Result<Local, Error> {
         let (assigned, _) = self.assigned()?;
         let (answered, _) = self.answered()?;
-        let settled = self.rejected_up_to(answered).doing("read rejections")?;
-        if settled > 0 {
-            // The streamer forgets them when it is told so.
-            self.guard.following.make_durable()?;
+        let mut settled = self.rejected_up_to(answered).doing("read rejections")?;
+        // The streamer forgets them when it is told so.
+        if settled > 0 && !self.is_all_durable()? {
+            settled = 0;
         }
         let (pending, rejected): (i64, i64) = self
             .connection
@@ -244,6 +244,15 @@ impl File {
             settled: settled as u64,
             wants_ids: !self.leases_wanted()?.is_empty(),
         })
+    }
+
+    /// Whether all that is committed by now would survive a power cut.
+    fn is_all_durable(&self) -> Result<bool, Error> {
+        match self.guard.following.make_all_durable()? {
+            Some(is_durable) => Ok(is_durable),
+            // It is not followed yet: a lock was in the way of the first look.
+            None => Ok(!self.captures()?),
+        }
     }
 
     /// The last rejection up to a local transaction of which the streamer was not told that it is here; 0 if there is none.

@@ -989,3 +989,29 @@ fn base_rows_of_what_changed_nothing_stay_for_ever() {
     file.tidy(None).unwrap();
     base_is(&folder, &["1|'a'|'b'|'1'", "2|'x'|'b'|'2'"]);
 }
+
+#[test]
+fn a_rejection_that_a_power_cut_could_undo_is_said_to_be_here() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    file.look().unwrap();
+    let wal = beside(folder.path(), "-wal");
+    let bytes = || std::fs::metadata(&wal).unwrap().len();
+    let end = bytes();
+    let pinning = reader(folder.path());
+    pinning.execute_batch("BEGIN; SELECT * FROM t").unwrap();
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    // A byte of a frame's salts: read after a power cut, the WAL would end here.
+    let mut damaged = std::fs::read(&wal).unwrap();
+    damaged[usize::try_from(end).unwrap() + 8] ^= 1;
+    std::fs::write(&wal, &damaged).unwrap();
+    file.look().unwrap();
+    let seq = folder.assign(&mut file);
+    file.apply(&live(
+        20,
+        &[receipt(&file, seq), rejection(&file, seq, Some(0))],
+    ))
+    .unwrap();
+    assert_eq!(file.local().unwrap().settled, 0);
+    drop(pinning);
+    assert_eq!(file.local().unwrap().settled, seq);
+}
