@@ -120,6 +120,11 @@ impl File {
         numbered.map(|()| true)
     }
 
+    /// The last look found what can't be sent yet: a power cut could undo it.
+    pub fn has_found_more(&self) -> bool {
+        !self.found.ends.is_empty()
+    }
+
     /// Whether programs may write anything here, or did.
     fn captures(&self) -> Result<bool, Error> {
         self.connection
