@@ -63,7 +63,7 @@ CREATE TABLE IF NOT EXISTS _anabranch_capture(
 
 /// Version of the SQL of the triggers, to be raised with each change to it: those that an earlier program made are no
 /// work of somebody who meddled.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// What of a table's declaration its triggers are made of, and its entries are to be read with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
