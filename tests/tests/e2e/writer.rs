@@ -499,6 +499,54 @@ async fn a_row_that_leaves_the_shape_meanwhile_is_not_pulled_back() {
     assert_eq!(fixture.text(state).await, "1,8,theirs");
 }
 
+/// A trigger may suppress an UPDATE that changes nothing. A row that went while ours waited for it is another matter.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_went_meanwhile_is_taken_for_a_suppressed_update() {
+    let fixture = Fixture::new(
+        "CREATE TABLE issues (id int PRIMARY KEY, team int, title text, updated timestamptz);
+         CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             IF NEW.title = OLD.title THEN RETURN NULL; END IF;
+             NEW.updated := now(); RETURN NEW; END $$;
+         CREATE TRIGGER touch BEFORE UPDATE OF title ON issues FOR EACH ROW EXECUTE FUNCTION touch();
+         INSERT INTO issues VALUES (1, 7, 'gone'), (2, 7, 'theirs'), (3, 7, 'same')",
+    )
+    .await;
+    let select = "SELECT id, team, title FROM issues WHERE team = 7";
+    let rules = fixture
+        .rules_of(&[("issues", select)], &Policy::default())
+        .await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["issues"]);
+    let mut previous = NO_HASH;
+    let takes = [
+        "DELETE FROM issues WHERE id = 1",
+        "UPDATE issues SET team = 8 WHERE id = 2",
+    ];
+    for (id, take) in (1..).zip(takes) {
+        let transaction = program.transaction(&[update(0, &[Integer(id)], "001", &[Text("ours")])]);
+        let other = fixture.database.connect().await;
+        other
+            .batch_execute(&format!("BEGIN; {take}"))
+            .await
+            .unwrap();
+        let applying = writer.apply(&replica, &previous, &transaction, &rules.rules);
+        let commit = async {
+            fixture.until_somebody_waits().await;
+            other.batch_execute("COMMIT").await.unwrap();
+        };
+        let (outcome, ()) = tokio::join!(applying, commit);
+        let outcome = outcome.unwrap();
+        assert_eq!(rejected(&outcome).outcome, "update_missing", "{take}");
+        previous = transaction.hash;
+    }
+    let same = program.transaction(&[update(0, &[Integer(3)], "001", &[Text("same")])]);
+    let outcome = writer.apply(&replica, &previous, &same, &rules.rules).await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    let state = "SELECT string_agg(concat_ws(',', id, team, title), ' ' ORDER BY id) FROM issues";
+    assert_eq!(fixture.text(state).await, "2,8,theirs 3,7,same");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn role_and_claims_are_in_force_for_the_effects_and_nothing_else() {
     let fixture = Fixture::new(

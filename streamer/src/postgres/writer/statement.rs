@@ -277,9 +277,12 @@ impl Target {
         }
         let table = self.rule.qualified();
         let why = why(&table, &shown_of(&key, shown), compares);
-        // Where a trigger may suppress an update that changes nothing, one that hit nothing is not one that missed.
+        // Where a trigger may suppress an update that changes nothing, one that hit nothing is not one that missed. By the
+        // lock it is the row as it is that counts: the statement's snapshot has one, too, that went while it waited.
         let suppressed = if self.facts.suppresses && !compares {
-            format!(" AND NOT EXISTS (SELECT FROM ONLY {table} AS t WHERE {found})")
+            format!(
+                " AND NOT EXISTS (SELECT FROM ONLY {table} AS t WHERE {found} FOR NO KEY UPDATE)"
+            )
         } else {
             String::new()
         };
