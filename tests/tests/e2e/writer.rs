@@ -547,6 +547,47 @@ async fn a_row_that_went_meanwhile_is_taken_for_a_suppressed_update() {
     assert_eq!(fixture.text(state).await, "2,8,theirs 3,7,same");
 }
 
+/// A foreign key that cascades writes rows too, in our transaction, and may put them where the transaction wrote before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_a_cascade_moved_is_taken_for_the_replicas_own() {
+    let fixture = Fixture::new(
+        "CREATE TABLE issues (id int PRIMARY KEY, team int);
+         CREATE TABLE comments (issue int REFERENCES issues ON UPDATE CASCADE, n int, team int, body text, PRIMARY KEY (issue, n));
+         INSERT INTO issues VALUES (1, 7), (2, 7);
+         INSERT INTO comments VALUES (1, 1, 7, 'ours'), (2, 1, 8, 'theirs')",
+    )
+    .await;
+    let selects = [
+        ("issues", "SELECT * FROM issues WHERE team = 7"),
+        ("comments", "SELECT * FROM comments WHERE team = 7"),
+    ];
+    let rules = fixture.rules_of(&selects, &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["issues", "comments"]);
+    let key = [Integer(1), Integer(1)];
+    let stolen = program.transaction(&[
+        update(1, &key, "0001", &[Text("mine")]),
+        delete(1, &key),
+        update(0, &[Integer(1)], "10", &[Integer(9)]),
+        // Takes along what is not shown, to where the one was that was shown.
+        update(0, &[Integer(2)], "10", &[Integer(1)]),
+        update(1, &key, "0010", &[Integer(7)]),
+    ]);
+    let answer = writer
+        .apply(&replica, &NO_HASH, &stolen, &rules.rules)
+        .await
+        .unwrap();
+    let rejection = rejected(&answer);
+    assert_eq!(
+        (&*rejection.outcome, rejection.entry),
+        ("update_missing", Some(4))
+    );
+    let state =
+        "SELECT string_agg(concat_ws(',', issue, n, team, body), ' ' ORDER BY issue) FROM comments";
+    assert_eq!(fixture.text(state).await, "1,1,7,ours 2,1,8,theirs");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn role_and_claims_are_in_force_for_the_effects_and_nothing_else() {
     let fixture = Fixture::new(

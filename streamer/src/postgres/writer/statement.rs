@@ -4,7 +4,8 @@
 //! so a row is only changed as long as the replica may see it, whatever others do to it at the same time. One that touches
 //! it again may change what the transaction itself wrote there (`xmin`) too: not whatever is there by then, as a
 //! trigger may have put the write elsewhere. (A role that has rights to columns only can't read `xmin`. For it the row is
-//! found by its key alone, where the transaction wrote it and nothing can have put it elsewhere.) What such a
+//! found by its key alone, where the transaction wrote it and nothing can have put it elsewhere.) Where a foreign key that
+//! cascades can change the key, even `xmin` proves nothing, and a row must be shown each time it is touched. What such a
 //! statement does not find it refuses by itself, with `anabranch.refuse`. A row that the replica is not shown is not there
 //! for it, so nothing tells it apart from one that is missing: an UPDATE of either is `update_missing`, a DELETE of
 //! either has nothing to do, and only a row that is shown can be a `conflict`. (A key that is taken by a row outside of
@@ -145,6 +146,9 @@ impl Target {
 
     /// What a statement that touches a row again may find there, if an entry before it left one (`there`).
     pub fn again(&self, table: &WriteTable, there: bool) -> Touch {
+        if self.facts.cascades {
+            return Touch::First;
+        }
         let decides = |conflict: &Conflict| matches!(conflict, Conflict::Function(_));
         let is_sure = there && !self.facts.diverts && !table.conflicts.iter().any(decides);
         if is_sure && !self.facts.reads_xmin {
