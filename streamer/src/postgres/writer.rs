@@ -143,8 +143,7 @@ const JUDGED: &str = "SELECT pg_catalog.pg_current_wal_flush_lsn()::pg_catalog.t
 /// Forgets claims that are too old, some at a time.
 const PRUNE: &str = "SELECT anabranch.prune($1, $2)";
 
-const SETTLE: &str =
-    "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.int8, $3::pg_catalog.int4)";
+const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.int4)";
 
 const STANDING: &str =
     "SELECT subject, seq, hash FROM anabranch.replicas WHERE replica = $1::pg_catalog.text";
@@ -484,13 +483,15 @@ impl Writer {
         Ok(row.map_err(failed)?.get::<_, i64>(0) >= i64::from(PRUNED_AT_ONCE))
     }
 
-    /// The replica has the rejections up to `seq`. Forgets those that are far behind that.
+    /// The replica has the rejections up to `seq`. Forgets those that are far behind that. Of an id that belongs to another
+    /// subject nothing is: a rejection that is forgotten before its replica has it would look as if it had been applied.
     pub async fn settle(&mut self, replica: &Replica, seq: u64) -> Result<(), Error> {
         self.usable()?;
         let client = &self.client.client;
         let statement = self.prepared.get(client, SETTLE).await.map_err(failed)?;
         let params = [
             Param::Text(replica.id.clone()),
+            Param::Text(replica.subject.clone()),
             Param::Text(seq.to_string()),
             Param::Text(SETTLED_KEPT.to_string()),
         ];

@@ -2,6 +2,7 @@
 
 mod claims;
 pub mod fixture;
+mod forgery;
 mod load;
 mod types;
 
@@ -636,7 +637,7 @@ async fn role_and_claims_are_in_force_for_the_effects_and_nothing_else() {
         .execute(&format!(
             "CREATE TABLE forging (id int PRIMARY KEY);
              CREATE FUNCTION forge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                 RESET ROLE; PERFORM * FROM (SELECT anabranch.settle('r1', 1, 1)) s; RETURN NULL; END $$;
+                 RESET ROLE; PERFORM * FROM (SELECT anabranch.settle('r1', 'edge-1', 1, 1)) s; RETURN NULL; END $$;
              CREATE TRIGGER forge AFTER INSERT ON forging FOR EACH ROW EXECUTE FUNCTION forge();
              GRANT ALL ON forging TO \"{app}\""
         ))

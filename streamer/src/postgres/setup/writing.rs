@@ -169,16 +169,16 @@ const FUNCTIONS: [Function; 7] = [
     },
     Function {
         name: "settle",
-        arguments: "replica text, seq bigint, kept integer",
-        types: "text, bigint, integer",
+        arguments: "replica text, subject text, seq bigint, kept integer",
+        types: "text, text, bigint, integer",
         returns: "void",
         trusted: true,
         body: body!(
             "",
             "\
   UPDATE anabranch.rejections r SET settled = true, at = pg_catalog.now()
-   WHERE r.replica = $1 AND r.seq <= $2 AND NOT r.settled;
-  DELETE FROM anabranch.rejections r WHERE r.replica = $1 AND r.seq <= $2 - $3 AND r.settled;
+   WHERE r.replica = $1 AND r.subject = $2 AND r.seq <= $3 AND NOT r.settled;
+  DELETE FROM anabranch.rejections r WHERE r.replica = $1 AND r.subject = $2 AND r.seq <= $3 - $4 AND r.settled;
 "
         ),
     },
