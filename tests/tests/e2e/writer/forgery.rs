@@ -70,3 +70,27 @@ async fn a_function_of_a_policy_claims_for_another_replica() {
     }
     assert_eq!(writer.standing(&one).await, Ok(Some((1, first.hash))));
 }
+
+/// Whoever sets up may have said that others get rights to all that it will ever make.
+#[tokio::test(flavor = "multi_thread")]
+async fn default_privileges_hand_out_what_is_ours() {
+    let fixture = Fixture::new(
+        "DO $$ BEGIN EXECUTE format('CREATE ROLE %I', current_database() || ' other'); END $$;
+         DO $$ BEGIN EXECUTE format('ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO %I', current_database() || ' other');
+             EXECUTE format('ALTER DEFAULT PRIVILEGES GRANT EXECUTE ON FUNCTIONS TO %I', current_database() || ' other');
+         END $$",
+    )
+    .await;
+    let others = "SELECT coalesce(string_agg(what || ' ' || privilege_type, ', ' ORDER BY what, privilege_type), '') FROM (
+            SELECT relname::text AS what, (aclexplode(relacl)).* FROM pg_class WHERE relnamespace = 'anabranch'::regnamespace
+            UNION ALL SELECT proname, (aclexplode(proacl)).* FROM pg_proc WHERE pronamespace = 'anabranch'::regnamespace AND prosecdef) a
+          JOIN pg_roles r ON r.oid = a.grantee WHERE r.rolname = current_database() || ' other'";
+    assert_eq!(fixture.text(others).await, "");
+    // What was given on purpose is left alone.
+    fixture
+        .grant("GRANT SELECT ON anabranch.replicas TO {app}")
+        .await;
+    fixture.set_up().await;
+    let given = "SELECT has_table_privilege(current_database() || ' app', 'anabranch.replicas', 'SELECT')::text";
+    assert_eq!(fixture.text(given).await, "true");
+}
