@@ -113,6 +113,9 @@ const STALE: &[&str] = &[
     "42P18",
 ];
 
+/// The function of the server that PL/pgSQL's RAISE is, which errors name whatever language they are in.
+const RAISE: &str = "exec_stmt_raise";
+
 const CLAIM: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
      $6::pg_catalog.uuid[]), \
      pg_catalog.set_config('role', $7::pg_catalog.text, true), \
@@ -225,7 +228,8 @@ pub struct Claimed {
 /// What is to be done about a failure.
 enum Verdict {
     Answered,
-    Retry(String),
+    /// Again, at once; if that does not help, it is rejected, or it waits.
+    Retry(String, Option<Rejection>),
     Reject(Rejection),
     Fail(Error),
 }
@@ -345,7 +349,12 @@ impl Writer {
                         (attempt, looked_again) = (0, false);
                         continue;
                     }
-                    Some(failure) => judge(failure, transaction.seq),
+                    Some(failure) => match judge(failure, transaction.seq) {
+                        Verdict::Retry(_, Some(rejection)) if attempt + 1 >= ATTEMPTS_MAX => {
+                            Verdict::Reject(rejection)
+                        }
+                        verdict => verdict,
+                    },
                 };
                 match verdict {
                     Verdict::Answered => {
@@ -353,7 +362,7 @@ impl Writer {
                         continue;
                     }
                     Verdict::Fail(error) => return Err(error),
-                    Verdict::Retry(why) => {
+                    Verdict::Retry(why, _) => {
                         attempt += 1;
                         wait(attempt, why).await?;
                     }
@@ -431,7 +440,7 @@ impl Writer {
                 Verdict::Answered => return Ok(Outcome::AlreadyAnswered),
                 Verdict::Fail(error) => return Err(error),
                 Verdict::Reject(why) => return Err(Error::Definite(why.message)),
-                Verdict::Retry(why) => {
+                Verdict::Retry(why, _) => {
                     attempt += 1;
                     wait(attempt, why).await?;
                 }
@@ -827,11 +836,6 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
             _ => {}
         }
     }
-    match classify(sqlstate) {
-        Class::Retry => return Verdict::Retry(bounded(&failed(error).to_string())),
-        Class::Transient => return Verdict::Fail(failed(error)),
-        Class::Final => {}
-    }
     let rejection = |entry, outcome: &str| Rejection {
         entry,
         outcome: Cow::Owned(outcome.to_owned()),
@@ -839,6 +843,21 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         message: bounded(said.message()),
         constraint: said.constraint().map(bounded),
     };
+    // A function of the application may raise what it likes, whatever it means by it: no operator will mend that, and it may
+    // be raised each time.
+    let raised = match &failure.step {
+        _ if said.routine() != Some(RAISE) => None,
+        Step::Effect(entry, _) => Some(rejection(Some(*entry), "error")),
+        Step::Constraints | Step::Commit => Some(rejection(None, "error")),
+        Step::Begin | Step::Claim | Step::Check(_) => None,
+    };
+    match classify(sqlstate) {
+        Class::Final => {}
+        Class::Transient if raised.is_none() => return Verdict::Fail(failed(error)),
+        Class::Retry | Class::Transient => {
+            return Verdict::Retry(bounded(&failed(error).to_string()), raised);
+        }
+    }
     let outcome = said.column().unwrap_or("error");
     Verdict::Reject(match &failure.step {
         // Not the transaction's fault.

@@ -5,6 +5,7 @@ pub mod fixture;
 mod forgery;
 mod load;
 mod types;
+mod waits;
 
 use std::time::Duration;
 
