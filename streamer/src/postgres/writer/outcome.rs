@@ -87,8 +87,10 @@ const MESSAGE_CHARS_MAX: usize = 500;
 /// Reference: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
 pub fn classify(sqlstate: &str) -> Class {
     match sqlstate {
-        // Serialization failure, deadlock, lock not available.
-        "40001" | "40P01" | "55P03" => Class::Retry,
+        // Serialization failure, deadlock.
+        "40001" | "40P01" => Class::Retry,
+        // A lock was waited for, long enough: others want the connection.
+        "55P03" => Class::Transient,
         // Completion unknown; read-only: a standby, or a primary whose disk is full; idle too long.
         "40003" | "25006" | "25P03" | "25P04" => Class::Transient,
         // Connection, resources, operator intervention, the operating system.
@@ -115,7 +117,7 @@ mod tests {
         for (sqlstate, class) in [
             ("40001", Retry),
             ("40P01", Retry),
-            ("55P03", Retry),
+            ("55P03", Transient),
             ("08006", Transient),
             ("53100", Transient),
             ("53300", Transient),

@@ -2,12 +2,13 @@
 
 use anabranch_proto::record::ValueRef::{Integer, Null, Text};
 use anabranch_streamer::{
-    postgres::writer::Outcome,
+    postgres::writer::{Error, Outcome},
     write::{NO_HASH, Policy},
 };
+use anabranch_tests::wait::DEADLINE;
 
 use super::{
-    fixture::{Fixture, Program, insert},
+    fixture::{Fixture, Program, insert, update},
     rejected,
 };
 
@@ -42,4 +43,32 @@ async fn what_the_application_raises_is_waited_out_for_ever() {
         assert_eq!(applied.outcomes[1], Outcome::Applied);
         previous = both[1].hash;
     }
+}
+
+/// There are a few connections for all replicas: who waits for a lock must let others have its turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_locked_for_long_keeps_a_connection_for_as_long() {
+    let fixture =
+        Fixture::new("CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0)")
+            .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[update(0, &[Integer(1)], "01", &[Integer(1)])]);
+    let other = fixture.database.connect().await;
+    other
+        .batch_execute("BEGIN; UPDATE t SET n = 5")
+        .await
+        .unwrap();
+    let waiting = writer.apply(&replica, &NO_HASH, &transaction, &rules.rules);
+    let outcome = tokio::time::timeout(DEADLINE, waiting).await;
+    let outcome = outcome.expect("it keeps its connection");
+    assert!(matches!(outcome, Err(Error::Transient(_))), "{outcome:?}");
+    assert!(writer.is_usable());
+    other.batch_execute("COMMIT").await.unwrap();
+    let outcome = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
 }
