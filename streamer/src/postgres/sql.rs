@@ -44,6 +44,9 @@ const PINNED_TO_WRITE: &[(&str, &str)] = &[
     ("row_security", "on"),
     // A write behind a long lock is tried again, so that it does not hold all behind it for ever.
     ("lock_timeout", "10s"),
+    // Statements follow each other at once. If they do not, our machine is gone, and Postgres would keep its locks until it
+    // gives up the connection: two hours, by default.
+    ("idle_in_transaction_session_timeout", "30s"),
 ];
 
 /// Not pinned there: an answered write must be as durable as the database promises.

@@ -1,11 +1,19 @@
 //! What may pass is waited out, and not for ever, nor at the cost of others.
 
+use std::time::Duration;
+
 use anabranch_proto::record::ValueRef::{Integer, Null, Text};
 use anabranch_streamer::{
-    postgres::writer::{Error, Outcome},
+    postgres::{
+        target::Target,
+        writer::{Error, Outcome, Writer},
+    },
     write::{NO_HASH, Policy},
 };
-use anabranch_tests::wait::DEADLINE;
+use anabranch_tests::{
+    proxy::{Proxy, Way},
+    wait::DEADLINE,
+};
 
 use super::{
     fixture::{Fixture, Program, insert, update},
@@ -71,4 +79,61 @@ async fn a_row_that_is_locked_for_long_keeps_a_connection_for_as_long() {
         .apply(&replica, &NO_HASH, &transaction, &rules.rules)
         .await;
     assert_eq!(outcome, Ok(Outcome::Applied));
+}
+
+/// A streamer whose machine is gone says nothing any more, and Postgres does not hear that for two hours.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_streamer_that_is_gone_keeps_rows_locked() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0); CREATE TABLE u (id int PRIMARY KEY)",
+    )
+    .await;
+    let rules = fixture.rules(&["t", "u"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let url = fixture.database.url_as(&fixture.login(), "writer");
+    let (user, place) = url.split_once('@').unwrap();
+    let (address, name) = place.split_once('/').unwrap();
+    let proxy = Proxy::to(address).await;
+    let url = format!("{user}@{}/{name}", proxy.address());
+    let mut gone = Writer::connect(&Target::parse(&url).unwrap())
+        .await
+        .unwrap();
+    let mut program = Program::new(&rules, &["t", "u"]);
+    // The second statement is sent only when the first one is answered: it is not prepared yet.
+    let transaction = program.transaction(&[
+        update(0, &[Integer(1)], "01", &[Integer(1)]),
+        insert(1, &[Integer(1)]),
+    ]);
+    let other = fixture.database.connect().await;
+    other
+        .batch_execute("BEGIN; UPDATE t SET n = 5")
+        .await
+        .unwrap();
+    let mut applying = Box::pin(gone.apply(&replica, &NO_HASH, &transaction, &rules.rules));
+    tokio::select! {
+        outcome = &mut applying => panic!("{outcome:?}"),
+        () = fixture.until_somebody_waits() => {}
+    }
+    proxy.set(|faults| {
+        faults.swallow(Way::Up);
+        faults.swallow(Way::Down);
+    });
+    other.batch_execute("COMMIT").await.unwrap();
+    let mut writer = fixture.writer().await;
+    let deadline = Duration::from_secs(60);
+    tokio::time::timeout(deadline, async {
+        loop {
+            let outcome = writer
+                .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+                .await;
+            match outcome {
+                Ok(outcome) => break assert_eq!(outcome, Outcome::Applied),
+                Err(Error::Transient(_)) => {}
+                Err(error) => panic!("{error:?}"),
+            }
+        }
+    })
+    .await
+    .expect("the row is locked for ever");
+    drop(applying);
 }
