@@ -58,6 +58,7 @@ use std::{
 use anabranch_proto::{Lsn, Nonce, record};
 pub use outcome::{Error, Outcome, Rejection};
 pub use rules::{Rule, Rules};
+use tokio_postgres::error::SqlState;
 
 use self::{
     facts::Facts,
@@ -93,6 +94,9 @@ const PRUNED_AT_ONCE: i32 = 1000;
 
 /// As many rows are looked at by one statement after the effects.
 const CHECKED_AT_ONCE: usize = 1000;
+
+/// Of a standby, or a primary whose disk is full.
+const READ_ONLY: &str = "25006";
 
 /// Insufficient privilege.
 const NOT_ALLOWED: &str = "42501";
@@ -168,6 +172,8 @@ pub struct Writer {
     busy: bool,
     /// Something was committed that may not be durable yet.
     unflushed: bool,
+    /// The server can't be written to. Its name may stand for another one by now.
+    read_only: bool,
 }
 
 /// Who writes.
@@ -246,12 +252,14 @@ impl Writer {
             facts: HashMap::new(),
             busy: false,
             unflushed: false,
+            read_only: false,
         })
     }
 
-    /// Whether it can be used: the connection is there, and no transaction was given up in its middle.
+    /// Whether it can be used: the connection is there, to a server that takes writes, and no transaction was given up in
+    /// its middle.
     pub fn is_usable(&self) -> bool {
-        !self.busy && !self.client.client.is_closed()
+        !self.busy && !self.read_only && !self.client.client.is_closed()
     }
 
     /// The last transaction of a replica that is answered, and its hash.
@@ -436,6 +444,7 @@ impl Writer {
                 step: Step::Claim,
                 cause: Cause::Sql(error),
             };
+            self.read_only |= is_of_read_only(&failure);
             match judge(failure, seq) {
                 Verdict::Answered => return Ok(Outcome::AlreadyAnswered),
                 Verdict::Fail(error) => return Err(error),
@@ -581,6 +590,7 @@ impl Writer {
         }
         let failures = flight.finish().await;
         self.busy = false;
+        self.read_only |= failures.iter().flatten().any(is_of_read_only);
         if last && matches!(failures.last(), Some(None)) {
             self.unflushed = false;
         } else if failures.iter().any(Option::is_none) {
@@ -809,6 +819,7 @@ fn effect(
 
 /// What a failure of transaction `seq` means.
 fn judge(failure: Failure, seq: u64) -> Verdict {
+    let is_of_read_only = is_of_read_only(&failure);
     let error = match failure.cause {
         Cause::Rejected(rejection) => return Verdict::Reject(rejection),
         Cause::Sql(error) => error,
@@ -817,6 +828,9 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         return Verdict::Fail(failed(error));
     };
     let sqlstate = said.code().code();
+    if is_of_read_only {
+        return Verdict::Fail(Error::Transient(failed(error).to_string()));
+    }
     let stored = || {
         said.column()
             .and_then(|column| column.parse().ok())
@@ -899,6 +913,18 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         Step::Effect(entry, _) => rejection(Some(*entry), "error"),
         Step::Constraints | Step::Commit => rejection(None, "error"),
     })
+}
+
+/// Whether it failed as a standby fails, which does not even begin a transaction that writes.
+fn is_of_read_only(failure: &Failure) -> bool {
+    let Cause::Sql(error) = &failure.cause else {
+        return false;
+    };
+    match (&failure.step, error.code().map(SqlState::code)) {
+        (Step::Begin, Some(sqlstate)) => matches!(sqlstate, READ_ONLY | "0A000"),
+        (Step::Claim, sqlstate) => sqlstate == Some(READ_ONLY),
+        _ => false,
+    }
 }
 
 /// What Postgres said, or the connection.

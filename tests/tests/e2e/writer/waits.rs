@@ -11,8 +11,9 @@ use anabranch_streamer::{
     write::{NO_HASH, Policy},
 };
 use anabranch_tests::{
+    postgres::{Options, Server},
     proxy::{Proxy, Way},
-    wait::DEADLINE,
+    wait::{DEADLINE, until},
 };
 
 use super::{
@@ -136,4 +137,30 @@ async fn a_streamer_that_is_gone_keeps_rows_locked() {
     .await
     .expect("the row is locked for ever");
     drop(applying);
+}
+
+/// Its name may point elsewhere by now.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_became_a_standby_is_asked_for_ever() {
+    let server = Server::start(Options::new()).await;
+    let fixture = Fixture::on(&server, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let url = fixture.database.url_as(&fixture.login(), "writer");
+    let standby = server.standby().await;
+    let here = format!("{}:{}", server.host(), server.port());
+    let there = format!("{}:{}", standby.host(), standby.port());
+    assert!(url.contains(&here), "{url} {here}");
+    let target = Target::parse(&url.replace(&here, &there)).unwrap();
+    let mut writer = until("the standby has the role", DEADLINE, || {
+        Writer::connect(&target)
+    })
+    .await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[insert(0, &[Integer(1)])]);
+    let outcome = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    assert!(matches!(outcome, Err(Error::Transient(_))), "{outcome:?}");
+    assert!(!writer.is_usable());
 }
