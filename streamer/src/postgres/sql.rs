@@ -142,6 +142,15 @@ impl Client {
         self.server_version
     }
 
+    /// SQL that makes the session what it was when it began, but for prepared statements: whoever used it before may have
+    /// set what it liked.
+    pub fn renewal(&self) -> String {
+        format!(
+            "RESET ALL; {} SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES",
+            pin_later(self.server_version)
+        )
+    }
+
     async fn pin(&mut self, session: Use) -> Result<(), Error> {
         let row = self.client.simple_query(&verification(session)).await?;
         let row = row.iter().find_map(|message| match message {

@@ -162,6 +162,9 @@ const AFTER_ROLE: &str =
     "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE; SET LOCAL request.jwt.claims = ''";
 const AFTER_NO_ROLE: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE";
 
+/// Compiling takes longer than any of our statements.
+const NO_JIT: &str = "SET jit = off";
+
 /// A connection that writes. One transaction at a time: a second replica needs a second one, or waits.
 pub struct Writer {
     client: Client,
@@ -172,6 +175,11 @@ pub struct Writer {
     busy: bool,
     /// Something was committed that may not be durable yet.
     unflushed: bool,
+    /// Whose transactions it makes.
+    replica: Option<String>,
+    /// What makes it as good as new for another replica: functions of the application may have changed settings of the
+    /// session, which others' policies may read.
+    renewal: String,
     /// The server can't be written to. Its name may stand for another one by now.
     read_only: bool,
 }
@@ -244,10 +252,12 @@ impl Writer {
     /// Connects.
     pub async fn connect(server: &Server) -> Result<Writer, sql::Error> {
         let client = Client::connect_to_write(server, "anabranch writer").await?;
-        // Compiling takes longer than any of our statements.
-        client.client.batch_execute("SET jit = off").await?;
+        client.client.batch_execute(NO_JIT).await?;
+        let renewal = format!("{}; {NO_JIT}", client.renewal());
         Ok(Writer {
             client,
+            renewal,
+            replica: None,
             prepared: Prepared::default(),
             facts: HashMap::new(),
             busy: false,
@@ -575,6 +585,8 @@ impl Writer {
             found.push(targets);
         }
         self.busy = true;
+        let is_other = self.replica.as_ref() != Some(&replica.id);
+        let mut renewal = is_other.then_some(&*self.renewal);
         let mut flight = Flight::new(&self.client.client, &mut self.prepared);
         let mut previous = *previous;
         let mut last = false;
@@ -582,6 +594,10 @@ impl Writer {
             let transaction = transaction.as_ref();
             last = i + 1 == transactions.len();
             let claim = if last { CLAIM } else { CLAIM_NOT_LAST };
+            flight.next_transaction();
+            if let Some(renewal) = renewal.take() {
+                flight.simple(Step::Begin, renewal).await;
+            }
             send(&mut flight, replica, &previous, transaction, targets, claim).await;
             previous = transaction.hash;
             if flight.is_in_vain() {
@@ -590,6 +606,7 @@ impl Writer {
         }
         let failures = flight.finish().await;
         self.busy = false;
+        self.replica = Some(replica.id.clone());
         self.read_only |= failures.iter().flatten().any(is_of_read_only);
         if last && matches!(failures.last(), Some(None)) {
             self.unflushed = false;
@@ -681,7 +698,6 @@ async fn send(
     targets: &[Result<Target, Rejection>],
     claim: &str,
 ) {
-    flight.next_transaction();
     flight.simple(Step::Begin, "BEGIN READ WRITE").await;
     let claim = Sql {
         text: claim.into(),

@@ -4,6 +4,7 @@ mod claims;
 pub mod fixture;
 mod forgery;
 mod load;
+mod session;
 mod types;
 mod waits;
 
