@@ -165,6 +165,9 @@ const AFTER_NO_ROLE: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE"
 /// Compiling takes longer than any of our statements.
 const NO_JIT: &str = "SET jit = off";
 
+/// Without it what was given up goes on in Postgres, behind a lock say, with a connection of the server's.
+const NOTICES: &str = "SET client_connection_check_interval = '1s'";
+
 /// A connection that writes. One transaction at a time: a second replica needs a second one, or waits.
 pub struct Writer {
     client: Client,
@@ -253,7 +256,11 @@ impl Writer {
     pub async fn connect(server: &Server) -> Result<Writer, sql::Error> {
         let client = Client::connect_to_write(server, "anabranch writer").await?;
         client.client.batch_execute(NO_JIT).await?;
-        let renewal = format!("{}; {NO_JIT}", client.renewal());
+        let mut renewal = format!("{}; {NO_JIT}", client.renewal());
+        // Since Postgres 14, and not on every system.
+        if client.client.batch_execute(NOTICES).await.is_ok() {
+            renewal = format!("{renewal}; {NOTICES}");
+        }
         Ok(Writer {
             client,
             renewal,

@@ -139,6 +139,38 @@ async fn a_streamer_that_is_gone_keeps_rows_locked() {
     drop(applying);
 }
 
+/// Replicas come and go. What they began and nobody waits for any more must not use up the server's connections.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_was_given_up_goes_on_in_postgres() {
+    let fixture =
+        Fixture::new("CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0)")
+            .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[update(0, &[Integer(1)], "01", &[Integer(1)])]);
+    let other = fixture.database.connect().await;
+    other
+        .batch_execute("BEGIN; UPDATE t SET n = 5")
+        .await
+        .unwrap();
+    for i in 0..10 {
+        let replica = fixture.replica(&format!("r{i}"));
+        let mut writer = fixture.writer().await;
+        tokio::select! {
+            outcome = writer.apply(&replica, &NO_HASH, &transaction, &rules.rules) => panic!("{outcome:?}"),
+            () = fixture.until_somebody_waits() => {}
+        }
+    }
+    // Not as long as they would wait for the lock.
+    until("nobody waits", Duration::from_secs(6), || async {
+        let sql = "SELECT count(*)::text FROM pg_stat_activity
+                    WHERE datname = current_database() AND application_name = 'anabranch writer'";
+        fixture.text(sql).await == "0"
+    })
+    .await;
+    other.batch_execute("COMMIT").await.unwrap();
+}
+
 /// Its name may point elsewhere by now.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_became_a_standby_is_asked_for_ever() {
