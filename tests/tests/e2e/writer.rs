@@ -948,6 +948,44 @@ async fn conflicts_end_as_the_policy_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_sum_fails_on_the_way_or_ends_as_no_number() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, small int2, big int8, n numeric);
+         INSERT INTO t VALUES (1, -20000, -9223372036854775808, 'NaN')",
+    )
+    .await;
+    let mut policy = Policy::default();
+    for column in ["small", "big", "n"] {
+        policy.columns.insert(column.into(), Conflict::Add);
+    }
+    let rules = fixture.rules(&["t"], &policy).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let key = [Integer(1)];
+    let mut previous = NO_HASH;
+    for entry in [
+        update(0, &key, "0100", &[Integer(20_000), Integer(-20_000)]),
+        update(0, &key, "0010", &[Integer(i64::MAX), Integer(i64::MIN)]),
+        update(0, &key, "0001", &[Text("1.5"), Text("NaN")]),
+    ] {
+        let transaction = program.transaction(&[entry]);
+        let outcome = writer
+            .apply(&replica, &previous, &transaction, &rules.rules)
+            .await;
+        assert_eq!(outcome, Ok(Outcome::Applied));
+        previous = transaction.hash;
+    }
+    let state = "SELECT concat_ws(' ', small, big, n) FROM t";
+    let expected = format!("20000 {} 1.5", i64::MAX);
+    assert_eq!(fixture.text(state).await, expected);
+    // What is too much in the end is too much.
+    let over = program.transaction(&[update(0, &key, "0100", &[Integer(20_000), Integer(0)])]);
+    let outcome = writer.apply(&replica, &previous, &over, &rules.rules).await;
+    assert_eq!(rejected(&outcome.unwrap()).sqlstate, "22003");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn columns_that_a_program_left_out_get_their_defaults() {
     let fixture = Fixture::new(
         "CREATE SEQUENCE numbers;

@@ -86,6 +86,11 @@ fn is_rounded(value: ValueRef<'_>) -> bool {
     digits > EXACT_DIGITS || text.bytes().any(|byte| matches!(byte, b'e' | b'E'))
 }
 
+/// Whether there is a difference from it: NaN and the infinities swallow all that is added.
+fn is_finite(value: ValueRef<'_>) -> bool {
+    !matches!(value, ValueRef::Text(text) if text.bytes().any(|byte| matches!(byte, b'N' | b'n' | b'I' | b'i')))
+}
+
 impl Sql {
     /// Adds a parameter; how it is written.
     fn bind(
@@ -259,15 +264,16 @@ impl Target {
             let comma = if assignments.is_empty() { "" } else { ", " };
             let _ = write!(assignments, "{comma}{name} = ");
             match (&table.conflicts[set.column], set.old) {
-                (Conflict::Add, Some(old)) => {
+                (Conflict::Add, Some(old)) if is_finite(old) && is_finite(set.new) => {
                     if [old, set.new].into_iter().any(is_rounded) {
                         return Err(ROUNDED);
                     }
                     let old = sql.bind(self, place, old)?;
+                    // Not in the column's type: the difference of two that fit into it may not.
                     let _ = write!(
                         assignments,
                         "CASE WHEN t.{name} IS NULL OR {old} IS NULL OR {new} IS NULL THEN {new} \
-                         ELSE t.{name} + ({new} - {old}) END"
+                         ELSE t.{name} + ({new}::pg_catalog.numeric - {old}::pg_catalog.numeric) END"
                     );
                 }
                 (Conflict::FirstWrite, Some(old)) => {
