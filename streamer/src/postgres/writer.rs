@@ -63,7 +63,7 @@ use tokio_postgres::error::SqlState;
 use self::{
     facts::Facts,
     flight::{Cause, Failure, Flight, Prepared, Step},
-    outcome::{Class, bounded, classify},
+    outcome::{Class, bounded, classify, told},
     statement::{GONE, HIDDEN, Left, OUT_OF_SHAPE, Sql, Target, Touch, UNREADABLE},
     value::Param,
 };
@@ -877,7 +877,11 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         entry,
         outcome: Cow::Owned(outcome.to_owned()),
         sqlstate: sqlstate.to_owned(),
-        message: bounded(said.message()),
+        message: match said.routine() {
+            // In the words of the application.
+            Some(RAISE) => bounded(said.message()),
+            _ => bounded(&told(sqlstate, said.message())),
+        },
         constraint: said.constraint().map(bounded),
     };
     // A function of the application may raise what it likes, whatever it means by it: no operator will mend that, and it may
@@ -924,7 +928,13 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
                 outcome => rejection(entry, outcome),
             }
         }
-        Step::Check(_) => return Verdict::Fail(failed(error)),
+        Step::Check(rule) => {
+            return Verdict::Fail(Error::Definite(format!(
+                "the role that logs in to write can't look at {}: {sqlstate}: {}",
+                rule.table.full_name(),
+                told(sqlstate, said.message())
+            )));
+        }
         Step::Effect(entry, _) if sqlstate == REFUSED => rejection(Some(*entry), outcome),
         Step::Effect(entry, Some(facts))
             if sqlstate == "23505"

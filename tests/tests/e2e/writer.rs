@@ -823,6 +823,30 @@ async fn a_replica_is_not_told_what_is_outside_of_its_shapes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_message_quotes_what_the_replica_is_not_shown() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, a text, secret text);
+         INSERT INTO t VALUES (1, 'x', 'a secret');
+         ALTER TABLE t ADD CHECK (a <> 'y' OR secret::int > 0)",
+    )
+    .await;
+    let rules = fixture
+        .rules_of(&[("t", "SELECT id, a FROM t")], &Policy::default())
+        .await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[update(0, &[Integer(1)], "01", &[Text("y")])]);
+    let answer = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    let answer = answer.unwrap();
+    let rejection = rejected(&answer);
+    assert_eq!(rejection.sqlstate, "22P02");
+    assert!(!rejection.message.contains("secret"), "{rejection:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn conflicts_end_as_the_policy_says() {
     let fixture = Fixture::new(
         "CREATE TABLE t (id int PRIMARY KEY, last text, first text, hits numeric(6,1), f float8, j json);

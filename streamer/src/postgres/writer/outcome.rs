@@ -101,6 +101,23 @@ pub fn classify(sqlstate: &str) -> Class {
     }
 }
 
+/// A message of Postgres, of this SQLSTATE, without the values that it quotes: those of data exceptions are of whatever was
+/// read, columns among them that the replica is not shown. Quotes are those of any language that Postgres speaks.
+pub fn told(sqlstate: &str, message: &str) -> String {
+    const QUOTES: [char; 7] = ['"', '«', '»', '„', '“', '”', '\''];
+    let quoted = message.find(QUOTES).zip(message.rfind(QUOTES));
+    match quoted {
+        Some((first, last)) if sqlstate.starts_with("22") => {
+            format!(
+                "{}…{}",
+                &message[..first],
+                message[last..].trim_start_matches(QUOTES)
+            )
+        }
+        _ => message.to_owned(),
+    }
+}
+
 /// A message that may be passed on.
 pub fn bounded(message: &str) -> String {
     let printable = message.chars().filter(|c| !c.is_control() || *c == '\n');
@@ -148,6 +165,23 @@ mod tests {
         ] {
             assert_eq!(classify(sqlstate), class, "{sqlstate}");
         }
+    }
+
+    #[test]
+    fn values_that_a_message_quotes_are_not_told() {
+        let syntax = "invalid input syntax for type integer";
+        assert_eq!(
+            told("22P02", &format!("{syntax}: \"a\"b\"")),
+            format!("{syntax}: …")
+        );
+        let range = told("22003", "value \"99\" is out of range for type integer");
+        assert_eq!(range, "value … is out of range for type integer");
+        assert_eq!(told("22P02", "ungültig: „x“ hier"), "ungültig: … hier");
+        assert_eq!(
+            told("23514", "violates \"positive\""),
+            "violates \"positive\""
+        );
+        assert_eq!(told("22012", "division by zero"), "division by zero");
     }
 
     #[test]
