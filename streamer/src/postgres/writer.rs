@@ -98,6 +98,9 @@ const CHECKED_AT_ONCE: usize = 1000;
 /// Of a standby, or a primary whose disk is full.
 const READ_ONLY: &str = "25006";
 
+/// An UPDATE that found no row.
+const UPDATE_MISSING: &str = "update_missing";
+
 /// Insufficient privilege.
 const NOT_ALLOWED: &str = "42501";
 
@@ -392,12 +395,15 @@ impl Writer {
                         wait(attempt, why).await?;
                     }
                     Verdict::Reject(rejection)
-                        if !looked_again && STALE.contains(&&*rejection.sqlstate) =>
+                        if !looked_again
+                            && (STALE.contains(&&*rejection.sqlstate)
+                                // A trigger that was made since may have suppressed it.
+                                || rejection.outcome == UPDATE_MISSING) =>
                     {
                         looked_again = true;
                         self.facts.clear();
                         // A statement does not depend on rights but by the facts.
-                        if rejection.sqlstate != NOT_ALLOWED {
+                        if ![NOT_ALLOWED, REFUSED].contains(&&*rejection.sqlstate) {
                             self.prepared.clear();
                         }
                     }

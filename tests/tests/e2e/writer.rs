@@ -846,6 +846,32 @@ async fn a_message_quotes_what_the_replica_is_not_shown() {
     assert!(!rejection.message.contains("secret"), "{rejection:?}");
 }
 
+/// What is known of a table's triggers may be old.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_that_a_new_trigger_suppresses_is_taken_for_one_that_missed() {
+    let fixture =
+        Fixture::new("CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 1)")
+            .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let [first, same] =
+        [2, 2].map(|n| program.transaction(&[update(0, &[Integer(1)], "01", &[Integer(n)])]));
+    let outcome = writer.apply(&replica, &NO_HASH, &first, &rules.rules).await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    fixture
+        .database
+        .execute(
+            "CREATE TRIGGER same BEFORE UPDATE ON t FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        )
+        .await;
+    let outcome = writer
+        .apply(&replica, &first.hash, &same, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn conflicts_end_as_the_policy_says() {
     let fixture = Fixture::new(
