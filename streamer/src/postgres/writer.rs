@@ -32,8 +32,7 @@
 //!
 //! **The role** needs rights on the tables, on the columns of the conditions (to read), and USAGE of the schema
 //! `anabranch`; the login role needs SELECT for the last look, and where it is under row-level security a policy that
-//! shows it all rows (`CREATE POLICY … FOR SELECT TO login USING (true)`), or BYPASSRLS. Where a replica writes as no
-//! other role, its claims are in force as it looks, and policies count.
+//! shows it all rows (`CREATE POLICY … FOR SELECT TO login USING (true)`), or BYPASSRLS. The claims are in force as it looks.
 //!
 //! **Errors** that are the transaction's own reject it, those of the way to Postgres are the caller's to wait out, and those
 //! of the set-up (the claim may not be called, the role is not there) are [`Error::Definite`]: no write is lost by them.
@@ -160,10 +159,8 @@ const STANDING: &str =
 
 const LEASE: &str = "SELECT first, last, step FROM anabranch.lease($1::pg_catalog.oid, $2::pg_catalog.int2, $3::pg_catalog.text, $4::pg_catalog.int4)";
 
-/// Claims stay in force for the last look where there is no other role to come back from.
-const AFTER_ROLE: &str =
-    "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE; SET LOCAL request.jwt.claims = ''";
-const AFTER_NO_ROLE: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE";
+/// Claims stay in force for the last look: policies for everybody read them, for the login role too, and may fail without.
+const AFTER: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE";
 
 /// Compiling takes longer than any of our statements.
 const NO_JIT: &str = "SET jit = off";
@@ -728,12 +725,7 @@ async fn send(
     flight.statement(Step::Claim, claim).await;
     let checks = effects(flight, transaction, targets).await;
     if !flight.has_failed() {
-        let after = if replica.role.is_some() {
-            AFTER_ROLE
-        } else {
-            AFTER_NO_ROLE
-        };
-        flight.simple(Step::Constraints, after).await;
+        flight.simple(Step::Constraints, AFTER).await;
         for (rule, check) in checks {
             flight.statement(Step::Check(rule), check).await;
         }

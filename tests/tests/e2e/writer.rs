@@ -872,6 +872,37 @@ async fn an_update_that_a_new_trigger_suppresses_is_taken_for_one_that_missed() 
     assert_eq!(outcome, Ok(Outcome::Applied));
 }
 
+/// Policies that are everybody's are the login role's too, and read the claims.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_for_everybody_fails_for_the_role_that_looks() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, owner text, team int);
+         ALTER TABLE t ENABLE ROW LEVEL SECURITY;
+         CREATE POLICY own ON t AS RESTRICTIVE USING (owner = current_setting('request.jwt.claims')::json->>'sub')",
+    )
+    .await;
+    fixture
+        .grant(
+            "CREATE POLICY looks ON t FOR SELECT TO {login} USING (true);
+             CREATE POLICY writes ON t TO {app} USING (true)",
+        )
+        .await;
+    let rules = fixture
+        .rules_of(
+            &[("t", "SELECT * FROM t WHERE team = 7")],
+            &Policy::default(),
+        )
+        .await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[insert(0, &[Integer(1), Text("edge-1"), Integer(7)])]);
+    let outcome = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn conflicts_end_as_the_policy_says() {
     let fixture = Fixture::new(
