@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 
-use super::{BindingId, Inner, Router, Routes, STEPS_MAX};
+use super::{BindingId, Inner, Router, Routes, STEPS_MAX, WALK_BYTES_MAX};
 use crate::{
     lookup::{Error, Lookup},
     mirror::{Key, Net},
@@ -34,6 +34,8 @@ pub(super) struct Walk<'a> {
     found: BTreeMap<(Oid, Key), Found>,
     behind: BTreeSet<BindingId>,
     steps: usize,
+    /// Of rows that are held.
+    bytes: usize,
 }
 
 /// One walk: from one changed row.
@@ -58,6 +60,7 @@ impl<'a> Walk<'a> {
             found: BTreeMap::new(),
             behind: BTreeSet::new(),
             steps: 0,
+            bytes: 0,
         }
     }
 
@@ -107,7 +110,7 @@ impl<'a> Walk<'a> {
         if bindings.as_ref().is_some_and(Vec::is_empty) {
             return Ok(());
         }
-        if self.steps > STEPS_MAX {
+        if self.is_too_much() {
             self.give_up(way, bindings.as_deref());
             return Ok(());
         }
@@ -116,20 +119,21 @@ impl<'a> Walk<'a> {
             None => &select.table,
         };
         let mut rows: HashMap<Key, Bytes, RandomState> = HashMap::default();
-        let mut steps = self.steps;
+        let (mut steps, mut bytes) = (self.steps, self.bytes);
         for row in [was, is.filter(|_| was != is)].into_iter().flatten() {
             found.subquery.outer_rows(row, self.now, &mut |row| {
                 steps += 1;
                 let key = Key::of_row(outer, row)?;
                 if !self.changed.contains(&(outer.oid, &key)) {
+                    bytes += row.len();
                     rows.entry(key)
                         .or_insert_with(|| Bytes::copy_from_slice(row));
                 }
-                Ok(steps <= STEPS_MAX)
+                Ok(steps <= STEPS_MAX && bytes <= WALK_BYTES_MAX)
             })?;
         }
-        self.steps = steps;
-        if self.steps > STEPS_MAX {
+        (self.steps, self.bytes) = (steps, bytes);
+        if self.is_too_much() {
             self.give_up(way, bindings.as_deref());
             return Ok(());
         }
@@ -180,6 +184,10 @@ impl<'a> Walk<'a> {
         found.bindings.sort_unstable();
         found.bindings.dedup();
         Ok(())
+    }
+
+    fn is_too_much(&self) -> bool {
+        self.steps > STEPS_MAX || self.bytes > WALK_BYTES_MAX
     }
 
     fn give_up(&mut self, way: &Way<'_>, bindings: Option<&[BindingId]>) {
