@@ -272,8 +272,7 @@ impl Shape {
     }
 
     /// Whether it shows a row of its table.
-    pub fn shows(&self, schema: &Schema, data: &Data, principal: &Principal, row: &Row) -> bool {
-        let _ = schema;
+    pub fn shows(&self, data: &Data, principal: &Principal, row: &Row) -> bool {
         self.condition.truth(data, principal, row) == Some(true)
     }
 }

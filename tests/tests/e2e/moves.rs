@@ -155,7 +155,9 @@ impl Scene {
 
     async fn commit(&self, number: usize, sql: &str) {
         self.database
-            .execute(&format!("BEGIN; INSERT INTO number VALUES ({number}); {sql}; COMMIT"))
+            .execute(&format!(
+                "BEGIN; INSERT INTO number VALUES ({number}); {sql}; COMMIT"
+            ))
             .await;
     }
 
@@ -260,15 +262,24 @@ async fn an_inner_table_that_stops_stops_what_looks_into_it_by_name() {
         };
         anyhow::ensure!(stopped("tasks") && stopped("comments"), "{states:?}");
         anyhow::ensure!(!stopped("notes") && !stopped("projects"), "{states:?}");
-        anyhow::ensure!(states.iter().all(|(name, ..)| name != "members"), "{states:?}");
+        anyhow::ensure!(
+            states.iter().all(|(name, ..)| name != "members"),
+            "{states:?}"
+        );
         Ok(())
     })
     .await;
     // The others go on, and what stopped keeps what it had.
-    scene.database.execute("INSERT INTO hidden VALUES (1, 6, 1)").await;
+    scene
+        .database
+        .execute("INSERT INTO hidden VALUES (1, 6, 1)")
+        .await;
     replica.until_caught_up(&scene.database).await;
     let selects = selects(*me);
-    for (table, sql) in selects.iter().filter(|(table, _)| ["notes", "projects"].contains(table)) {
+    for (table, sql) in selects
+        .iter()
+        .filter(|(table, _)| ["notes", "projects"].contains(table))
+    {
         compare_file(&scene.database, &replica.file(), &[(table, sql)])
             .await
             .unwrap();

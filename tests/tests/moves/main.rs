@@ -13,10 +13,10 @@ use anabranch_tests::seed::VARIABLE;
 use driver::{Counts, Driver};
 
 /// Histories, where `ANABRANCH_HISTORIES` does not say how many.
-const HISTORIES: u64 = 60;
+const HISTORIES: u64 = 40;
 
 /// Steps of each.
-const STEPS: usize = 70;
+const STEPS: usize = 120;
 
 #[test]
 fn whoever_is_told_of_moves_has_what_the_shapes_mean() {

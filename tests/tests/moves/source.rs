@@ -15,7 +15,7 @@ use bytes::Bytes;
 use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
 
 /// Rows of a table at most, about.
-const ROWS_MAX: usize = 8;
+const ROWS_MAX: usize = 10;
 
 pub struct Source {
     pub schema: Schema,
@@ -85,7 +85,7 @@ impl Source {
             changes: Vec::new(),
         };
         for place in 0..source.tables.len() {
-            for _ in 0..rng.random_range(0..ROWS_MAX) {
+            for _ in 0..rng.random_range(ROWS_MAX / 2..2 * ROWS_MAX) {
                 source.insert(rng, place);
             }
         }
