@@ -3,12 +3,12 @@
 
 mod fixture;
 mod generator;
+mod rows;
 
 use std::collections::{BTreeMap, HashMap};
 
-use anabranch_streamer::shape::{self, ParamSource, Source};
+use anabranch_streamer::shape::{self, ParamSource, Source, Step};
 use anabranch_tests::{postgres::Server, seed::Seed};
-use rand::rngs::StdRng;
 use tokio_postgres::Client;
 
 use self::{
@@ -22,6 +22,15 @@ const ROWS: usize = 1_000;
 /// Conditions that are tried.
 const CONDITIONS: usize = 1_500;
 
+/// Rows that each condition with subqueries is asked of: for each, Postgres goes over inner rows, and for those over others.
+const OUTER_ROWS: usize = 80;
+
+/// How long Postgres may take for a condition. Few take longer; they would take most of the time.
+const STATEMENT_TIMEOUT: &str = "SET statement_timeout = '1s'";
+
+/// Conditions with subqueries that are tried.
+const CONDITIONS_WITH_SUBQUERIES: usize = 4_500;
+
 /// What came out.
 #[derive(Debug, Default)]
 pub struct Counts {
@@ -33,6 +42,10 @@ pub struct Counts {
     pub accepted: usize,
     /// Of these, those that can be routed.
     pub routed: usize,
+    /// Those that we take, by how deep subqueries are in them.
+    pub by_depth: BTreeMap<usize, usize>,
+    /// Conditions that Postgres took too long for.
+    pub too_slow: usize,
     /// Conditions that both refuse.
     pub refused_by_both: usize,
     /// Conditions that only we refuse, by reason.
@@ -44,7 +57,10 @@ async fn conditions_mean_what_postgres_means() {
     let seed = Seed::new();
     let database = Server::shared().await.database().await;
     let client = database.connect().await;
-    let counts = compare(&client, &mut seed.rng("conditions"), ROWS, CONDITIONS).await;
+    let mut rng = seed.rng("conditions");
+    let fixture = Fixture::create(&client, &mut rng, ROWS).await;
+    let sample = || Generator::sample(&mut rng);
+    let counts = compare(&client, &fixture, CONDITIONS, sample).await;
     println!("{counts:#?}");
     assert!(
         counts.pairs >= 200_000,
@@ -58,26 +74,71 @@ async fn conditions_mean_what_postgres_means() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn subqueries_mean_what_postgres_means() {
+    let seed = Seed::new();
+    let database = Server::shared().await.database().await;
+    let client = database.connect().await;
+    let mut rng = seed.rng("subqueries");
+    let fixture = Fixture::with_inner(&client, &mut rng, OUTER_ROWS).await;
+    client.batch_execute(STATEMENT_TIMEOUT).await.unwrap();
+    let sample = || Generator::with_subqueries(&mut rng);
+    let counts = compare(&client, &fixture, CONDITIONS_WITH_SUBQUERIES, sample).await;
+    println!("{counts:#?}");
+    assert!(
+        counts.pairs >= 200_000 && counts.accepted * 2 > CONDITIONS_WITH_SUBQUERIES,
+        "too few pairs to prove anything: {}",
+        counts.pairs
+    );
+    assert!(
+        counts.trues * 10 > counts.pairs && counts.trues * 10 < counts.pairs * 9,
+        "nearly all answers are the same: {}",
+        counts.trues
+    );
+    assert!(
+        counts.routed * 20 > counts.accepted,
+        "nearly no condition is routed: {}",
+        counts.routed
+    );
+    assert!(
+        counts.by_depth.len() == 3 && counts.by_depth.values().all(|count| *count > 50),
+        "nearly no subquery is in another: {:?}",
+        counts.by_depth
+    );
+}
+
 /// Compares our answer with that of the database behind `client`, and panics at the first difference.
-pub async fn compare(client: &Client, rng: &mut StdRng, rows: usize, conditions: usize) -> Counts {
-    let fixture = Fixture::create(client, rng, rows).await;
+async fn compare(
+    client: &Client,
+    fixture: &Fixture,
+    conditions: usize,
+    mut sample: impl FnMut() -> Sample,
+) -> Counts {
     let mut counts = Counts::default();
     for _ in 0..conditions {
-        let sample = Generator::sample(rng);
-        let theirs = ask(client, &sample.theirs).await;
-        match (evaluate(&fixture, &sample, &mut counts), theirs) {
+        let sample = sample();
+        let theirs = ask(client, "samples", &sample.theirs).await;
+        if theirs.as_ref().is_err_and(|error| is_timeout(error)) {
+            counts.too_slow += 1;
+            continue;
+        }
+        match (evaluate(fixture, &sample, &mut counts), theirs) {
             (Ok(answer), Ok(truth)) => {
                 assert_same(&sample.theirs, &answer.bits, &truth);
-                let canonical = ask(client, &answer.sql).await;
+                // As writes ask it.
+                let canonical = ask(client, "ONLY samples AS t", &answer.sql).await;
                 match canonical {
                     Ok(truth) => assert_same(&answer.sql, &answer.bits, &truth),
+                    Err(error) if is_timeout(&error) => counts.too_slow += 1,
                     Err(error) => panic!(
                         "Postgres refuses our canonical SQL: {error}\n{sample:#?}\n{}",
                         answer.sql
                     ),
                 }
                 // Without values, `check` asks Postgres with NULLs.
-                if let Err(error) = ask(client, &answer.unbound_sql).await {
+                if let Err(error) = ask(client, "samples", &answer.unbound_sql).await
+                    && !is_timeout(&error)
+                {
                     panic!(
                         "Postgres refuses NULLs for parameters: {error}\n{}",
                         answer.unbound_sql
@@ -98,6 +159,10 @@ pub async fn compare(client: &Client, rng: &mut StdRng, rows: usize, conditions:
     counts
 }
 
+fn is_timeout(error: &str) -> bool {
+    error.contains("57014")
+}
+
 #[track_caller]
 fn assert_same(sql: &str, ours: &str, theirs: &str) {
     assert_eq!(ours.len(), theirs.len());
@@ -110,10 +175,10 @@ fn assert_same(sql: &str, ours: &str, theirs: &str) {
     }
 }
 
-/// One digit for each row, in the order of ids: whether the condition is true.
-async fn ask(client: &Client, condition: &str) -> Result<String, String> {
+/// One digit for each row of `from`, in the order of ids: whether the condition is true.
+async fn ask(client: &Client, from: &str, condition: &str) -> Result<String, String> {
     let sql = format!(
-        "SELECT string_agg(CASE WHEN ({condition}) IS TRUE THEN '1' ELSE '0' END, '' ORDER BY id) FROM samples"
+        "SELECT string_agg(CASE WHEN ({condition}) IS TRUE THEN '1' ELSE '0' END, '' ORDER BY id) FROM {from}"
     );
     match client.query_one(&sql, &[]).await {
         Ok(row) => Ok(row.get(0)),
@@ -138,25 +203,30 @@ fn evaluate(fixture: &Fixture, sample: &Sample, counts: &mut Counts) -> Result<A
         tables: vec![format!("SELECT * FROM samples WHERE {}", sample.ours)],
         writable: Vec::new(),
     };
-    let tables = [fixture.table.clone()];
-    let shapes = shape::compile(&[source], &tables).map_err(|refused| refused[0].reason.clone())?;
+    let shapes =
+        shape::compile(&[source], &fixture.tables).map_err(|refused| refused[0].reason.clone())?;
     let bound = shapes[0]
         .bind(&sample.claims, &HashMap::new())
         .map_err(|error| error.to_string())?;
     let bound = &bound[0];
     let keys = bound.route_keys();
     counts.routed += usize::from(bound.select.is_routable());
+    let steps = bound.select.subqueries();
+    let depth = steps.iter().map(|step| depth(steps, step)).max();
+    let depth = depth.unwrap_or(0);
+    *counts.by_depth.entry(depth).or_default() += 1;
     let mut bits = String::new();
     for row in &fixture.rows {
         let is_in = bound
-            .contains(row)
+            .contains(row, &fixture.lookup)
             .expect("a row of Postgres is of its table");
         if is_in && bound.select.is_routable() {
-            let key = bound
+            let mut leads_to = Vec::new();
+            bound
                 .select
-                .route_key(row)
+                .route_keys_of(row, &fixture.lookup, &mut leads_to)
                 .expect("a row of Postgres is of its table");
-            let found = key.is_some_and(|key| keys.contains(&key));
+            let found = leads_to.iter().any(|key| keys.contains(key));
             assert!(
                 found,
                 "routing does not find a row that is in the shape: {sample:#?}"
@@ -166,7 +236,12 @@ fn evaluate(fixture: &Fixture, sample: &Sample, counts: &mut Counts) -> Result<A
     }
     Ok(Answer {
         bits,
-        sql: bound.condition_sql(),
-        unbound_sql: bound.select.condition_sql(),
+        sql: bound.condition_sql("t"),
+        unbound_sql: bound.select.condition_sql("samples"),
     })
+}
+
+/// How many subqueries are around the inner table of `step`.
+fn depth(steps: &[Step], step: &Step) -> usize {
+    1 + step.parent.map_or(0, |parent| depth(steps, &steps[parent]))
 }

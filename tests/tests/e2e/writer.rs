@@ -469,6 +469,78 @@ async fn what_a_replica_is_not_shown_it_can_not_write() {
     }
 }
 
+/// The outer row is named in subqueries, in whatever statement the condition stands.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_a_row_of_another_table_shows_can_be_written_and_no_other() {
+    let fixture = Fixture::new(
+        "CREATE TABLE issues (id int PRIMARY KEY, team int, title text);
+         CREATE TABLE members (id int PRIMARY KEY, team int, person int);
+         CREATE FUNCTION merge_issues(old issues, new issues, now issues) RETURNS issues LANGUAGE sql AS 'SELECT $2';
+         INSERT INTO members VALUES (1, 7, 5), (2, 8, 6), (3, 7, 4)",
+    )
+    .await;
+    let select = "SELECT * FROM issues WHERE EXISTS (SELECT 1 FROM members t WHERE t.team = issues.team AND t.person = 5) \
+                  AND (id, team) NOT IN (SELECT id, team FROM members WHERE person = 4 AND members.id = issues.id)";
+    let state = "SELECT string_agg(concat_ws(',', id, team, title), ' ' ORDER BY id) FROM issues";
+    for (number, conflict) in [
+        Conflict::LastWrite,
+        Conflict::FirstWrite,
+        Conflict::Function("public.merge_issues".into()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let there =
+            "TRUNCATE issues; INSERT INTO issues VALUES (1, 7, 'a'), (2, 8, 'b'), (3, 7, 'c')";
+        fixture.database.execute(there).await;
+        let mut policy = Policy::default();
+        policy.columns.insert("title".into(), conflict);
+        let rules = fixture.rules_of(&[("issues", select)], &policy).await;
+        let replica = fixture.replica(&format!("r{number}"));
+        let mut writer = fixture.writer().await;
+        let mut program = Program::new(&rules, &["issues"]);
+        let mut previous = NO_HASH;
+        let set = |old: &'static str| match number {
+            0 => vec![Text("x")],
+            _ => vec![Text("x"), Text(old)],
+        };
+        for (entry, outcome) in [
+            (
+                update(0, &[Integer(2)], "001", &set("b")),
+                Some("update_missing"),
+            ),
+            (
+                update(0, &[Integer(3)], "001", &set("c")),
+                Some("update_missing"),
+            ),
+            (
+                update(0, &[Integer(1)], "010", &[Integer(8)]),
+                Some("out_of_shape"),
+            ),
+            (
+                insert(0, &[Integer(4), Integer(8), Null]),
+                Some("out_of_shape"),
+            ),
+            (delete(0, &[Integer(2)]), None),
+            (update(0, &[Integer(1)], "001", &set("a")), None),
+            (insert(0, &[Integer(5), Integer(7), Null]), None),
+            (delete(0, &[Integer(5)]), None),
+        ] {
+            let transaction = program.transaction(&[entry]);
+            let answer = writer
+                .apply(&replica, &previous, &transaction, &rules.rules)
+                .await;
+            previous = transaction.hash;
+            let answer = answer.unwrap();
+            match outcome {
+                Some(outcome) => assert_eq!(rejected(&answer).outcome, outcome, "{answer:?}"),
+                None => assert_eq!(answer, Outcome::Applied),
+            }
+        }
+        assert_eq!(fixture.text(state).await, "1,7,x 2,8,b 3,7,c");
+    }
+}
+
 /// Another transaction takes the row out of the shape while ours waits for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_that_leaves_the_shape_meanwhile_is_not_pulled_back() {

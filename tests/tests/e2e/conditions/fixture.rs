@@ -11,6 +11,8 @@ use bytes::Bytes;
 use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
 use tokio_postgres::{Client, SimpleQueryMessage};
 
+use super::rows::Rows;
+
 /// What conditions over a column are made of.
 pub struct Class {
     /// How its type is written in casts.
@@ -278,25 +280,26 @@ pub const OTHERS: &[(&str, &str, &str)] = &[
     ("co", "pair", "(,)"),
 ];
 
-/// The table and its rows, as the streamer has them.
+/// The table and its rows, as the streamer has them, and those that subqueries ask for.
 pub struct Fixture {
     pub table: Arc<Table>,
     /// In the order of their ids.
     pub rows: Vec<Bytes>,
+    /// All tables.
+    pub tables: Vec<Arc<Table>>,
+    /// All their rows.
+    pub lookup: Rows,
 }
+
+/// Tables that have the same columns, and how many rows of `samples`, or rows like them.
+pub const INNER: &[(&str, usize)] = &[("few", 8), ("More Rows", 16), ("none", 0)];
 
 impl Fixture {
     /// Creates the table, fills it with `count` rows, and reads them back.
     pub async fn create(client: &Client, rng: &mut StdRng, count: usize) -> Fixture {
-        let run = async |sql: String| {
-            client
-                .batch_execute(&sql)
-                .await
-                .unwrap_or_else(|e| panic!("{e:?}\n{sql}"))
-        };
         let settings = "SET DateStyle = 'ISO, MDY'; SET TimeZone = 'UTC'; SET extra_float_digits = 1; \
                         SET bytea_output = 'hex'; SET client_encoding = 'UTF8'; SET standard_conforming_strings = on;";
-        run(settings.to_owned()).await;
+        run(client, settings).await;
         let icu = client
             .query_one(
                 "SELECT count(*) FROM pg_collation WHERE collname = 'und-x-icu'",
@@ -308,7 +311,7 @@ impl Fixture {
             > 0;
         let other_collation = if icu { "und-x-icu" } else { "C" };
         let labels: Vec<String> = LABELS.iter().map(|label| quote(label)).collect();
-        run(format!(
+        let create = format!(
             "CREATE TYPE mood AS ENUM ({});
              CREATE TYPE pair AS (a int, b int);
              CREATE DOMAIN small AS int4;
@@ -322,8 +325,8 @@ impl Fixture {
                 ts timestamp, ts2 timestamp, d date, d2 date, tm time, tm2 time,
                 j jsonb, ar int4[], ip inet, iv interval, rg int4range, co pair)",
             labels.join(", ")
-        ))
-        .await;
+        );
+        run(client, &create).await;
         for id in 0..count {
             let mut names = vec!["id".to_owned()];
             let mut values = vec![id.to_string()];
@@ -343,24 +346,70 @@ impl Fixture {
                     false => format!("{}::{type_name}", quote(value)),
                 });
             }
-            run(format!(
+            let insert = format!(
                 "INSERT INTO samples ({}) VALUES ({})",
                 names.join(", "),
                 values.join(", ")
-            ))
-            .await;
+            );
+            run(client, &insert).await;
         }
-        let table = Arc::new(read_table(client, icu).await);
+        let table = Arc::new(read_table(client, icu, "samples").await);
         let rows = read_rows(client, &table).await;
-        Fixture { table, rows }
+        let mut lookup = Rows::default();
+        lookup.add(table.oid, rows.clone());
+        Fixture {
+            tables: vec![table.clone()],
+            table,
+            rows,
+            lookup,
+        }
+    }
+
+    /// Creates the tables of [`INNER`] too. Their rows are equal to rows of `samples`, but for what is NULL in them, and
+    /// values that are changed for those of others.
+    pub async fn with_inner(client: &Client, rng: &mut StdRng, count: usize) -> Fixture {
+        let mut fixture = Fixture::create(client, rng, count).await;
+        let icu = fixture
+            .table
+            .columns
+            .iter()
+            .any(|column| column.collation == Collation::Deterministic);
+        for (name, rows) in INNER {
+            let name = identifier(name);
+            let mut sql = format!("CREATE TABLE {name} (LIKE samples INCLUDING ALL);");
+            for id in 0..*rows {
+                let row = rng.random_range(0..count);
+                sql += &format!(
+                    "INSERT INTO {name} SELECT * FROM samples WHERE id = {row} ON CONFLICT DO NOTHING;"
+                );
+                let class = CLASSES.choose(rng).unwrap();
+                let column = identifier(class.columns.choose(rng).unwrap());
+                let other = quote(class.values.choose(rng).unwrap());
+                let value = if id % 2 == 0 { "NULL" } else { &*other };
+                sql += &format!("UPDATE {name} SET {column} = {value} WHERE id = {row};");
+            }
+            run(client, &sql).await;
+            let table = Arc::new(read_table(client, icu, &name).await);
+            let rows = read_rows(client, &table).await;
+            fixture.lookup.add(table.oid, rows);
+            fixture.tables.push(table);
+        }
+        run(client, "ANALYZE").await;
+        fixture
     }
 }
 
-async fn read_table(client: &Client, icu: bool) -> Table {
+async fn run(client: &Client, sql: &str) {
+    if let Err(error) = client.batch_execute(sql).await {
+        panic!("{error:?}\n{sql}");
+    }
+}
+
+async fn read_table(client: &Client, icu: bool, name: &str) -> Table {
     let sql = "SELECT attname::text, attnum, atttypid, atttypmod, format_type(atttypid, atttypmod), attrelid, \
                coalesce((SELECT nullif(typbasetype, 0) FROM pg_type WHERE oid = atttypid), atttypid) \
-               FROM pg_attribute WHERE attrelid = 'samples'::regclass AND attnum > 0 ORDER BY attnum";
-    let rows = client.query(sql, &[]).await.unwrap();
+               FROM pg_attribute WHERE attrelid = $1::text::regclass AND attnum > 0 ORDER BY attnum";
+    let rows = client.query(sql, &[&name]).await.unwrap();
     let columns = rows.iter().map(|row| {
         let name: String = row.get(0);
         let not_null = name == "id";
@@ -383,7 +432,7 @@ async fn read_table(client: &Client, icu: bool) -> Table {
     Table {
         oid: rows[0].get(5),
         schema: "public".to_owned(),
-        name: "samples".to_owned(),
+        name: name.trim_matches('"').to_owned(),
         columns: columns.collect(),
         key: vec![0],
         identity: Identity::Key,
@@ -428,11 +477,8 @@ fn kind(column: &str) -> Kind {
 async fn read_rows(client: &Client, table: &Table) -> Vec<Bytes> {
     let mut builder = Builder::new();
     let mut rows = Vec::new();
-    for message in client
-        .simple_query("SELECT * FROM samples ORDER BY id")
-        .await
-        .unwrap()
-    {
+    let sql = format!("SELECT * FROM {} ORDER BY id", identifier(&table.name));
+    for message in client.simple_query(&sql).await.unwrap() {
         let SimpleQueryMessage::Row(row) = message else {
             continue;
         };

@@ -3,6 +3,8 @@
 use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::{Map, Value, json};
 
+mod subqueries;
+
 use super::fixture::{CLASSES, Class, OTHERS, identifier, quote};
 
 /// A condition for us, with parameters, and the same for Postgres, with constants.
@@ -56,27 +58,41 @@ const PATTERNS: &[&str] = &[
 pub struct Generator<'a> {
     rng: &'a mut StdRng,
     sample: Sample,
+    /// How the tables are called whose columns may be named here; the innermost is last.
+    scopes: Vec<String>,
+    /// So many levels of subqueries may come.
+    levels: u32,
 }
 
 impl Generator<'_> {
     /// One condition.
     pub fn sample(rng: &mut StdRng) -> Sample {
-        let mut generator = Generator {
-            rng,
-            sample: Sample::default(),
-        };
+        let mut generator = Generator::new(rng, 0);
         // What most shapes have, and what routing lives on.
         if generator.chance(1, 6) {
-            let class = generator.class();
-            generator.column(class);
-            generator.put(" = ");
-            let value = *class.values.choose(generator.rng).unwrap();
-            generator.param(value, json!(value));
+            generator.is_param();
             generator.put(" AND ");
         }
         let depth = generator.rng.random_range(0..4);
         generator.condition(depth);
         generator.sample
+    }
+
+    fn is_param(&mut self) {
+        let class = self.class();
+        self.column(class);
+        self.put(" = ");
+        let value = *class.values.choose(self.rng).unwrap();
+        self.param(value, json!(value));
+    }
+
+    fn new(rng: &mut StdRng, levels: u32) -> Generator<'_> {
+        Generator {
+            rng,
+            sample: Sample::default(),
+            scopes: vec!["samples".to_owned()],
+            levels,
+        }
     }
 
     fn put(&mut self, text: &str) {
@@ -148,11 +164,18 @@ impl Generator<'_> {
 
     fn column(&mut self, class: &Class) {
         let name = identifier(self.one_of(class.columns));
-        let qualifier = if self.chance(1, 10) { "samples." } else { "" };
-        self.put(&format!("{qualifier}{name}"));
+        if self.chance(1, 10) {
+            let table = self.scopes.last().expect("there is a table").clone();
+            self.put(&format!("{table}.{name}"));
+        } else {
+            self.put(&name);
+        }
     }
 
     fn predicate(&mut self) {
+        if self.levels > 0 && self.chance(2, 5) {
+            return self.subquery();
+        }
         let class = self.class();
         match self.rng.random_range(0..20) {
             0..=6 => {

@@ -163,25 +163,21 @@ impl Fixture {
 
     /// Tables and their SELECTs.
     pub async fn rules_of(&self, selects: &[(&str, &str)], policy: &Policy) -> Allowed {
-        let names: Vec<_> = selects
-            .iter()
-            .map(|(table, _)| Name {
-                schema: "public".into(),
-                name: (*table).into(),
-            })
-            .collect();
+        let source = Source {
+            name: "s".into(),
+            tables: selects.iter().map(|(_, select)| (*select).into()).collect(),
+            ..Source::default()
+        };
+        let sources = [source];
+        let names = shape::tables_named(&sources).unwrap().into_iter();
+        let names: Vec<_> = names.map(|(schema, name)| Name { schema, name }).collect();
         let client = self.client().await;
         let read = catalog::read(&client, &names).await.unwrap();
         let tables: Vec<_> = read
             .into_iter()
             .map(|table| Arc::new(table.unwrap()))
             .collect();
-        let source = Source {
-            name: "s".into(),
-            tables: selects.iter().map(|(_, select)| (*select).into()).collect(),
-            ..Source::default()
-        };
-        let shapes = shape::compile(&[source], &tables).unwrap();
+        let shapes = shape::compile(&sources, &tables).unwrap();
         let bounds = shapes[0]
             .bind(&serde_json::Map::new(), &HashMap::new())
             .unwrap();
