@@ -266,6 +266,20 @@ impl Condition {
         }
     }
 
+    /// How many subqueries are in it.
+    pub fn subqueries(&self) -> usize {
+        match self {
+            Condition::And(parts) | Condition::Or(parts) => {
+                parts.iter().map(Condition::subqueries).sum()
+            }
+            Condition::Not(inner) | Condition::Is(inner, ..) => inner.subqueries(),
+            Condition::In(_, _, inner) | Condition::Exists(inner) => {
+                1 + inner.condition.as_ref().map_or(0, Condition::subqueries)
+            }
+            _ => 0,
+        }
+    }
+
     /// How deep subqueries are nested in it.
     pub fn levels(&self) -> usize {
         match self {

@@ -10,6 +10,9 @@ use super::{
 /// How deep subqueries are nested at most.
 pub const LEVELS_MAX: usize = 3;
 
+/// How many a shape has at most: as many as are taken.
+const SUBQUERIES_MAX: usize = 16;
+
 /// As many tables.
 pub fn schema(rng: &mut StdRng, tables: usize, width: i64) -> Schema {
     let mut schema = Schema {
@@ -148,9 +151,14 @@ pub fn principal(rng: &mut StdRng, width: i64) -> Principal {
 /// A shape; nearly all have subqueries.
 pub fn shape(rng: &mut StdRng, schema: &Schema, name: String) -> Shape {
     let table = rng.random_range(0..schema.tables.len());
-    let levels = rng.random_range(1..=LEVELS_MAX);
-    let size = rng.random_range(0..3);
-    let condition = Generator { rng, schema }.condition(table, levels, size);
+    let condition = loop {
+        let levels = rng.random_range(1..=LEVELS_MAX);
+        let size = rng.random_range(0..3);
+        let condition = Generator { rng, schema }.condition(table, levels, size);
+        if condition.subqueries() <= SUBQUERIES_MAX {
+            break condition;
+        }
+    };
     Shape {
         name,
         table,

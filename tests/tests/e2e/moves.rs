@@ -4,6 +4,9 @@
 //! A transaction says its number in the file, and Postgres is quiet behind it: whatever comes later than the number comes
 //! too late, or never.
 
+mod oracle;
+mod transactions;
+
 use anabranch_tests::{
     oracle::{file, select::compare_file},
     peers::{Replica, Streamer},
