@@ -5,6 +5,7 @@
 //! - [`proxy`]: a TCP connection that breaks in the ways that networks break.
 //! - [`authority`]: certificates that only a test trusts.
 //! - [`wait`]: waiting for a condition, never for time. [`seed`]: chance that can be had again.
+//! - [`nested`]: random shapes with subqueries, and what they mean.
 //! - [`oracle`]: what a replica's file must hold, found out without any of our own decoding.
 //!
 //! Nothing in here is Anabranch itself, and nothing outside of tests may depend on it. What a test starts is gone
@@ -16,6 +17,7 @@ use tokio::runtime::{Builder, Runtime};
 
 pub mod authority;
 pub mod http;
+pub mod nested;
 pub mod oracle;
 pub mod peers;
 pub mod port;

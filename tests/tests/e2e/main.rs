@@ -15,6 +15,7 @@ mod ids;
 mod kills;
 mod large;
 mod ledger;
+mod moves;
 mod pages;
 mod parameters;
 mod pgbench;

@@ -1,0 +1,516 @@
+//! Plays engine and sessions.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use anabranch_proto::{Epoch, Position};
+use anabranch_streamer::{
+    catchup::{Catchup, Item, Round, View},
+    delta::{self, Op},
+    lookup::Index,
+    mirror::{Mirror, Reader, Settings},
+    policy::Policies,
+    route::Router,
+    session::TableView,
+    shape::{self, Bound, ParamSource, Source as ShapeSource},
+    transaction::Chunk,
+};
+use anabranch_tests::nested::{Principal, Schema, Shape, generator};
+use bytes::Bytes;
+use rand::{
+    Rng, SeedableRng,
+    rngs::StdRng,
+    seq::{IndexedMutRandom, IndexedRandom},
+};
+
+use super::source::{Source, encode};
+
+/// Shapes of each history.
+const SHAPES: usize = 12;
+
+/// What was done.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    pub shapes: usize,
+    pub transactions: usize,
+    /// Comparisons of a replica's table with what its shapes mean.
+    pub compared: usize,
+    /// Rows in these.
+    pub rows: usize,
+    /// Ops that live replicas got.
+    pub told: usize,
+    /// Of these, of rows that did not change themselves.
+    pub moved: usize,
+    /// Catch-ups that were completed.
+    pub caught_up: usize,
+    pub rounds: usize,
+    /// Ops of catch-ups.
+    pub caught_up_ops: usize,
+    pub kills: usize,
+}
+
+impl Counts {
+    pub fn add(&mut self, other: &Counts) {
+        self.shapes += other.shapes;
+        self.transactions += other.transactions;
+        self.compared += other.compared;
+        self.rows += other.rows;
+        self.told += other.told;
+        self.moved += other.moved;
+        self.caught_up += other.caught_up;
+        self.rounds += other.rounds;
+        self.caught_up_ops += other.caught_up_ops;
+        self.kills += other.kills;
+    }
+}
+
+/// What a replica has of one table: by the record of the key, that of the row.
+type Content = BTreeMap<Bytes, Bytes>;
+
+enum Standing {
+    /// Gets ops.
+    Live,
+    /// At a position, or nowhere.
+    Away,
+    /// Has been told something that it has not committed.
+    CatchingUp(Catchup, Vec<Content>),
+}
+
+struct Session {
+    id: u64,
+    principal: Principal,
+    bounds: Vec<Bound>,
+    views: Vec<Arc<TableView>>,
+    /// For each of `views`: what it shows.
+    shapes: Vec<Vec<Shape>>,
+    has: Vec<Content>,
+    at: Option<Position>,
+    standing: Standing,
+}
+
+pub struct Driver {
+    rng: StdRng,
+    _directory: tempfile::TempDir,
+    settings: Settings,
+    source: Source,
+    mirror: Option<Mirror>,
+    router: Router,
+    indexes: Vec<Index>,
+    readers: Vec<Reader>,
+    sessions: Vec<Session>,
+    shapes: Vec<(Shape, shape::Shape)>,
+    pub counts: Counts,
+}
+
+/// As the config would have it.
+fn written(schema: &Schema, shape: &Shape) -> ShapeSource {
+    let params = shape.params(schema).into_iter();
+    ShapeSource {
+        name: shape.name.clone(),
+        params: params
+            .map(|name| (name.to_owned(), ParamSource::Claim(name.to_owned())))
+            .collect(),
+        tables: vec![shape.sql(schema)],
+        writable: Vec::new(),
+    }
+}
+
+/// Whether it shows some of the rows to somebody, and not all of them.
+fn tells(rng: &mut StdRng, source: &Source, shape: &Shape) -> bool {
+    let rows = &source.data[shape.table];
+    (0..3).any(|_| {
+        let principal = generator::principal(rng, source.schema.width);
+        let shows = |row: &&_| shape.shows(&source.data, &principal, row);
+        let shown = rows.values().filter(shows).count();
+        0 < shown && shown < rows.len()
+    })
+}
+
+impl Driver {
+    pub fn new(seed: u64) -> Driver {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let source = Source::new(&mut rng);
+        let directory = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            directory: directory.path().into(),
+            cache_bytes: 1 << 20,
+            reader_cache_bytes: 1 << 18,
+            index_bytes_max: u64::MAX,
+            index_hours_max: 24,
+            row_bytes_max: 1 << 20,
+        };
+        let mut counts = Counts::default();
+        let mut shapes = Vec::new();
+        while shapes.len() < SHAPES {
+            let name = format!("s{}", shapes.len());
+            let shape = generator::shape(&mut rng, &source.schema, name);
+            if !tells(&mut rng, &source, &shape) && rng.random_ratio(9, 10) {
+                continue;
+            }
+            shapes.push(shape);
+        }
+        // All at once: what is told apart by its number must not be compiled twice.
+        let sources = shapes.iter().map(|shape| written(&source.schema, shape));
+        let compiled = shape::compile(&sources.collect::<Vec<_>>(), &source.tables).unwrap();
+        let shapes: Vec<_> = shapes.into_iter().zip(compiled).collect();
+        counts.shapes = shapes.len();
+        let mut indexes = Vec::new();
+        for select in shapes.iter().flat_map(|(_, compiled)| &compiled.selects) {
+            indexes.extend(select.indexes());
+        }
+        let mut mirror = Mirror::open(&settings).unwrap();
+        for (place, table) in source.tables.iter().enumerate() {
+            mirror.begin_copy(table).unwrap();
+            let rows = source.data[place].values();
+            let rows: Vec<Bytes> = rows.map(|row| source.encode(place, row)).collect();
+            mirror.copy_rows(table.oid, &rows).unwrap();
+            mirror.end_copy(table.oid, source.lsn).unwrap();
+        }
+        mirror.begin_epoch(Epoch(7), None, source.lsn).unwrap();
+        mirror.set_indexes(&indexes).unwrap();
+        let readers = (0..2).map(|_| mirror.reader().unwrap()).collect();
+        let mut driver = Driver {
+            rng,
+            _directory: directory,
+            settings,
+            source,
+            mirror: Some(mirror),
+            router: Router::default(),
+            indexes,
+            readers,
+            sessions: Vec::new(),
+            shapes,
+            counts,
+        };
+        for id in 0..5 {
+            driver.subscribe(id);
+        }
+        driver
+    }
+
+    fn subscribe(&mut self, id: u64) {
+        let principal = generator::principal(&mut self.rng, self.source.schema.width);
+        let count = self.rng.random_range(3..=8);
+        let chosen: Vec<&(Shape, shape::Shape)> =
+            self.shapes.choose_multiple(&mut self.rng, count).collect();
+        let claims = principal.claims("somebody");
+        let mut bounds = Vec::new();
+        for (shape, compiled) in &chosen {
+            let bound = compiled.bind(&claims, &HashMap::new()).unwrap().remove(0);
+            bounds.push((shape.name.clone(), bound));
+        }
+        let views = TableView::of(&bounds, &Policies::default()).unwrap();
+        let shapes = views.iter().map(|view| {
+            let shown = chosen
+                .iter()
+                .filter(|(shape, _)| self.source.tables[shape.table].oid == view.table().oid);
+            shown.map(|(shape, _)| shape.clone()).collect()
+        });
+        self.sessions.push(Session {
+            id,
+            principal,
+            shapes: shapes.collect(),
+            bounds: bounds.into_iter().map(|(_, bound)| bound).collect(),
+            has: vec![Content::new(); views.len()],
+            views,
+            at: None,
+            standing: Standing::Away,
+        });
+    }
+
+    fn mirror(&mut self) -> &mut Mirror {
+        self.mirror.as_mut().unwrap()
+    }
+
+    pub fn step(&mut self) {
+        match self.rng.random_range(0..100) {
+            0..50 => self.transaction(),
+            50..55 => self.mirror().commit().unwrap(),
+            55..63 => {
+                let which = self.rng.random_range(0..self.sessions.len());
+                self.leave(which);
+            }
+            63..65 => self.kill(),
+            _ => {
+                let away: Vec<usize> = (0..self.sessions.len())
+                    .filter(|which| !matches!(self.sessions[*which].standing, Standing::Live))
+                    .collect();
+                if let Some(which) = away.choose(&mut self.rng).copied() {
+                    self.round(which);
+                }
+            }
+        }
+    }
+
+    /// All catch up, and are equal.
+    pub fn end(&mut self) {
+        for which in 0..self.sessions.len() {
+            while !matches!(self.sessions[which].standing, Standing::Live) {
+                self.round(which);
+            }
+        }
+        self.transaction();
+    }
+
+    fn leave(&mut self, which: usize) {
+        let session = &mut self.sessions[which];
+        self.router.remove(session.id);
+        session.standing = Standing::Away;
+    }
+
+    fn kill(&mut self) {
+        self.counts.kills += 1;
+        self.mirror().commit().unwrap();
+        for which in 0..self.sessions.len() {
+            self.leave(which);
+        }
+        self.readers.clear();
+        self.mirror = None;
+        let mut mirror = Mirror::open(&self.settings).unwrap();
+        mirror.set_indexes(&self.indexes).unwrap();
+        self.readers = (0..2).map(|_| mirror.reader().unwrap()).collect();
+        self.mirror = Some(mirror);
+    }
+
+    fn transaction(&mut self) {
+        self.counts.transactions += 1;
+        let chunk = self.source.commit(&mut self.rng);
+        if self.rng.random_ratio(1, 15) {
+            self.large(chunk);
+            return;
+        }
+        let mirror = self.mirror.as_mut().unwrap();
+        let applied = mirror.apply(&chunk).unwrap();
+        assert!(applied.large.is_empty() && applied.stopped.is_empty());
+        let routed = self
+            .router
+            .route(&applied.nets, &mirror.before(&applied.nets), &mirror.now())
+            .unwrap();
+        assert!(routed.behind.is_empty());
+        let position = mirror.position();
+        for session in &mut self.sessions {
+            if !matches!(session.standing, Standing::Live) {
+                assert!(!routed.ops.contains_key(&session.id));
+                continue;
+            }
+            session.at = Some(position);
+            for (oid, op) in routed.ops.get(&session.id).into_iter().flatten() {
+                self.counts.told += 1;
+                let view = session.views.iter();
+                let view = view.clone().position(|view| view.table().oid == *oid);
+                let place = view.expect("told of a table that it does not have");
+                let table = session.views[place].table();
+                let columns = session.views[place].columns();
+                let has = &mut session.has[place];
+                let key = key_of(table, columns, op);
+                let changed = applied.nets.iter().any(|net| {
+                    let row = net.before.as_ref().or(net.after.as_ref()).unwrap();
+                    net.table.oid == *oid && delta::key_record(table, row).unwrap() == key
+                });
+                self.counts.moved += usize::from(!changed);
+                let before = match op {
+                    Op::Upsert(row) => has.insert(key, row.clone()),
+                    Op::Delete(_) => Some(has.remove(&key).expect("a delete of what it has not")),
+                };
+                if let Op::Upsert(row) = op {
+                    assert_ne!(before.as_ref(), Some(row), "told what it has");
+                }
+            }
+        }
+        self.check("live");
+    }
+
+    /// One that comes in parts: all whom it concerns must catch up.
+    fn large(&mut self, chunk: Chunk) {
+        let mut changes = chunk.changes;
+        let rest = changes.split_off(self.rng.random_range(0..=changes.len()));
+        let (commit_lsn, end) = (chunk.commit_lsn, chunk.end);
+        let mut first = true;
+        for (changes, end) in [(changes, None), (rest, end)] {
+            let part = Chunk {
+                changes,
+                bytes: 0,
+                first,
+                commit_lsn,
+                end,
+            };
+            first = false;
+            self.mirror().apply_part(&part).unwrap();
+        }
+        let applied = self.mirror().end_large(end.unwrap()).unwrap();
+        let concerned = self.router.sessions_of(&applied.large);
+        let position = self.mirror().position();
+        for which in 0..self.sessions.len() {
+            if concerned.contains(&self.sessions[which].id) {
+                self.leave(which);
+            } else if matches!(self.sessions[which].standing, Standing::Live) {
+                self.sessions[which].at = Some(position);
+            }
+        }
+        self.check("not concerned");
+    }
+
+    /// What live sessions have is what their shapes mean now.
+    fn check(&mut self, how: &str) {
+        for session in &self.sessions {
+            if matches!(session.standing, Standing::Live) {
+                for place in 0..session.views.len() {
+                    let found = &session.has[place];
+                    compare(&self.source, session, place, found, how, &mut self.counts);
+                }
+            }
+        }
+    }
+
+    /// One round of a catch-up, with any reader.
+    fn round(&mut self, which: usize) {
+        self.mirror().commit().unwrap();
+        let position = self.mirror().position();
+        let session = &mut self.sessions[which];
+        if self.rng.random_ratio(1, 20) {
+            // What it was told is lost.
+            session.standing = Standing::Away;
+        }
+        if matches!(session.standing, Standing::Away) {
+            let mut items = Vec::new();
+            let mut has = session.has.clone();
+            for (place, view) in session.views.iter().enumerate() {
+                // The fingerprint of one changed, say.
+                let from = session.at.filter(|_| !self.rng.random_ratio(1, 12));
+                if from.is_none() {
+                    has[place].clear();
+                }
+                items.push(Item {
+                    view: view.clone(),
+                    from,
+                });
+            }
+            session.standing = Standing::CatchingUp(Catchup::new(items), has);
+        }
+        let Standing::CatchingUp(catchup, has) = &mut session.standing else {
+            panic!("it is live");
+        };
+        let reader = self.readers.choose_mut(&mut self.rng).expect("two");
+        assert_eq!(reader.begin().unwrap(), position);
+        let bytes_max = *[1, 40, 300, 100_000].choose(&mut self.rng).expect("four");
+        let mut ops = Vec::new();
+        let round = catchup.round(reader, bytes_max, &mut |item, op| ops.push((item, op)));
+        let round = round.unwrap();
+        reader.end();
+        self.counts.rounds += 1;
+        self.counts.caught_up_ops += ops.len();
+        let mut wrong = None;
+        for (item, op) in ops {
+            let (table, columns) = (session.views[item].table(), session.views[item].columns());
+            let key = key_of(table, columns, &op);
+            match op {
+                Op::Upsert(row) => drop(has[item].insert(key, row)),
+                Op::Delete(_) => {
+                    if has[item].remove(&key).is_none() {
+                        wrong = Some(item);
+                    }
+                }
+            }
+        }
+        let session = &self.sessions[which];
+        if let Some(item) = wrong {
+            let words = describe(&self.source, session, item);
+            panic!("a delete of what it has not\n{words}");
+        }
+        match round {
+            Round::More => {}
+            Round::Filling => panic!("the mirror is filled"),
+            Round::Complete(at) => {
+                assert_eq!(at, position);
+                let Standing::CatchingUp(_, has) = &session.standing else {
+                    panic!("it is live");
+                };
+                for (place, has) in has.iter().enumerate() {
+                    let how = "caught up";
+                    compare(&self.source, session, place, has, how, &mut self.counts);
+                }
+                self.counts.caught_up += 1;
+                let session = &mut self.sessions[which];
+                let standing = std::mem::replace(&mut session.standing, Standing::Live);
+                if let Standing::CatchingUp(_, has) = standing {
+                    session.has = has;
+                }
+                session.at = Some(at);
+                self.router.add(session.id, &session.bounds);
+            }
+        }
+    }
+}
+
+/// The record of the key that an op is of.
+fn key_of(table: &anabranch_streamer::table::Table, columns: &[usize], op: &Op) -> Bytes {
+    use anabranch_proto::record;
+    match op {
+        Op::Delete(key) => key.clone(),
+        Op::Upsert(row) => {
+            let values: Vec<_> = record::values(row).unwrap().map(Result::unwrap).collect();
+            let place = |key: &usize| columns.iter().position(|column| column == key).unwrap();
+            record::build(table.key.iter().map(|key| values[place(key)]))
+        }
+    }
+}
+
+fn describe(source: &Source, session: &Session, place: usize) -> String {
+    let mut words = format!("{:?} after {}\n", session.principal, source.lsn);
+    for shape in &session.shapes[place] {
+        words += &format!("{}\n", shape.sql_for(&source.schema, &session.principal));
+    }
+    for (table, rows) in source.schema.tables.iter().zip(&source.data) {
+        let names: Vec<&str> = table.columns.iter().map(|c| c.name.as_str()).collect();
+        words += &format!("{} {names:?} key {:?}\n", table.name, table.key);
+        for row in rows.values() {
+            words += &format!("  {:?}\n", row.iter().map(|v| v.sql()).collect::<Vec<_>>());
+        }
+    }
+    words
+}
+
+fn compare(
+    source: &Source,
+    session: &Session,
+    place: usize,
+    found: &Content,
+    how: &str,
+    counts: &mut Counts,
+) {
+    let shapes = &session.shapes[place];
+    let at = shapes[0].table;
+    let table = &source.schema.tables[at];
+    let mut expected = Content::new();
+    for row in source.data[at].values() {
+        let shows = |shape: &Shape| shape.shows(&source.data, &session.principal, row);
+        if shapes.iter().any(shows) {
+            let whole = source.encode(at, row);
+            let key = delta::key_record(&source.tables[at], &whole).unwrap();
+            let columns: Vec<_> = match &table.chosen {
+                None => table.columns.clone(),
+                Some(chosen) => chosen.iter().map(|c| table.columns[*c].clone()).collect(),
+            };
+            expected.insert(key, encode(&table.project(row), &columns));
+        }
+    }
+    counts.compared += 1;
+    counts.rows += expected.len();
+    if *found != expected {
+        let mut differ = String::new();
+        for key in expected.keys().chain(found.keys()) {
+            let (expected, found) = (expected.get(key), found.get(key));
+            if expected != found {
+                differ += &format!("key {key:?}: expected {expected:?}, found {found:?}\n");
+            }
+        }
+        panic!(
+            "session {} ({how}) differs in {}\n{differ}{}",
+            session.id,
+            table.name,
+            describe(source, session, place)
+        );
+    }
+}
