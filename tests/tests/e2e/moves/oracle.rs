@@ -237,7 +237,10 @@ impl Scene {
             1 => {
                 self.counts.streamer_restarts += 1;
                 self.note_catch_ups().await;
-                assert!(self.streamer.terminate().await.success());
+                let status = self.streamer.terminate().await;
+                // It may have been started a moment ago, and not know yet how to end in good order.
+                let early = std::os::unix::process::ExitStatusExt::signal(&status).is_some();
+                assert!(status.success() || early, "{status}");
                 self.streamer.spawn();
             }
             _ => {}
