@@ -148,14 +148,17 @@ pub fn principal(rng: &mut StdRng, width: i64) -> Principal {
     }
 }
 
-/// A shape; nearly all have subqueries.
+/// A shape; nearly all have subqueries, as many of each depth.
 pub fn shape(rng: &mut StdRng, schema: &Schema, name: String) -> Shape {
     let table = rng.random_range(0..schema.tables.len());
+    let levels = match rng.random_ratio(1, 15) {
+        true => 0,
+        false => rng.random_range(1..=LEVELS_MAX),
+    };
     let condition = loop {
-        let levels = rng.random_range(1..=LEVELS_MAX);
         let size = rng.random_range(0..3);
         let condition = Generator { rng, schema }.condition(table, levels, size);
-        if condition.subqueries() <= SUBQUERIES_MAX {
+        if condition.levels() == levels && condition.subqueries() <= SUBQUERIES_MAX {
             break condition;
         }
     };
