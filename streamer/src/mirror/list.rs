@@ -118,7 +118,7 @@ impl Reader {
             });
         }
         let tables: Vec<Oid> = list.past.iter().map(|past| past.table).collect();
-        self.list = Some(list);
+        self.list = Some(Box::new(list));
         let sqlite = self.sqlite();
         sqlite.execute_batch(
             "CREATE TEMP TABLE changed(

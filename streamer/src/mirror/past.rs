@@ -43,7 +43,7 @@ impl Reader {
         let last = self.snapshot()?.last;
         let complete =
             |list: &&List| list.upto == Some(last) && (list.since..=last).contains(&ordinal);
-        let Some(list) = self.list.as_ref().filter(complete) else {
+        let Some(list) = self.list.as_deref().filter(complete) else {
             return Err(MirrorError::Misused("old rows that were not collected"));
         };
         self.check_copies(list)?;

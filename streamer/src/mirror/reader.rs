@@ -17,8 +17,8 @@ use crate::table::{Oid, Table};
 pub struct Reader {
     sqlite: Connection,
     snapshot: Option<Snapshot>,
-    /// The list that was filled last.
-    pub(super) list: Option<List>,
+    /// The list that was filled last. Readers are handed about, and most have none.
+    pub(super) list: Option<Box<List>>,
 }
 
 /// What an open snapshot says of the whole mirror.

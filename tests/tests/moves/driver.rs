@@ -75,7 +75,7 @@ enum Standing {
     /// At a position, or nowhere.
     Away,
     /// Has been told something that it has not committed.
-    CatchingUp(Catchup, Vec<Content>),
+    CatchingUp(Box<Catchup>, Vec<Content>),
 }
 
 struct Session {
@@ -387,7 +387,7 @@ impl Driver {
                     from,
                 });
             }
-            session.standing = Standing::CatchingUp(Catchup::new(items), has);
+            session.standing = Standing::CatchingUp(Box::new(Catchup::new(items)), has);
         }
         let Standing::CatchingUp(catchup, has) = &mut session.standing else {
             panic!("it is live");

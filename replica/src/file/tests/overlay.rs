@@ -893,12 +893,15 @@ fn a_pending_key_that_is_no_utf8_is_rebuilt_for_ever() {
     ));
     let (done, is_done) = std::sync::mpsc::channel();
     // A table is sent in full, with what is pending in it.
-    let again = std::thread::spawn(move || {
-        file.begin_stream().unwrap();
-        file.apply(&named_in_full(&[&[T("x"), T("theirs")]], 20))
-            .unwrap();
-        done.send(()).unwrap();
-    });
+    let again = std::thread::Builder::new()
+        .name("apply".into())
+        .spawn(move || {
+            file.begin_stream().unwrap();
+            file.apply(&named_in_full(&[&[T("x"), T("theirs")]], 20))
+                .unwrap();
+            done.send(()).unwrap();
+        })
+        .unwrap();
     is_done
         .recv_timeout(std::time::Duration::from_secs(20))
         .expect("it is done");

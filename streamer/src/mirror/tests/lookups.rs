@@ -254,10 +254,11 @@ fn lookups_search_and_do_not_scan() {
     let directory = tempfile::tempdir().unwrap();
     let mut mirror = mirror(&settings(&directory));
     let index = by_v_and_grp(1);
-    mirror.set_indexes(&[index.clone()]).unwrap();
+    let indexes = std::slice::from_ref(&index);
+    mirror.set_indexes(indexes).unwrap();
     let mut reader = mirror.reader().unwrap();
     reader.begin().unwrap();
-    collect(&mut reader, 1, 0, &[index.clone()]).unwrap();
+    collect(&mut reader, 1, 0, indexes).unwrap();
     let plan = |sqlite: &Connection, sql: &str| {
         let mut statement = sqlite
             .prepare(&format!("EXPLAIN QUERY PLAN {sql}"))

@@ -158,10 +158,10 @@ impl Transactions<'_> {
         let of = &self.schema.tables[table];
         let row = generator::row(self.rng, self.schema, table);
         let mut sets = Vec::new();
-        for place in 0..of.columns.len() {
+        for (place, (column, value)) in of.columns.iter().zip(&row).enumerate() {
             if !of.key.contains(&place) && self.rng.random_bool(0.5) {
-                let value = self.written(table, place, &row[place]);
-                sets.push(format!("{} = {value}", of.columns[place].name));
+                let value = self.written(table, place, value);
+                sets.push(format!("{} = {value}", column.name));
             }
         }
         match sets.is_empty() {
