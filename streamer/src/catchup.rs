@@ -99,8 +99,29 @@ pub struct Catchup {
     items: Vec<Item>,
     /// From the first round on.
     walk: Option<Walk>,
-    /// [`MERGED_MAX`], but in tests.
-    pub(crate) merged_max: i64,
+    /// How it is brought on; as by default, but in tests.
+    pub limits: Limits,
+}
+
+/// How much is done in which way, and how much at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// What so many transactions changed is merged as it is read; of more, the changed keys are listed first.
+    pub merged_max: i64,
+    /// Entries of the change index that one round lists at most.
+    pub collected_max: usize,
+    /// Rows that one round looks at at most, for what changes of inner tables concern.
+    pub looked_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            merged_max: MERGED_MAX,
+            collected_max: COLLECTED_MAX,
+            looked_max: affected::LOOKED_MAX,
+        }
+    }
 }
 
 /// What a round came to.
@@ -180,7 +201,7 @@ impl Catchup {
         Catchup {
             items,
             walk: None,
-            merged_max: MERGED_MAX,
+            limits: Limits::default(),
         }
     }
 
@@ -364,7 +385,8 @@ impl Catchup {
     ) -> Result<bool, Error> {
         while let Some((from, to, as_of)) = walk.ranges[item].stale(after.as_ref(), upto, turn.now)
         {
-            let listed = |as_of| self.looks_into_others(item) || as_of + self.merged_max < turn.now;
+            let listed =
+                |as_of| self.looks_into_others(item) || as_of + self.limits.merged_max < turn.now;
             if as_of.is_some_and(listed) && !self.collect(walk, turn)? {
                 (walk.item, walk.after) = (item, after);
                 return Ok(false);
@@ -452,7 +474,7 @@ impl Catchup {
                     look(key, was, is)
                 })?;
             }
-            Some(as_of) if as_of + self.merged_max >= *now => {
+            Some(as_of) if as_of + self.limits.merged_max >= *now => {
                 reader.changes_of(table, as_of, *now, keys, |key, was| {
                     let is = reader.row(table.oid, &key)?;
                     look(key, was, is)
@@ -498,7 +520,7 @@ impl Catchup {
             &tables,
             &inner_indexes(&bounds),
             &collected.upto,
-            COLLECTED_MAX,
+            self.limits.collected_max,
         )?;
         let mut complete = more.is_none();
         collected.upto = more.unwrap_or(Place {
@@ -506,7 +528,10 @@ impl Catchup {
             entry: None,
         });
         if complete {
-            complete = collected.noted.go_on(turn.reader, &bounds, turn.now)?;
+            complete =
+                collected
+                    .noted
+                    .go_on(turn.reader, &bounds, turn.now, self.limits.looked_max)?;
         }
         walk.collected = Some(collected);
         Ok(complete)

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 
-use super::{BindingId, Inner, Router, Routes, STEPS_MAX};
+use super::{BindingId, Inner, Router, Routes};
 use crate::{
     lookup::{Error, Lookup},
     mirror::{Key, Net},
@@ -107,7 +107,7 @@ impl<'a> Walk<'a> {
         if bindings.as_ref().is_some_and(Vec::is_empty) {
             return Ok(());
         }
-        if self.steps > STEPS_MAX {
+        if self.steps > self.router.steps_max {
             self.give_up(way, bindings.as_deref());
             return Ok(());
         }
@@ -125,11 +125,11 @@ impl<'a> Walk<'a> {
                     rows.entry(key)
                         .or_insert_with(|| Bytes::copy_from_slice(row));
                 }
-                Ok(steps <= STEPS_MAX)
+                Ok(steps <= self.router.steps_max)
             })?;
         }
         self.steps = steps;
-        if self.steps > STEPS_MAX {
+        if self.steps > self.router.steps_max {
             self.give_up(way, bindings.as_deref());
             return Ok(());
         }
