@@ -23,6 +23,7 @@ use axum::{
     routing::{get, post},
 };
 use serde_json::json;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -38,6 +39,10 @@ pub const WAIT_SECONDS_MAX: f64 = 300.0;
 
 /// How long `/wait` waits unless told otherwise.
 pub const WAIT_SECONDS_DEFAULT: f64 = 30.0;
+
+/// How long `/flush` waits before it has the file looked at again, where that was not possible. Each look may wait for
+/// a program's lock by itself.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Readers of `/changes` at a time.
 pub const CHANGES_READERS_MAX: usize = 256;
@@ -201,17 +206,32 @@ async fn flush(State(view): State<View>, RawQuery(query): RawQuery) -> Response 
         Err(error) => return refuse(StatusCode::BAD_REQUEST, error),
     };
     let stopping = || refuse(StatusCode::SERVICE_UNAVAILABLE, "stopping".into());
-    let Ok(begun) = view.keeper.look().await else {
-        return stopping();
+    let until = Instant::now() + timeout;
+    let begun = loop {
+        match view.keeper.look().await {
+            Err(_) => return stopping(),
+            Ok(Some(begun)) => break Some(begun),
+            Ok(None) if Instant::now() >= until => break None,
+            Ok(None) => {}
+        }
+        tokio::select! {
+            () = view.cancel.cancelled() => return stopping(),
+            () = tokio::time::sleep_until(until.min(Instant::now() + LOOK_AGAIN)) => {}
+        }
     };
     let mut local = view.board.local.subscribe();
-    let answered = tokio::select! {
-        // Answered wins over time that is up: a timeout of 0 asks whether they are.
-        biased;
-        answered = local.wait_for(|local| local.has_answered(&begun)) => answered.is_ok(),
-        () = view.cancel.cancelled() => return stopping(),
-        () = tokio::time::sleep(timeout) => false,
+    let answered = match &begun {
+        // What was written so far can't even be told: none of it is known to be answered.
+        None => false,
+        Some(begun) => tokio::select! {
+            // Answered wins over time that is up: a timeout of 0 asks whether they are.
+            biased;
+            answered = local.wait_for(|local| local.has_answered(begun)) => answered.is_ok(),
+            () = view.cancel.cancelled() => return stopping(),
+            () = tokio::time::sleep_until(until) => false,
+        },
     };
+    let begun = begun.unwrap_or(*local.borrow());
     let Ok(Flushed { rejected, pending }) = view.keeper.flushed(begun).await else {
         return stopping();
     };

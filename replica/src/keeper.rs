@@ -83,7 +83,7 @@ enum Command {
     },
     /// Look for local writes now.
     Look {
-        looked: oneshot::Sender<Local>,
+        looked: oneshot::Sender<Option<Local>>,
     },
     /// What became of local transactions since.
     Flushed {
@@ -280,8 +280,9 @@ impl Keeper {
             .map_err(|_| Gone)
     }
 
-    /// Looks for local writes now: says what was written so far.
-    pub async fn look(&self) -> Result<Local, Gone> {
+    /// Looks for local writes now: says what was written so far. `None`: it can't be told now, since a program holds the write
+    /// lock, or the disk is full.
+    pub async fn look(&self) -> Result<Option<Local>, Gone> {
         let (looked, done) = oneshot::channel();
         let command = Command::Look { looked };
         self.commands.send(command).await.map_err(|_| Gone)?;
@@ -479,7 +480,7 @@ impl Keeping {
                 biased;
                 () = cancel.cancelled() => break,
                 _ = tick.tick() => self.report()?,
-                () = self.watch.changed() => self.look()?,
+                () = self.watch.changed() => { self.look()?; }
                 command = inbox.recv() => match command {
                     Some(command) => {
                         if self.take(command).await?.is_break() {
@@ -587,9 +588,9 @@ impl Keeping {
                 Ok(ControlFlow::Continue(()))
             }
             Command::Look { looked } => {
-                self.look()?;
+                let is_all = self.look()? && self.tell_local()?;
                 let local = *self.board.local.borrow();
-                let _ = looked.send(local);
+                let _ = looked.send(is_all.then_some(local));
                 Ok(ControlFlow::Continue(()))
             }
             Command::Flushed { since, flushed } => {
@@ -604,21 +605,27 @@ impl Keeping {
         }
     }
 
-    /// Looks for local transactions, and tells that there are some. What is not possible just now is tried at the next look.
-    fn look(&mut self) -> Result<(), Error> {
-        if unless_definite(self.file.look())?.unwrap_or_default() {
-            self.tell_local()
-        } else {
+    /// Looks for local transactions, and tells that there are some. What is not possible just now is tried at the next look;
+    /// true if all was.
+    fn look(&mut self) -> Result<bool, Error> {
+        let Some(found) = unless_definite(self.file.look())? else {
             self.watch.found_nothing();
-            Ok(())
+            return Ok(false);
+        };
+        if !found {
+            self.watch.found_nothing();
         }
+        let is_told = !found || self.tell_local()?;
+        Ok(is_told && !self.file.has_found_more())
     }
 
-    fn tell_local(&mut self) -> Result<(), Error> {
-        if let Some(local) = unless_definite(self.file.local())? {
+    /// Tells everybody where local writes stand. False: that can't be read now.
+    fn tell_local(&mut self) -> Result<bool, Error> {
+        let local = unless_definite(self.file.local())?;
+        if let Some(local) = local {
             self.board.local_writes(local);
         }
-        Ok(())
+        Ok(local.is_some())
     }
 
     fn outgoing(&mut self, after: Outgoing, bytes_max: usize) -> Result<Read, Error> {
@@ -781,7 +788,7 @@ impl Keeping {
                 () = cancel.cancelled() => return Ok(ControlFlow::Break(())),
                 () = &mut end => break,
                 // A program's checkpoint may be what the file waits for, and that may wait for our reader.
-                () = self.watch.changed() => self.look()?,
+                () = self.watch.changed() => { self.look()?; }
             }
         }
         *pause = (*pause * 2).min(self.timing.file_retry.1);
@@ -858,4 +865,91 @@ fn tables(file: &File) -> Option<Vec<TableState>> {
     file.tables()
         .inspect_err(|error| tracing::debug!("{error}"))
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use super::*;
+
+    fn element(kind: Kind) -> v1::Element {
+        v1::Element { kind: Some(kind) }
+    }
+
+    /// The first transaction, with an empty table `t(id, v)` that programs may write.
+    fn first() -> v1::Down {
+        let column = |name: &str, storage: v1::Storage, key_position| v1::Column {
+            name: name.into(),
+            postgres_type: "t".into(),
+            storage: storage.into(),
+            key_position,
+            ..v1::Column::default()
+        };
+        let table = v1::Table {
+            id: 1,
+            schema: "public".into(),
+            name: "t".into(),
+            columns: vec![
+                column("id", v1::Storage::Integer, 1),
+                column("v", v1::Storage::Text, 0),
+            ],
+            writable: true,
+            ..v1::Table::default()
+        };
+        let position = Position {
+            epoch: anabranch_proto::Epoch(7),
+            lsn: Lsn(10),
+        };
+        v1::Down {
+            elements: vec![
+                element(Kind::Begin(v1::Begin {
+                    first: true,
+                    reset: vec![1],
+                })),
+                element(Kind::Table(table)),
+                element(Kind::Commit(v1::Commit {
+                    position: Some(position.into()),
+                    commit_time: 1,
+                    source_lsn: 10,
+                })),
+            ],
+            resume_token: b"token".as_slice().into(),
+            ..v1::Down::default()
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_can_not_be_looked_for_passes_for_answered() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let settings = Settings {
+            path: path.clone(),
+            mode: 0o600,
+            cache_bytes: 1 << 20,
+            hold_bytes_max: 1 << 20,
+        };
+        let cancel = CancellationToken::new();
+        let timing = Timing::default();
+        let (keeper, _board, thread) =
+            Keeper::open(settings, timing, 1 << 20, 1 << 20, cancel.clone())
+                .await
+                .unwrap()
+                .unwrap();
+        keeper.begin(1).await.unwrap();
+        keeper.message(1, first()).await.unwrap();
+        assert_eq!(keeper.look().await.unwrap().unwrap().assigned, 0);
+        let program = Connection::open(&path).unwrap();
+        program.busy_timeout(Duration::from_secs(5)).unwrap();
+        program
+            .execute_batch("BEGIN IMMEDIATE; INSERT INTO t VALUES(1, 'a'); COMMIT; BEGIN IMMEDIATE")
+            .unwrap();
+        // Whoever flushes now waits for that write, and it is in no local transaction as long as the lock is held.
+        let looked = keeper.look().await.unwrap();
+        assert!(looked.is_none_or(|local| local.assigned == 1), "{looked:?}");
+        program.execute_batch("COMMIT").unwrap();
+        assert_eq!(keeper.look().await.unwrap().unwrap().assigned, 1);
+        cancel.cancel();
+        thread.join().await.unwrap().unwrap();
+    }
 }

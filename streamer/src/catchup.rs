@@ -57,6 +57,9 @@ const MERGED_MAX: i64 = 8;
 /// Entries of the change index that one round lists at most: less than a second's work.
 const COLLECTED_MAX: usize = 200_000;
 
+/// The same where old rows of tables that conditions look into are listed with them.
+const COLLECTED_WITH_ROWS_MAX: usize = 50_000;
+
 /// What one replica sees of one table: the union of its subscriptions.
 pub trait View: Send + Sync {
     /// The table.
@@ -110,6 +113,8 @@ pub struct Limits {
     pub merged_max: i64,
     /// Entries of the change index that one round lists at most.
     pub collected_max: usize,
+    /// The same where old rows are listed with them.
+    pub collected_with_rows_max: usize,
     /// Rows that one round looks at at most, for what changes of inner tables concern.
     pub looked_max: usize,
 }
@@ -119,6 +124,7 @@ impl Default for Limits {
         Limits {
             merged_max: MERGED_MAX,
             collected_max: COLLECTED_MAX,
+            collected_with_rows_max: COLLECTED_WITH_ROWS_MAX,
             looked_max: affected::LOOKED_MAX,
         }
     }
@@ -515,13 +521,14 @@ impl Catchup {
             }
         });
         let bounds: Vec<&[Bound]> = self.items.iter().map(|item| item.view.bounds()).collect();
-        let more = (turn.reader).collect(
-            collected.list,
-            &tables,
-            &inner_indexes(&bounds),
-            &collected.upto,
-            self.limits.collected_max,
-        )?;
+        let past = inner_indexes(&bounds);
+        let entries_max = if past.is_empty() {
+            self.limits.collected_max
+        } else {
+            self.limits.collected_with_rows_max
+        };
+        let more =
+            (turn.reader).collect(collected.list, &tables, &past, &collected.upto, entries_max)?;
         let mut complete = more.is_none();
         collected.upto = more.unwrap_or(Place {
             ordinal: turn.now,

@@ -16,7 +16,7 @@
 //! look for rows that did *not* change in the state after the transaction.
 //!
 //! Sessions with the same SELECT bound to the same values share one [`Binding`]: it is evaluated once for them all. What is
-//! too much for one transaction ([`STEPS_MAX`]) is not routed: its sessions catch up.
+//! too much for one transaction ([`STEPS_MAX`], [`WALK_BYTES_MAX`]) is not routed: its sessions catch up.
 
 mod backwards;
 
@@ -45,6 +45,9 @@ pub type SessionId = u64;
 /// Rows that are looked at for one transaction beside those that it changed, at most: what is beyond would keep the engine
 /// for more than about a second, and is as well told by a catch-up.
 pub const STEPS_MAX: usize = 100_000;
+
+/// Bytes of such rows that are held meanwhile, at most.
+const WALK_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Who subscribed to what.
 pub struct Router {

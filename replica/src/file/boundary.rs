@@ -215,7 +215,17 @@ impl Boundaries {
     /// Waits until all that was told by now would survive a power cut; returns the newest id of which that is so. It is lower than
     /// what was told only while a program keeps a WAL from being written back that could not be read after a power cut.
     pub fn make_durable(&mut self) -> Result<i64, Error> {
-        let last = self.place.snapshot.last;
+        let Place {
+            snapshot, sound, ..
+        } = self.place;
+        Ok(match (self.make_all_durable()?, sound) {
+            (false, Some(sound)) => sound.min(snapshot.last),
+            _ => snapshot.last,
+        })
+    }
+
+    /// The same for all that is committed by now, entries or not. False: a program keeps the WAL from being written back.
+    pub fn make_all_durable(&mut self) -> Result<bool, Error> {
         self.wal.still_there()?;
         if self.sync_failed {
             return Err(Error::Definite(
@@ -224,16 +234,12 @@ impl Boundaries {
             ));
         }
         self.wal.sync().inspect_err(|_| self.sync_failed = true)?;
-        let Some(sound) = self.place.sound else {
-            return Ok(last);
-        };
+        if self.place.sound.is_none() {
+            return Ok(true);
+        }
         // Only the database file is read for certain after a power cut. A checkpoint of everything syncs it.
         self.step_aside(Duration::ZERO)?;
-        if self.published.written_back == self.published.frames {
-            Ok(last)
-        } else {
-            Ok(sound.min(last))
-        }
+        Ok(self.published.written_back == self.published.frames)
     }
 
     /// The first part of [`Following::make_way`]: most of the work, without a lock. True: that will do. It does unless it did

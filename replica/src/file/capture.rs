@@ -63,7 +63,7 @@ CREATE TABLE IF NOT EXISTS _anabranch_capture(
 
 /// Version of the SQL of the triggers, to be raised with each change to it: those that an earlier program made are no
 /// work of somebody who meddled.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// What of a table's declaration its triggers are made of, and its entries are to be read with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -211,6 +211,11 @@ pub(super) fn inspect(connection: &Connection, table: &str) -> rusqlite::Result<
     let is_whole = make_tables(connection, &captured)? & are_made(connection, &captured)?;
     make_triggers(connection, &captured)?;
     Ok(!is_whole)
+}
+
+/// Whether programs can write a table.
+pub(super) fn captures(connection: &Connection, table: &str) -> rusqlite::Result<bool> {
+    Ok(load(connection, table)?.is_some_and(|captured| captured.is_writable()))
 }
 
 /// Removes the triggers of a table. What they captured stays: see `layout`.

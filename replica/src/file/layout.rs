@@ -18,6 +18,7 @@ use super::{
     Error,
     error::Doing,
     names::{self, quote},
+    receipts,
     schema::object,
     table::{Conflict, Storage, Table},
 };
@@ -364,6 +365,36 @@ pub(super) fn inspect(connection: &Connection) -> rusqlite::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether there are base rows of a table that nothing is pending in.
+pub(super) fn are_base_rows_left(connection: &Connection, table: &str) -> rusqlite::Result<bool> {
+    let has = |from: &str, condition: &str, after: Option<i64>| {
+        connection
+            .prepare_cached(&format!(
+                "SELECT 1 FROM {} {condition} LIMIT 1",
+                quote(from)
+            ))?
+            .exists(rusqlite::params_from_iter(after))
+    };
+    if !has_base_rows(connection, table)? || !has(&names::base_rows(table), "", None)? {
+        return Ok(false);
+    }
+    let boundary = receipts::boundary(connection)?;
+    for source in read(connection, "WHERE table_name = ?1", Some(table))? {
+        // One that a program dropped can't be asked.
+        if object(connection, &source.entries)?.is_none()
+            || has(&source.entries, "WHERE id > ?1", Some(boundary))?
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Deletes them.
+pub(super) fn delete_base_rows(connection: &Connection, table: &str) -> rusqlite::Result<()> {
+    connection.execute_batch(&format!("DELETE FROM {}", quote(&names::base_rows(table))))
 }
 
 /// Whether there may be base rows of a table.

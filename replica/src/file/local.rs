@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::{
     Error, File, capture,
     error::Doing,
-    names, open, receipts,
+    layout, names, open, receipts,
     schema::{self, Catalog},
     transaction::Write,
 };
@@ -120,6 +120,11 @@ impl File {
         numbered.map(|()| true)
     }
 
+    /// The last look found what can't be sent yet: a power cut could undo it.
+    pub fn has_found_more(&self) -> bool {
+        !self.found.ends.is_empty()
+    }
+
     /// Whether programs may write anything here, or did.
     fn captures(&self) -> Result<bool, Error> {
         self.connection
@@ -168,6 +173,7 @@ impl File {
         if let Some(up_to) = forget {
             self.forget_answered(up_to)?;
         }
+        self.let_go_of_base_rows()?;
         let untidy = self.untidy().doing("look for what statements left")?;
         if untidy.is_empty() {
             return Ok(());
@@ -177,6 +183,28 @@ impl File {
             capture::tidy(&self.connection, table).doing("remove what statements left")?;
         }
         write.commit().map(drop)
+    }
+
+    /// Removes base rows of tables that nothing is pending in. A statement that then skips the row, or changes nothing of it, has
+    /// saved it before it could know: a program that imports all rows again and again would have each of them kept twice,
+    /// for good. What such a base row says is what is shown.
+    fn let_go_of_base_rows(&self) -> Result<(), Error> {
+        let connection = &self.connection;
+        for table in self.catalog.names() {
+            let is_left = || layout::are_base_rows_left(connection, &table);
+            if !is_left().doing("look for base rows")? {
+                continue;
+            }
+            let write = Write::begin(connection)?;
+            // A program may have written meanwhile.
+            let delete = || match is_left()? {
+                true => layout::delete_base_rows(connection, &table),
+                false => Ok(()),
+            };
+            delete().doing("remove base rows that nothing needs")?;
+            write.commit()?;
+        }
+        Ok(())
     }
 
     /// Tables of which statements left prior rows.
@@ -200,10 +228,10 @@ impl File {
     pub fn local(&mut self) -> Result<Local, Error> {
         let (assigned, _) = self.assigned()?;
         let (answered, _) = self.answered()?;
-        let settled = self.rejected_up_to(answered).doing("read rejections")?;
-        if settled > 0 {
-            // The streamer forgets them when it is told so.
-            self.guard.following.make_durable()?;
+        let mut settled = self.rejected_up_to(answered).doing("read rejections")?;
+        // The streamer forgets them when it is told so.
+        if settled > 0 && !self.is_all_durable()? {
+            settled = 0;
         }
         let (pending, rejected): (i64, i64) = self
             .connection
@@ -221,6 +249,15 @@ impl File {
             settled: settled as u64,
             wants_ids: !self.leases_wanted()?.is_empty(),
         })
+    }
+
+    /// Whether all that is committed by now would survive a power cut.
+    fn is_all_durable(&self) -> Result<bool, Error> {
+        match self.guard.following.make_all_durable()? {
+            Some(is_durable) => Ok(is_durable),
+            // It is not followed yet: a lock was in the way of the first look.
+            None => Ok(!self.captures()?),
+        }
     }
 
     /// The last rejection up to a local transaction of which the streamer was not told that it is here; 0 if there is none.

@@ -37,7 +37,7 @@ use anabranch_proto::{
     ops::Kind,
     record::{self, Malformed},
 };
-use rusqlite::{CachedStatement, Connection};
+use rusqlite::{CachedStatement, Connection, types::ToSqlOutput};
 
 pub(super) use entry::{Entry, Key, Operation, in_record};
 
@@ -320,8 +320,10 @@ pub(super) fn enter(
     insert.raw_bind_parameter(1, entry.operation.name())?;
     insert.raw_bind_parameter(2, time)?;
     insert.raw_bind_parameter(3, changed)?;
-    for (i, value) in entry.old.iter().chain(&entry.new).enumerate() {
-        insert.raw_bind_parameter(4 + i, value)?;
+    let columns = table.columns.iter().chain(&table.columns);
+    for (i, (value, column)) in entry.old.iter().chain(&entry.new).zip(columns).enumerate() {
+        let value = entry::as_stored(value.into(), column.storage);
+        insert.raw_bind_parameter(4 + i, ToSqlOutput::Borrowed(value))?;
     }
     insert.raw_execute().map(drop)
 }

@@ -5,7 +5,9 @@
 //!
 //! - a synced table that is gone or altered: its rows can't be relied on. It is said in `_anabranch_tables`, the resume
 //!   token is forgotten, and the next stream sends everything in full, which the other tables turn into a difference.
-//! - a UNIQUE index on a synced table: dropped, and kept in `_anabranch_dropped`, since it could refuse a row.
+//! - a UNIQUE index on a synced table: dropped, and kept in `_anabranch_dropped`, since it could refuse a row. If programs can
+//!   write the table it is as if it were altered: OR REPLACE also deletes what has the same value there, and that
+//!   fires no trigger.
 //! - a trigger that captures writes is gone or altered: writes may not have been captured, so it is as if the table were
 //!   altered. One that is not the newest any more is made again (see `capture`).
 //! - an index, a base view or one of our own tables that is gone: made again.
@@ -358,13 +360,20 @@ impl Synced {
             return capture::drop_triggers(connection, &self.name);
         }
         self.altered = None;
+        let mut may_have_replaced = false;
         for index in obstacle::indexes(connection, &self.name)? {
             if index.is_unique() {
                 index.drop(
                     connection,
                     "a UNIQUE index could refuse rows of Postgres: the primary key must be the only uniqueness",
                 )?;
+                may_have_replaced = capture::captures(connection, &self.name)?;
             }
+        }
+        if may_have_replaced {
+            // Rows that REPLACE deleted for its sake fired no trigger.
+            let reason = "a program's UNIQUE index may have let it delete rows unseen; the streamer will send it again";
+            self.stop(connection, reason)?;
         }
         let is_damaged = layout::is_damaged(connection, &self.name)?;
         if capture::inspect(connection, &self.name)? || is_damaged {

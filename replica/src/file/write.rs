@@ -9,7 +9,10 @@ use anabranch_proto::{
     ops::Kind,
     record::{self, Malformed, ValueRef},
 };
-use rusqlite::{CachedStatement, Connection, Statement, types::Null};
+use rusqlite::{
+    CachedStatement, Connection, Statement,
+    types::{Null, ToSqlOutput, ValueRef as SqlRef},
+};
 use serde_json::Value;
 
 use super::{
@@ -89,6 +92,16 @@ pub(super) struct Writer<'c> {
     /// Programs have triggers here. So a row that does not change must be looked at; and each is written by a statement
     /// of its own (see `capture::quiet`).
     watched: Option<Quiet>,
+    binding: Binding,
+}
+
+/// Whose values they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Binding {
+    /// Those of Postgres.
+    Checked,
+    /// Those of programs may be among them: bytes are text that is no UTF-8 (see `overlay::entry`).
+    OfPrograms,
 }
 
 impl<'c> Writer<'c> {
@@ -104,6 +117,19 @@ impl<'c> Writer<'c> {
             connection,
             table,
             watched,
+            binding: Binding::Checked,
+        })
+    }
+
+    /// Writes rows that programs changed.
+    pub(super) fn of_programs(
+        connection: &'c Connection,
+        table: Arc<Table>,
+        watched: Option<Quiet>,
+    ) -> rusqlite::Result<Writer<'c>> {
+        Ok(Writer {
+            binding: Binding::OfPrograms,
+            ..Writer::new(connection, table, watched)?
         })
     }
 
@@ -120,6 +146,7 @@ impl<'c> Writer<'c> {
             connection,
             table,
             watched: None,
+            binding: Binding::Checked,
         })
     }
 
@@ -135,7 +162,8 @@ impl<'c> Writer<'c> {
         if let Some(quiet) = &self.watched {
             return self.upsert_watched(quiet, record);
         }
-        bind(&mut self.upsert, self.table.columns.iter(), record)?;
+        let columns = self.table.columns.iter();
+        bind_as(self.binding, &mut self.upsert, columns, record)?;
         self.upsert.raw_execute()?;
         Ok(())
     }
@@ -152,7 +180,7 @@ impl<'c> Writer<'c> {
             false => table.insert_into(&self.name),
         };
         let mut statement = self.connection.prepare_cached(&sql)?;
-        bind(&mut statement, table.columns.iter(), record)?;
+        bind_as(self.binding, &mut statement, table.columns.iter(), record)?;
         let _armed = quiet.arm();
         match statement.raw_execute()? {
             0 => Err(RowError::Ignored),
@@ -169,7 +197,8 @@ impl<'c> Writer<'c> {
                     .prepare_cached(&table.delete_from(&self.name))?,
             ),
         };
-        bind(
+        bind_as(
+            self.binding,
             delete,
             table.key.iter().map(|&place| &table.columns[place]),
             key,
@@ -191,7 +220,8 @@ impl<'c> Writer<'c> {
             table.by_key()
         );
         let mut probe = self.connection.prepare_cached(&sql)?;
-        bind(
+        bind_as(
+            self.binding,
             &mut probe,
             table.key.iter().map(|&place| &table.columns[place]),
             key,
@@ -223,8 +253,17 @@ impl<'c> Writer<'c> {
     }
 }
 
-/// Binds a record's values to a statement's parameters, one for each column.
+/// Binds the values of a record of Postgres to a statement's parameters, one for each column.
 pub(super) fn bind<'t>(
+    statement: &mut Statement<'_>,
+    columns: impl Iterator<Item = &'t Column>,
+    record: &[u8],
+) -> Result<(), RowError> {
+    bind_as(Binding::Checked, statement, columns, record)
+}
+
+fn bind_as<'t>(
+    binding: Binding,
     statement: &mut Statement<'_>,
     columns: impl Iterator<Item = &'t Column>,
     record: &[u8],
@@ -251,6 +290,10 @@ pub(super) fn bind<'t>(
             }
             (Storage::Blob, ValueRef::Blob(value)) => {
                 statement.raw_bind_parameter(parameter, value)?;
+            }
+            (Storage::Text, ValueRef::Blob(bytes)) if binding == Binding::OfPrograms => {
+                let text = ToSqlOutput::Borrowed(SqlRef::Text(bytes));
+                statement.raw_bind_parameter(parameter, text)?;
             }
             _ => return Err(RowError::Malformed("a value does not fit its column")),
         }

@@ -9,11 +9,13 @@
 
 use std::collections::BTreeSet;
 
+use bytes::Bytes;
+
 use super::of_rows;
 use crate::{
     lookup::{Error as LookupError, Lookup, Nothing},
     mirror::{Error, Key, Reader},
-    shape::Bound,
+    shape::{Bound, Subquery},
     table::Table,
 };
 
@@ -140,11 +142,14 @@ fn note_all(
             // Whatever a range is as of, it is from before now.
             states.push((row, last));
         }
+        let was_always_there = states.len() == of_key.len() + 1;
         for (item, bounds) in items.iter().enumerate() {
             let mut affected = BTreeSet::new();
             for bound in *bounds {
                 for (step, found) in bound.select.subqueries().iter().enumerate() {
-                    if found.subquery.table.oid != table.oid {
+                    if found.subquery.table.oid != table.oid
+                        || (was_always_there && same(&found.subquery, &states)?)
+                    {
                         continue;
                     }
                     for (row, ordinal) in &states {
@@ -163,6 +168,17 @@ fn note_all(
         pass.after = Some(key.clone());
     }
     Ok(stopped)
+}
+
+/// Whether a row was the same all the time, in all that decides what a subquery says.
+fn same(subquery: &Subquery, states: &[(Bytes, i64)]) -> Result<bool, Error> {
+    for pair in states.windows(2) {
+        let same = subquery.same(&pair[0].0, &pair[1].0);
+        if !same.map_err(|error| of_rows(&subquery.table, error.into()))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// From a row of a step's inner table to the keys of the SELECT's rows that it may concern.

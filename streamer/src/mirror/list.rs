@@ -128,14 +128,15 @@ impl Reader {
                 item INTEGER, k, txn INTEGER, PRIMARY KEY(item, k)
             ) WITHOUT ROWID",
         )?;
+        // Rows as they come: in the order of their keys, each long one would go to another page.
         for table in tables {
             sqlite.execute_batch(&format!(
-                "CREATE TEMP TABLE past_{table}(k, txn INTEGER, old BLOB NOT NULL, PRIMARY KEY(k, txn)) WITHOUT ROWID"
+                "CREATE TEMP TABLE past_{table}(k, txn INTEGER, old BLOB NOT NULL)"
             ))?;
         }
         for index in past.iter().filter(|index| !index.parts.is_empty()) {
             sqlite.execute_batch(&format!(
-                "CREATE INDEX IF NOT EXISTS temp.past_{} ON past_{}({})",
+                "CREATE INDEX IF NOT EXISTS temp.past_{} ON past_{}({}, k, txn)",
                 secondary::suffix(index),
                 index.table,
                 secondary::key_sql(index, "old")
@@ -329,7 +330,7 @@ fn insert_past(
     old: &[u8],
 ) -> Result<(), Error> {
     let mut insert = sqlite.prepare_cached(&format!(
-        "INSERT OR IGNORE INTO temp.past_{table}(k, txn, old) VALUES(?1, ?2, ?3)"
+        "INSERT INTO temp.past_{table}(k, txn, old) VALUES(?1, ?2, ?3)"
     ))?;
     insert.raw_bind_parameter(1, key)?;
     insert.raw_bind_parameter(2, ordinal)?;

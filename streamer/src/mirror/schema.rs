@@ -36,7 +36,7 @@ use crate::table::Oid;
 
 /// The version of the file's format, in `user_version`.
 ///
-/// - 1: first version.
+/// - 1: first version. Secondary indexes are no part of it: they come and go, and each start makes those that it wants.
 const FORMAT: i32 = 1;
 
 /// In `application_id`, so that no other file is taken for a mirror: "Anab".

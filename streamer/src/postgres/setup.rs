@@ -185,6 +185,7 @@ pub async fn plan(client: &Client, wanted: Wanted<'_>) -> Result<Script, sql::Er
         statements.extend(writing::plan(client, writing, &quoted).await?);
     }
     statements.extend(grants(client, wanted.readable, None, &quoted).await?);
+    statements.extend(given_away(client, wanted.writing.map(|writing| writing.role)).await?);
     let mut published = wanted.published.to_vec();
     if wanted.writing.is_some() {
         let receipts = receipts::names().into_iter();
@@ -200,6 +201,32 @@ pub async fn plan(client: &Client, wanted: Wanted<'_>) -> Result<Script, sql::Er
         database,
         statements,
     })
+}
+
+/// What takes back what default privileges gave to others as it was made. With it they could read what was written and refused, or
+/// forge receipts and resume tokens. What somebody granted otherwise is left alone: another streamer may need it. `login` is the role that logs in to write.
+async fn given_away(client: &Client, login: Option<&str>) -> Result<Vec<String>, sql::Error> {
+    let rows = client
+        .client
+        .query(
+            "SELECT format('REVOKE %s ON %s FROM %I', string_agg(h.privilege_type, ', ' ORDER BY h.privilege_type), h.what, r.rolname)
+               FROM (SELECT 'r' AS kind, c.relowner AS owner, 'anabranch.' || quote_ident(c.relname) AS what, a.*
+                       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, aclexplode(c.relacl) a
+                      WHERE n.nspname = 'anabranch' AND c.relkind = 'r'
+                     UNION ALL
+                     SELECT 'f', p.proowner,
+                            format('FUNCTION anabranch.%I(%s)', p.proname, oidvectortypes(p.proargtypes)), a.*
+                       FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace, aclexplode(p.proacl) a
+                      WHERE n.nspname = 'anabranch' AND p.prosecdef) h
+               JOIN pg_roles r ON r.oid = h.grantee
+              WHERE h.grantee <> h.owner AND r.rolname <> current_user AND r.rolname IS DISTINCT FROM $1
+                AND EXISTS (SELECT FROM pg_default_acl d, aclexplode(d.defaclacl) g
+                             WHERE d.defaclrole = h.owner AND d.defaclobjtype = h.kind::\"char\" AND g.grantee = h.grantee)
+              GROUP BY h.what, r.rolname ORDER BY h.what, r.rolname",
+            &[&login],
+        )
+        .await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// What lets a role read the tables: that of the session, or the one that is named. `role` is quoted.
@@ -360,6 +387,8 @@ pub async fn execute(client: &Client, script: Script) -> Result<(), Error> {
 
 /// Plans, runs, and makes sure that nothing is missing any more.
 pub async fn ensure(client: &Client, wanted: Wanted<'_>) -> Result<(), Error> {
+    execute(client, plan(client, wanted).await?).await?;
+    // What is given to others as it is made can only be taken back then.
     execute(client, plan(client, wanted).await?).await?;
     let script = plan(client, wanted).await?;
     if script.statements.is_empty() {

@@ -44,6 +44,9 @@ const PINNED_TO_WRITE: &[(&str, &str)] = &[
     ("row_security", "on"),
     // A write behind a long lock is tried again, so that it does not hold all behind it for ever.
     ("lock_timeout", "10s"),
+    // Statements follow each other at once. If they do not, our machine is gone, and Postgres would keep its locks until it
+    // gives up the connection: two hours, by default.
+    ("idle_in_transaction_session_timeout", "30s"),
 ];
 
 /// Not pinned there: an answered write must be as durable as the database promises.
@@ -137,6 +140,15 @@ impl Client {
     /// `major * 10000 + minor`, e.g. 150018.
     pub fn server_version(&self) -> u32 {
         self.server_version
+    }
+
+    /// SQL that makes the session what it was when it began, but for prepared statements: whoever used it before may have
+    /// set what it liked.
+    pub fn renewal(&self) -> String {
+        format!(
+            "RESET ALL; {} SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES",
+            pin_later(self.server_version)
+        )
     }
 
     async fn pin(&mut self, session: Use) -> Result<(), Error> {

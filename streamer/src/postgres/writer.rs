@@ -32,8 +32,7 @@
 //!
 //! **The role** needs rights on the tables, on the columns of the conditions (to read), and USAGE of the schema
 //! `anabranch`; the login role needs SELECT for the last look, and where it is under row-level security a policy that
-//! shows it all rows (`CREATE POLICY … FOR SELECT TO login USING (true)`), or BYPASSRLS. Where a replica writes as no
-//! other role, its claims are in force as it looks, and policies count.
+//! shows it all rows (`CREATE POLICY … FOR SELECT TO login USING (true)`), or BYPASSRLS. The claims are in force as it looks.
 //!
 //! **Errors** that are the transaction's own reject it, those of the way to Postgres are the caller's to wait out, and those
 //! of the set-up (the claim may not be called, the role is not there) are [`Error::Definite`]: no write is lost by them.
@@ -58,11 +57,12 @@ use std::{
 use anabranch_proto::{Lsn, Nonce, record};
 pub use outcome::{Error, Outcome, Rejection};
 pub use rules::{Rule, Rules};
+use tokio_postgres::error::SqlState;
 
 use self::{
     facts::Facts,
     flight::{Cause, Failure, Flight, Prepared, Step},
-    outcome::{Class, bounded, classify},
+    outcome::{Class, bounded, classify, told},
     statement::{GONE, HIDDEN, Left, OUT_OF_SHAPE, Sql, Target, Touch, UNREADABLE},
     value::Param,
 };
@@ -94,6 +94,12 @@ const PRUNED_AT_ONCE: i32 = 1000;
 /// As many rows are looked at by one statement after the effects.
 const CHECKED_AT_ONCE: usize = 1000;
 
+/// Of a standby, or a primary whose disk is full.
+const READ_ONLY: &str = "25006";
+
+/// An UPDATE that found no row.
+const UPDATE_MISSING: &str = "update_missing";
+
 /// Insufficient privilege.
 const NOT_ALLOWED: &str = "42501";
 
@@ -112,6 +118,9 @@ const STALE: &[&str] = &[
     "42P01",
     "42P18",
 ];
+
+/// The function of the server that PL/pgSQL's RAISE is, which errors name whatever language they are in.
+const RAISE: &str = "exec_stmt_raise";
 
 const CLAIM: &str = "SELECT anabranch.claim($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.bytea, $5::pg_catalog.bytea, \
      $6::pg_catalog.uuid[]), \
@@ -143,18 +152,21 @@ const JUDGED: &str = "SELECT pg_catalog.pg_current_wal_flush_lsn()::pg_catalog.t
 /// Forgets claims that are too old, some at a time.
 const PRUNE: &str = "SELECT anabranch.prune($1, $2)";
 
-const SETTLE: &str =
-    "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.int8, $3::pg_catalog.int4)";
+const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.int4)";
 
 const STANDING: &str =
     "SELECT subject, seq, hash FROM anabranch.replicas WHERE replica = $1::pg_catalog.text";
 
 const LEASE: &str = "SELECT first, last, step FROM anabranch.lease($1::pg_catalog.oid, $2::pg_catalog.int2, $3::pg_catalog.text, $4::pg_catalog.int4)";
 
-/// Claims stay in force for the last look where there is no other role to come back from.
-const AFTER_ROLE: &str =
-    "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE; SET LOCAL request.jwt.claims = ''";
-const AFTER_NO_ROLE: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE";
+/// Claims stay in force for the last look: policies for everybody read them, for the login role too, and may fail without.
+const AFTER: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE";
+
+/// Compiling takes longer than any of our statements.
+const NO_JIT: &str = "SET jit = off";
+
+/// Without it what was given up goes on in Postgres, behind a lock say, with a connection of the server's.
+const NOTICES: &str = "SET client_connection_check_interval = '1s'";
 
 /// A connection that writes. One transaction at a time: a second replica needs a second one, or waits.
 pub struct Writer {
@@ -166,6 +178,13 @@ pub struct Writer {
     busy: bool,
     /// Something was committed that may not be durable yet.
     unflushed: bool,
+    /// Whose transactions it makes.
+    replica: Option<String>,
+    /// What makes it as good as new for another replica: functions of the application may have changed settings of the
+    /// session, which others' policies may read.
+    renewal: String,
+    /// The server can't be written to. Its name may stand for another one by now.
+    read_only: bool,
 }
 
 /// Who writes.
@@ -226,7 +245,8 @@ pub struct Claimed {
 /// What is to be done about a failure.
 enum Verdict {
     Answered,
-    Retry(String),
+    /// Again, at once; if that does not help, it is rejected, or it waits.
+    Retry(String, Option<Rejection>),
     Reject(Rejection),
     Fail(Error),
 }
@@ -235,20 +255,28 @@ impl Writer {
     /// Connects.
     pub async fn connect(server: &Server) -> Result<Writer, sql::Error> {
         let client = Client::connect_to_write(server, "anabranch writer").await?;
-        // Compiling takes longer than any of our statements.
-        client.client.batch_execute("SET jit = off").await?;
+        client.client.batch_execute(NO_JIT).await?;
+        let mut renewal = format!("{}; {NO_JIT}", client.renewal());
+        // Since Postgres 14, and not on every system.
+        if client.client.batch_execute(NOTICES).await.is_ok() {
+            renewal = format!("{renewal}; {NOTICES}");
+        }
         Ok(Writer {
             client,
+            renewal,
+            replica: None,
             prepared: Prepared::default(),
             facts: HashMap::new(),
             busy: false,
             unflushed: false,
+            read_only: false,
         })
     }
 
-    /// Whether it can be used: the connection is there, and no transaction was given up in its middle.
+    /// Whether it can be used: the connection is there, to a server that takes writes, and no transaction was given up in
+    /// its middle.
     pub fn is_usable(&self) -> bool {
-        !self.busy && !self.client.client.is_closed()
+        !self.busy && !self.read_only && !self.client.client.is_closed()
     }
 
     /// The last transaction of a replica that is answered, and its hash.
@@ -346,7 +374,12 @@ impl Writer {
                         (attempt, looked_again) = (0, false);
                         continue;
                     }
-                    Some(failure) => judge(failure, transaction.seq),
+                    Some(failure) => match judge(failure, transaction.seq) {
+                        Verdict::Retry(_, Some(rejection)) if attempt + 1 >= ATTEMPTS_MAX => {
+                            Verdict::Reject(rejection)
+                        }
+                        verdict => verdict,
+                    },
                 };
                 match verdict {
                     Verdict::Answered => {
@@ -354,17 +387,20 @@ impl Writer {
                         continue;
                     }
                     Verdict::Fail(error) => return Err(error),
-                    Verdict::Retry(why) => {
+                    Verdict::Retry(why, _) => {
                         attempt += 1;
                         wait(attempt, why).await?;
                     }
                     Verdict::Reject(rejection)
-                        if !looked_again && STALE.contains(&&*rejection.sqlstate) =>
+                        if !looked_again
+                            && (STALE.contains(&&*rejection.sqlstate)
+                                // A trigger that was made since may have suppressed it.
+                                || rejection.outcome == UPDATE_MISSING) =>
                     {
                         looked_again = true;
                         self.facts.clear();
                         // A statement does not depend on rights but by the facts.
-                        if rejection.sqlstate != NOT_ALLOWED {
+                        if ![NOT_ALLOWED, REFUSED].contains(&&*rejection.sqlstate) {
                             self.prepared.clear();
                         }
                     }
@@ -428,11 +464,12 @@ impl Writer {
                 step: Step::Claim,
                 cause: Cause::Sql(error),
             };
+            self.read_only |= is_of_read_only(&failure);
             match judge(failure, seq) {
                 Verdict::Answered => return Ok(Outcome::AlreadyAnswered),
                 Verdict::Fail(error) => return Err(error),
                 Verdict::Reject(why) => return Err(Error::Definite(why.message)),
-                Verdict::Retry(why) => {
+                Verdict::Retry(why, _) => {
                     attempt += 1;
                     wait(attempt, why).await?;
                 }
@@ -484,13 +521,15 @@ impl Writer {
         Ok(row.map_err(failed)?.get::<_, i64>(0) >= i64::from(PRUNED_AT_ONCE))
     }
 
-    /// The replica has the rejections up to `seq`. Forgets those that are far behind that.
+    /// The replica has the rejections up to `seq`. Forgets those that are far behind that. Of an id that belongs to another
+    /// subject nothing is: a rejection that is forgotten before its replica has it would look as if it had been applied.
     pub async fn settle(&mut self, replica: &Replica, seq: u64) -> Result<(), Error> {
         self.usable()?;
         let client = &self.client.client;
         let statement = self.prepared.get(client, SETTLE).await.map_err(failed)?;
         let params = [
             Param::Text(replica.id.clone()),
+            Param::Text(replica.subject.clone()),
             Param::Text(seq.to_string()),
             Param::Text(SETTLED_KEPT.to_string()),
         ];
@@ -556,6 +595,8 @@ impl Writer {
             found.push(targets);
         }
         self.busy = true;
+        let is_other = self.replica.as_ref() != Some(&replica.id);
+        let mut renewal = is_other.then_some(&*self.renewal);
         let mut flight = Flight::new(&self.client.client, &mut self.prepared);
         let mut previous = *previous;
         let mut last = false;
@@ -563,6 +604,10 @@ impl Writer {
             let transaction = transaction.as_ref();
             last = i + 1 == transactions.len();
             let claim = if last { CLAIM } else { CLAIM_NOT_LAST };
+            flight.next_transaction();
+            if let Some(renewal) = renewal.take() {
+                flight.simple(Step::Begin, renewal).await;
+            }
             send(&mut flight, replica, &previous, transaction, targets, claim).await;
             previous = transaction.hash;
             if flight.is_in_vain() {
@@ -571,6 +616,8 @@ impl Writer {
         }
         let failures = flight.finish().await;
         self.busy = false;
+        self.replica = Some(replica.id.clone());
+        self.read_only |= failures.iter().flatten().any(is_of_read_only);
         if last && matches!(failures.last(), Some(None)) {
             self.unflushed = false;
         } else if failures.iter().any(Option::is_none) {
@@ -661,7 +708,6 @@ async fn send(
     targets: &[Result<Target, Rejection>],
     claim: &str,
 ) {
-    flight.next_transaction();
     flight.simple(Step::Begin, "BEGIN READ WRITE").await;
     let claim = Sql {
         text: claim.into(),
@@ -679,12 +725,7 @@ async fn send(
     flight.statement(Step::Claim, claim).await;
     let checks = effects(flight, transaction, targets).await;
     if !flight.has_failed() {
-        let after = if replica.role.is_some() {
-            AFTER_ROLE
-        } else {
-            AFTER_NO_ROLE
-        };
-        flight.simple(Step::Constraints, after).await;
+        flight.simple(Step::Constraints, AFTER).await;
         for (rule, check) in checks {
             flight.statement(Step::Check(rule), check).await;
         }
@@ -799,6 +840,7 @@ fn effect(
 
 /// What a failure of transaction `seq` means.
 fn judge(failure: Failure, seq: u64) -> Verdict {
+    let is_of_read_only = is_of_read_only(&failure);
     let error = match failure.cause {
         Cause::Rejected(rejection) => return Verdict::Reject(rejection),
         Cause::Sql(error) => error,
@@ -807,6 +849,9 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         return Verdict::Fail(failed(error));
     };
     let sqlstate = said.code().code();
+    if is_of_read_only {
+        return Verdict::Fail(Error::Transient(failed(error).to_string()));
+    }
     let stored = || {
         said.column()
             .and_then(|column| column.parse().ok())
@@ -826,18 +871,32 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
             _ => {}
         }
     }
-    match classify(sqlstate) {
-        Class::Retry => return Verdict::Retry(bounded(&failed(error).to_string())),
-        Class::Transient => return Verdict::Fail(failed(error)),
-        Class::Final => {}
-    }
     let rejection = |entry, outcome: &str| Rejection {
         entry,
         outcome: Cow::Owned(outcome.to_owned()),
         sqlstate: sqlstate.to_owned(),
-        message: bounded(said.message()),
+        message: match said.routine() {
+            // In the words of the application.
+            Some(RAISE) => bounded(said.message()),
+            _ => bounded(&told(sqlstate, said.message())),
+        },
         constraint: said.constraint().map(bounded),
     };
+    // A function of the application may raise what it likes, whatever it means by it: no operator will mend that, and it may
+    // be raised each time.
+    let raised = match &failure.step {
+        _ if said.routine() != Some(RAISE) => None,
+        Step::Effect(entry, _) => Some(rejection(Some(*entry), "error")),
+        Step::Constraints | Step::Commit => Some(rejection(None, "error")),
+        Step::Begin | Step::Claim | Step::Check(_) => None,
+    };
+    match classify(sqlstate) {
+        Class::Final => {}
+        Class::Transient if raised.is_none() => return Verdict::Fail(failed(error)),
+        Class::Retry | Class::Transient => {
+            return Verdict::Retry(bounded(&failed(error).to_string()), raised);
+        }
+    }
     let outcome = said.column().unwrap_or("error");
     Verdict::Reject(match &failure.step {
         // Not the transaction's fault.
@@ -867,7 +926,13 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
                 outcome => rejection(entry, outcome),
             }
         }
-        Step::Check(_) => return Verdict::Fail(failed(error)),
+        Step::Check(rule) => {
+            return Verdict::Fail(Error::Definite(format!(
+                "the role that logs in to write can't look at {}: {sqlstate}: {}",
+                rule.table.full_name(),
+                told(sqlstate, said.message())
+            )));
+        }
         Step::Effect(entry, _) if sqlstate == REFUSED => rejection(Some(*entry), outcome),
         Step::Effect(entry, Some(facts))
             if sqlstate == "23505"
@@ -879,6 +944,18 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         Step::Effect(entry, _) => rejection(Some(*entry), "error"),
         Step::Constraints | Step::Commit => rejection(None, "error"),
     })
+}
+
+/// Whether it failed as a standby fails, which does not even begin a transaction that writes.
+fn is_of_read_only(failure: &Failure) -> bool {
+    let Cause::Sql(error) = &failure.cause else {
+        return false;
+    };
+    match (&failure.step, error.code().map(SqlState::code)) {
+        (Step::Begin, Some(sqlstate)) => matches!(sqlstate, READ_ONLY | "0A000"),
+        (Step::Claim, sqlstate) => sqlstate == Some(READ_ONLY),
+        _ => false,
+    }
 }
 
 /// What Postgres said, or the connection.

@@ -14,6 +14,7 @@ use anabranch_proto::{
     v1::{self, write_down, write_up},
 };
 use bytes::{Bytes, BytesMut};
+use prost::Message;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::timeout,
@@ -52,6 +53,9 @@ const PRUNE_EVERY: Duration = Duration::from_secs(60);
 
 /// Ids that are leased at a time: what a program inserts in a busy hour offline, and little to lose with a file.
 const LEASE_IDS: u32 = 1_000;
+
+/// NAMEDATALEN less one.
+const NAME_BYTES_MAX: usize = 63;
 
 /// The connections that write.
 pub struct Writers {
@@ -153,7 +157,7 @@ pub(super) struct Call {
 /// What waits for its turn.
 enum Work {
     Transaction(Received, OwnedSemaphorePermit),
-    Judge(Vec<Nonce>),
+    Judge(Vec<Nonce>, OwnedSemaphorePermit),
     Settled(u64),
     Lease(v1::Lease),
 }
@@ -208,19 +212,24 @@ impl Call {
             let next = match kind {
                 Some(write_up::Kind::Transaction(piece)) => match assembler.push(piece) {
                     Ok(Some(transaction)) => {
-                        let bytes = transaction.bytes().clamp(1, AHEAD_BYTES_MAX as usize) as u32;
-                        let room = Semaphore::acquire_many_owned(room.clone(), bytes).await;
-                        Work::Transaction(transaction, room.expect("it is never closed"))
+                        let room = place(&room, transaction.bytes()).await;
+                        Work::Transaction(transaction, room)
                     }
                     Ok(None) => continue,
                     Err(what) => return Status::invalid_argument(what),
                 },
                 Some(write_up::Kind::Settled(seq)) => Work::Settled(seq),
                 Some(write_up::Kind::Judge(judge)) => match asked(&judge.nonces) {
-                    Some(nonces) => Work::Judge(nonces),
+                    Some(nonces) => {
+                        let room = place(&room, judge.nonces.len()).await;
+                        Work::Judge(nonces, room)
+                    }
                     None => return Status::invalid_argument("nonces have 16 bytes, and are some"),
                 },
-                Some(write_up::Kind::Lease(lease)) => Work::Lease(lease),
+                Some(write_up::Kind::Lease(lease)) if is_name(&lease) => Work::Lease(lease),
+                Some(write_up::Kind::Lease(_)) => {
+                    return Status::invalid_argument("a name in Postgres has at most 63 bytes");
+                }
                 Some(write_up::Kind::Alive(_)) => continue,
                 Some(write_up::Kind::Hello(_)) | None => {
                     return Status::invalid_argument("WriteHello is said once, and first");
@@ -270,7 +279,7 @@ impl Call {
                         rooms.push(room);
                     }
                     Work::Settled(seq) => settled = Some(seq),
-                    Work::Judge(nonces) => self.judge(&nonces).await?,
+                    Work::Judge(nonces, _room) => self.judge(&nonces).await?,
                     Work::Lease(lease) => leases.push(lease),
                 }
             }
@@ -603,11 +612,24 @@ impl AsRef<LocalTransaction> for Read {
 }
 
 impl Received {
+    /// As long as it waits, its tables are held too, and a transaction without entries may name thousands.
     fn bytes(&self) -> usize {
-        self.content
-            .as_ref()
-            .map_or(0, |(_, entries)| entries.len())
+        self.content.as_ref().map_or(0, |(tables, entries)| {
+            let tables: usize = tables.iter().map(Message::encoded_len).sum();
+            tables + entries.len()
+        })
     }
+}
+
+/// Waits until there is room for what is to wait.
+async fn place(room: &Arc<Semaphore>, bytes: usize) -> OwnedSemaphorePermit {
+    let bytes = bytes.clamp(1, AHEAD_BYTES_MAX as usize) as u32;
+    let room = Semaphore::acquire_many_owned(room.clone(), bytes).await;
+    room.expect("it is never closed")
+}
+
+fn is_name(lease: &v1::Lease) -> bool {
+    lease.schema.len().max(lease.table.len()) <= NAME_BYTES_MAX
 }
 
 fn refused(outcome: &'static str, sqlstate: &str, message: String) -> Rejection {
@@ -734,6 +756,20 @@ mod tests {
         assert_eq!(asked(&[0; 32]).unwrap().len(), 2);
         assert_eq!(asked(&vec![0; 16 * JUDGED_MAX]).unwrap().len(), JUDGED_MAX);
         assert_eq!(asked(&vec![0; 16 * (JUDGED_MAX + 1)]), None);
+    }
+
+    #[test]
+    fn tables_count_among_what_waits() {
+        let table = v1::WriteTable {
+            columns: vec!["a".repeat(50); 1000],
+            ..v1::WriteTable::default()
+        };
+        let first = v1::LocalTransaction {
+            tables: vec![table; 10],
+            ..piece(1, b"", false)
+        };
+        let whole = Assembler::new(100).push(first).unwrap().unwrap();
+        assert!(whole.bytes() > 500_000, "{}", whole.bytes());
     }
 
     #[test]

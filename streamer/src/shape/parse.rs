@@ -143,8 +143,10 @@ impl Cursor {
     /// What EXISTS selects: nothing, or columns, stars and constants.
     fn ignored_columns(&mut self) -> Result<Columns, Fault> {
         let (mut named, mut all) = (Vec::new(), Vec::new());
-        let nothing = self.is_word(0, "from");
-        while !nothing {
+        if self.is_word(0, "from") {
+            return Ok(Columns::Ignored { named, all });
+        }
+        loop {
             let is_constant = match self.peek() {
                 Kind::Number(_) | Kind::Text(_) => true,
                 Kind::Word(word) => matches!(word.as_str(), "null" | "true" | "false"),
@@ -159,10 +161,9 @@ impl Cursor {
                 }
             }
             if !self.take(&Kind::Comma) {
-                break;
+                return Ok(Columns::Ignored { named, all });
             }
         }
-        Ok(Columns::Ignored { named, all })
     }
 
     /// A column, or a star, with its qualifiers.
@@ -337,7 +338,7 @@ impl Cursor {
                         ));
                     }
                 };
-                let node = self.in_select(negated, left)?;
+                let node = self.in_select(negated, *left)?;
                 return self.not_compared(Expression { place, node });
             }
             self.expect(&Kind::Open)?;
@@ -365,10 +366,10 @@ impl Cursor {
     }
 
     /// `(SELECT …)`, to which `left` is compared.
-    fn in_select(&mut self, negated: bool, left: Box<Expression>) -> Result<Node, Fault> {
+    fn in_select(&mut self, negated: bool, left: Expression) -> Result<Node, Fault> {
         let left = match left.node {
             Node::Row(left) => left,
-            _ => vec![*left],
+            _ => vec![left],
         };
         Ok(Node::InSelect {
             negated,
@@ -458,7 +459,7 @@ impl Cursor {
     /// What comes after IN.
     fn in_list(&mut self, negated: bool, left: Box<Expression>) -> Result<Node, Fault> {
         if self.is_subquery() {
-            return self.in_select(negated, left);
+            return self.in_select(negated, *left);
         }
         self.expect(&Kind::Open)?;
         let mut list = vec![self.expression()?];

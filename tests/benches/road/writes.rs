@@ -409,7 +409,6 @@ fn script(pipelined: bool) -> String {
              WITH changed AS (UPDATE ONLY public.items AS t SET n = :seq::int4 WHERE t.id = :id::int8 AND ((t.owner = :client_id) IS TRUE) RETURNING 1) SELECT anabranch.refuse('update_missing', NULL) WHERE NOT EXISTS (SELECT FROM changed);
              SET CONSTRAINTS ALL IMMEDIATE;
              SET LOCAL ROLE NONE;
-             SET LOCAL request.jwt.claims = '';
              SELECT anabranch.refuse('out_of_shape', 0) FROM (SELECT (t.owner = :client_id) IS TRUE AS shown FROM ONLY public.items AS t WHERE t.id = :id::int8 OFFSET 0) AS s WHERE s.shown IS NOT TRUE;
              COMMIT;
 "

@@ -336,6 +336,17 @@ async fn the_sql_that_writes_need_is_not_enough_or_not_as_it_is_printed() {
     database.execute(&remedies.concat()).await;
     is_quiet(&streamer);
 
+    // Up to Postgres 14 everybody could; a database that was upgraded may still let them.
+    database
+        .execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
+        .await;
+    let (code, said) = run(&streamer, &["check"]);
+    assert_eq!(code, Some(0), "{said}");
+    let revoke = "REVOKE CREATE ON SCHEMA public FROM PUBLIC, \"app_user\";";
+    assert!(said.contains(revoke), "{said}");
+    database.execute(revoke).await;
+    is_quiet(&streamer);
+
     streamer.start().await;
     let replica = Replica::config(&streamer).subscribe("s").start().await;
     replica

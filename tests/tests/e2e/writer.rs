@@ -2,8 +2,11 @@
 
 mod claims;
 pub mod fixture;
+mod forgery;
 mod load;
+mod session;
 mod types;
+mod waits;
 
 use std::time::Duration;
 
@@ -571,6 +574,95 @@ async fn a_row_that_leaves_the_shape_meanwhile_is_not_pulled_back() {
     assert_eq!(fixture.text(state).await, "1,8,theirs");
 }
 
+/// A trigger may suppress an UPDATE that changes nothing. A row that went while ours waited for it is another matter.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_went_meanwhile_is_taken_for_a_suppressed_update() {
+    let fixture = Fixture::new(
+        "CREATE TABLE issues (id int PRIMARY KEY, team int, title text, updated timestamptz);
+         CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             IF NEW.title = OLD.title THEN RETURN NULL; END IF;
+             NEW.updated := now(); RETURN NEW; END $$;
+         CREATE TRIGGER touch BEFORE UPDATE OF title ON issues FOR EACH ROW EXECUTE FUNCTION touch();
+         INSERT INTO issues VALUES (1, 7, 'gone'), (2, 7, 'theirs'), (3, 7, 'same')",
+    )
+    .await;
+    let select = "SELECT id, team, title FROM issues WHERE team = 7";
+    let rules = fixture
+        .rules_of(&[("issues", select)], &Policy::default())
+        .await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["issues"]);
+    let mut previous = NO_HASH;
+    let takes = [
+        "DELETE FROM issues WHERE id = 1",
+        "UPDATE issues SET team = 8 WHERE id = 2",
+    ];
+    for (id, take) in (1..).zip(takes) {
+        let transaction = program.transaction(&[update(0, &[Integer(id)], "001", &[Text("ours")])]);
+        let other = fixture.database.connect().await;
+        other
+            .batch_execute(&format!("BEGIN; {take}"))
+            .await
+            .unwrap();
+        let applying = writer.apply(&replica, &previous, &transaction, &rules.rules);
+        let commit = async {
+            fixture.until_somebody_waits().await;
+            other.batch_execute("COMMIT").await.unwrap();
+        };
+        let (outcome, ()) = tokio::join!(applying, commit);
+        let outcome = outcome.unwrap();
+        assert_eq!(rejected(&outcome).outcome, "update_missing", "{take}");
+        previous = transaction.hash;
+    }
+    let same = program.transaction(&[update(0, &[Integer(3)], "001", &[Text("same")])]);
+    let outcome = writer.apply(&replica, &previous, &same, &rules.rules).await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    let state = "SELECT string_agg(concat_ws(',', id, team, title), ' ' ORDER BY id) FROM issues";
+    assert_eq!(fixture.text(state).await, "2,8,theirs 3,7,same");
+}
+
+/// A foreign key that cascades writes rows too, in our transaction, and may put them where the transaction wrote before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_a_cascade_moved_is_taken_for_the_replicas_own() {
+    let fixture = Fixture::new(
+        "CREATE TABLE issues (id int PRIMARY KEY, team int);
+         CREATE TABLE comments (issue int REFERENCES issues ON UPDATE CASCADE, n int, team int, body text, PRIMARY KEY (issue, n));
+         INSERT INTO issues VALUES (1, 7), (2, 7);
+         INSERT INTO comments VALUES (1, 1, 7, 'ours'), (2, 1, 8, 'theirs')",
+    )
+    .await;
+    let selects = [
+        ("issues", "SELECT * FROM issues WHERE team = 7"),
+        ("comments", "SELECT * FROM comments WHERE team = 7"),
+    ];
+    let rules = fixture.rules_of(&selects, &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["issues", "comments"]);
+    let key = [Integer(1), Integer(1)];
+    let stolen = program.transaction(&[
+        update(1, &key, "0001", &[Text("mine")]),
+        delete(1, &key),
+        update(0, &[Integer(1)], "10", &[Integer(9)]),
+        // Takes along what is not shown, to where the one was that was shown.
+        update(0, &[Integer(2)], "10", &[Integer(1)]),
+        update(1, &key, "0010", &[Integer(7)]),
+    ]);
+    let answer = writer
+        .apply(&replica, &NO_HASH, &stolen, &rules.rules)
+        .await
+        .unwrap();
+    let rejection = rejected(&answer);
+    assert_eq!(
+        (&*rejection.outcome, rejection.entry),
+        ("update_missing", Some(4))
+    );
+    let state =
+        "SELECT string_agg(concat_ws(',', issue, n, team, body), ' ' ORDER BY issue) FROM comments";
+    assert_eq!(fixture.text(state).await, "1,1,7,ours 2,1,8,theirs");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn role_and_claims_are_in_force_for_the_effects_and_nothing_else() {
     let fixture = Fixture::new(
@@ -619,7 +711,7 @@ async fn role_and_claims_are_in_force_for_the_effects_and_nothing_else() {
         .execute(&format!(
             "CREATE TABLE forging (id int PRIMARY KEY);
              CREATE FUNCTION forge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                 RESET ROLE; PERFORM * FROM (SELECT anabranch.settle('r1', 1, 1)) s; RETURN NULL; END $$;
+                 RESET ROLE; PERFORM * FROM (SELECT anabranch.settle('r1', 'edge-1', 1, 1)) s; RETURN NULL; END $$;
              CREATE TRIGGER forge AFTER INSERT ON forging FOR EACH ROW EXECUTE FUNCTION forge();
              GRANT ALL ON forging TO \"{app}\""
         ))
@@ -803,6 +895,87 @@ async fn a_replica_is_not_told_what_is_outside_of_its_shapes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_message_quotes_what_the_replica_is_not_shown() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, a text, secret text);
+         INSERT INTO t VALUES (1, 'x', 'a secret');
+         ALTER TABLE t ADD CHECK (a <> 'y' OR secret::int > 0)",
+    )
+    .await;
+    let rules = fixture
+        .rules_of(&[("t", "SELECT id, a FROM t")], &Policy::default())
+        .await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[update(0, &[Integer(1)], "01", &[Text("y")])]);
+    let answer = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    let answer = answer.unwrap();
+    let rejection = rejected(&answer);
+    assert_eq!(rejection.sqlstate, "22P02");
+    assert!(!rejection.message.contains("secret"), "{rejection:?}");
+}
+
+/// What is known of a table's triggers may be old.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_that_a_new_trigger_suppresses_is_taken_for_one_that_missed() {
+    let fixture =
+        Fixture::new("CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 1)")
+            .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let [first, same] =
+        [2, 2].map(|n| program.transaction(&[update(0, &[Integer(1)], "01", &[Integer(n)])]));
+    let outcome = writer.apply(&replica, &NO_HASH, &first, &rules.rules).await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    fixture
+        .database
+        .execute(
+            "CREATE TRIGGER same BEFORE UPDATE ON t FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        )
+        .await;
+    let outcome = writer
+        .apply(&replica, &first.hash, &same, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+}
+
+/// Policies that are everybody's are the login role's too, and read the claims.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_for_everybody_fails_for_the_role_that_looks() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, owner text, team int);
+         ALTER TABLE t ENABLE ROW LEVEL SECURITY;
+         CREATE POLICY own ON t AS RESTRICTIVE USING (owner = current_setting('request.jwt.claims')::json->>'sub')",
+    )
+    .await;
+    fixture
+        .grant(
+            "CREATE POLICY looks ON t FOR SELECT TO {login} USING (true);
+             CREATE POLICY writes ON t TO {app} USING (true)",
+        )
+        .await;
+    let rules = fixture
+        .rules_of(
+            &[("t", "SELECT * FROM t WHERE team = 7")],
+            &Policy::default(),
+        )
+        .await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let transaction = program.transaction(&[insert(0, &[Integer(1), Text("edge-1"), Integer(7)])]);
+    let outcome = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn conflicts_end_as_the_policy_says() {
     let fixture = Fixture::new(
         "CREATE TABLE t (id int PRIMARY KEY, last text, first text, hits numeric(6,1), f float8, j json);
@@ -925,6 +1098,44 @@ async fn conflicts_end_as_the_policy_says() {
         .apply(&replica, &previous, &missing, &rules.rules)
         .await;
     assert_eq!(rejected(&answer.unwrap()).outcome, "update_missing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sum_fails_on_the_way_or_ends_as_no_number() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, small int2, big int8, n numeric);
+         INSERT INTO t VALUES (1, -20000, -9223372036854775808, 'NaN')",
+    )
+    .await;
+    let mut policy = Policy::default();
+    for column in ["small", "big", "n"] {
+        policy.columns.insert(column.into(), Conflict::Add);
+    }
+    let rules = fixture.rules(&["t"], &policy).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let key = [Integer(1)];
+    let mut previous = NO_HASH;
+    for entry in [
+        update(0, &key, "0100", &[Integer(20_000), Integer(-20_000)]),
+        update(0, &key, "0010", &[Integer(i64::MAX), Integer(i64::MIN)]),
+        update(0, &key, "0001", &[Text("1.5"), Text("NaN")]),
+    ] {
+        let transaction = program.transaction(&[entry]);
+        let outcome = writer
+            .apply(&replica, &previous, &transaction, &rules.rules)
+            .await;
+        assert_eq!(outcome, Ok(Outcome::Applied));
+        previous = transaction.hash;
+    }
+    let state = "SELECT concat_ws(' ', small, big, n) FROM t";
+    let expected = format!("20000 {} 1.5", i64::MAX);
+    assert_eq!(fixture.text(state).await, expected);
+    // What is too much in the end is too much.
+    let over = program.transaction(&[update(0, &key, "0100", &[Integer(20_000), Integer(0)])]);
+    let outcome = writer.apply(&replica, &previous, &over, &rules.rules).await;
+    assert_eq!(rejected(&outcome.unwrap()).sqlstate, "22003");
 }
 
 #[tokio::test(flavor = "multi_thread")]

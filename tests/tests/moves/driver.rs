@@ -471,6 +471,7 @@ impl Driver {
                 catchup.limits = Limits {
                     merged_max: self.rng.random_range(0..4),
                     collected_max: self.rng.random_range(1..20),
+                    collected_with_rows_max: self.rng.random_range(1..20),
                     looked_max: self.rng.random_range(1..10),
                 };
             }

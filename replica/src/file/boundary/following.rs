@@ -49,6 +49,15 @@ impl Following {
             .transpose()
     }
 
+    /// See [`Boundaries::make_all_durable`]; `None` if nothing is followed.
+    pub fn make_all_durable(&self) -> Result<Option<bool>, Error> {
+        let mut boundaries = self.lock();
+        boundaries
+            .as_mut()
+            .map(Boundaries::make_all_durable)
+            .transpose()
+    }
+
     /// Has the WAL written back, and gets out of the way, so that the next writer starts it over. Programs that write all the
     /// time are held up for that, shortly: then `writer` takes the write lock, and waits for it as it always does. It must not be in a
     /// transaction. False: a program that reads was in the way, or one that wrote for too long. What is found meanwhile comes with

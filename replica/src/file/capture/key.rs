@@ -16,31 +16,31 @@ pub(super) fn spelled(postgres_type: &str, value: &str) -> Option<(String, &'sta
         "uuid" => {
             let groups = [8, 4, 4, 4, 12].map(|digits| "[0-9a-f]".repeat(digits));
             (
-                fixed(value, 36, &glob(groups.join("-"))),
+                fixed(value, &glob(groups.join("-"))),
                 "lower case, as in 5e1f7a9c-0d2b-4c8e-9f3a-1b6d4e8c2a70",
             )
         }
         "timestamp with time zone" => {
             let pattern = format!("{DATE} {TIME}.{}Z", fraction(precision));
             (
-                moment(value, 27, &glob(pattern)),
+                moment(value, &glob(pattern)),
                 "UTC, as in 2024-02-29 18:30:00.000000Z",
             )
         }
         "timestamp without time zone" => {
             let pattern = format!("{DATE} {TIME}.{}", fraction(precision));
             (
-                moment(value, 26, &glob(pattern)),
+                moment(value, &glob(pattern)),
                 "as in 2024-02-29 18:30:00.000000",
             )
         }
         "date" => (
-            or_infinity(value, &fixed(value, 10, &glob(DATE.to_owned()))),
+            or_infinity(value, &fixed(value, &glob(DATE.to_owned()))),
             "as in 2024-02-29",
         ),
         "time without time zone" => {
             let pattern = format!("{TIME}.{}", fraction(precision));
-            (fixed(value, 15, &glob(pattern)), "as in 18:30:00.000000")
+            (fixed(value, &glob(pattern)), "as in 18:30:00.000000")
         }
         "character" => (
             format!("{value} = rtrim({value}, ' ')"),
@@ -99,7 +99,7 @@ fn number(value: &str, scale: Option<usize>) -> String {
         ),
     };
     format!(
-        "({value} IN ('NaN', 'Infinity', '-Infinity') OR (length(CAST({value} AS BLOB)) = length({value}) \
+        "({value} IN ('NaN', 'Infinity', '-Infinity') OR (instr({value}, char(0)) = 0 \
          AND {digits} GLOB '[0-9]*' AND {digits} NOT GLOB '*[^0-9.]*' AND {digits} NOT GLOB '*.*.*' \
          AND {digits} NOT GLOB '0[0-9]*' AND {behind} AND {value} NOT GLOB '--*' \
          AND ({value} NOT GLOB '-*' OR {digits} GLOB '*[1-9]*')))"
@@ -112,15 +112,15 @@ fn fraction(precision: Option<usize>) -> String {
     format!("{}{}", "[0-9]".repeat(kept), "0".repeat(6 - kept))
 }
 
-/// GLOB ends at a NUL.
-fn fixed(value: &str, bytes: usize, condition: &str) -> String {
-    format!("(length(CAST({value} AS BLOB)) = {bytes} AND {condition})")
+/// GLOB ends at a NUL. A length in bytes would tell that too, but of a file in UTF-16 it is another one.
+fn fixed(value: &str, condition: &str) -> String {
+    format!("(instr({value}, char(0)) = 0 AND {condition})")
 }
 
 /// 24:00:00 is midnight of the next day.
-fn moment(value: &str, bytes: usize, condition: &str) -> String {
+fn moment(value: &str, condition: &str) -> String {
     let condition = format!("{condition} AND substr({value}, 12, 2) < '24'");
-    or_infinity(value, &fixed(value, bytes, &condition))
+    or_infinity(value, &fixed(value, &condition))
 }
 
 fn or_infinity(value: &str, condition: &str) -> String {

@@ -79,7 +79,12 @@ fn is_storable(column: &Column, value: &Value) -> bool {
         Value::Integer(_) => column.storage == Storage::Integer,
         Value::Real(_) => column.storage == Storage::Real,
         Value::Text(_) => column.storage == Storage::Text,
-        Value::Blob(_) => column.storage == Storage::Blob,
+        Value::Blob(bytes) => match column.storage {
+            Storage::Blob => true,
+            // Text of a program that is no UTF-8.
+            Storage::Text => std::str::from_utf8(bytes).is_err(),
+            Storage::Integer | Storage::Real => false,
+        },
     }
 }
 

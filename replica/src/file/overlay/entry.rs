@@ -49,13 +49,18 @@ pub(in crate::file) struct Entry {
     pub new: Row,
 }
 
-/// A value out of a row. Programs can store what is no UTF-8 as text; Postgres could not take it.
+/// A value out of a row. Programs can store what is no UTF-8 as text. Postgres has no such value, and something like it would be
+/// another one: so its bytes are kept, as a blob. The streamer refuses that in a column of text, and where it is shown it is
+/// text again ([`as_stored`]).
 pub(in crate::file) fn value(value: ValueRef<'_>) -> Value {
     match value {
         ValueRef::Null => Value::Null,
         ValueRef::Integer(value) => Value::Integer(value),
         ValueRef::Real(value) => Value::Real(value),
-        ValueRef::Text(bytes) => Value::Text(String::from_utf8_lossy(bytes).into_owned()),
+        ValueRef::Text(bytes) => match std::str::from_utf8(bytes) {
+            Ok(text) => Value::Text(text.to_owned()),
+            Err(_) => Value::Blob(bytes.to_vec()),
+        },
         ValueRef::Blob(bytes) => Value::Blob(bytes.to_vec()),
     }
 }
@@ -68,7 +73,15 @@ pub(in crate::file) fn stored(there: ValueRef<'_>, storage: Storage) -> Value {
     }
 }
 
-/// The same for a record.
+/// The other way round: the value as it is in a column of this storage.
+pub(in crate::file) fn as_stored(value: ValueRef<'_>, storage: Storage) -> ValueRef<'_> {
+    match (value, storage) {
+        (ValueRef::Blob(bytes), Storage::Text) => ValueRef::Text(bytes),
+        (value, _) => value,
+    }
+}
+
+/// A value for a record.
 pub(in crate::file) fn in_record(value: &Value) -> record::ValueRef<'_> {
     match value {
         Value::Null => record::ValueRef::Null,

@@ -10,7 +10,10 @@ use anabranch_proto::{
     ops::Kind,
     record::{self, ValueRef},
 };
-use rusqlite::{CachedStatement, Connection, Statement, types::Null};
+use rusqlite::{
+    CachedStatement, Connection, Statement,
+    types::{ToSqlOutput, ValueRef as SqlRef},
+};
 
 use super::{
     super::{
@@ -101,7 +104,7 @@ impl<'c, 'k> Rebuilder<'c, 'k> {
         Ok(Rebuilder {
             sources,
             boundary,
-            writer: Writer::new(connection, table.clone(), watched)?,
+            writer: Writer::of_programs(connection, table.clone(), watched)?,
             shown: connection
                 .prepare_cached(&format!("SELECT {all} FROM {name} WHERE {}", table.by_key()))?,
             base: connection.prepare_cached(&format!(
@@ -147,7 +150,7 @@ impl<'c, 'k> Rebuilder<'c, 'k> {
             let statement = match &last {
                 None => &mut first,
                 Some(last) => {
-                    bind_key(&mut next, last)?;
+                    bind_key(&self.table, &mut next, last)?;
                     &mut next
                 }
             };
@@ -204,7 +207,7 @@ impl<'c, 'k> Rebuilder<'c, 'k> {
             self.show(&key, row)?;
         }
         if entries.is_empty() {
-            bind_key(&mut self.let_go, key)?;
+            bind_key(&self.table, &mut self.let_go, key)?;
             self.let_go.raw_execute()?;
         }
         if connected.len() > 1 {
@@ -215,9 +218,9 @@ impl<'c, 'k> Rebuilder<'c, 'k> {
 
     /// Makes the row of this key a base row, if it has none: it was not pending until now, so it is what Postgres has.
     pub(super) fn save(&mut self, key: &Key) -> Result<(), RowError> {
-        bind_key(&mut self.save, key)?;
+        bind_key(&self.table, &mut self.save, key)?;
         if self.save.raw_execute()? == 0 {
-            bind_key(&mut self.save_absence, key)?;
+            bind_key(&self.table, &mut self.save_absence, key)?;
             self.save_absence.raw_execute()?;
         }
         Ok(())
@@ -227,7 +230,7 @@ impl<'c, 'k> Rebuilder<'c, 'k> {
         let mut entries = Vec::new();
         for source in &mut self.sources {
             for statement in [&mut source.by_new_key, &mut source.by_old_key] {
-                let next = bind_key(statement, key)?;
+                let next = bind_key(&self.table, statement, key)?;
                 statement.raw_bind_parameter(next, self.boundary)?;
                 let mut rows = statement.raw_query();
                 while let Some(row) = rows.next()? {
@@ -240,7 +243,7 @@ impl<'c, 'k> Rebuilder<'c, 'k> {
 
     /// What Postgres has at this key, if that is known here.
     fn base_row(&mut self, key: &Key) -> Result<Option<Option<Row>>, RowError> {
-        bind_key(&mut self.base, key)?;
+        bind_key(&self.table, &mut self.base, key)?;
         let mut rows = self.base.raw_query();
         let Some(row) = rows.next()? else {
             return Ok(None);
@@ -254,7 +257,7 @@ impl<'c, 'k> Rebuilder<'c, 'k> {
     }
 
     fn show(&mut self, key: &Key, row: Option<Row>) -> Result<(), RowError> {
-        bind_key(&mut self.shown, key)?;
+        bind_key(&self.table, &mut self.shown, key)?;
         let mut rows = self.shown.raw_query();
         let shown = match rows.next()? {
             Some(shown) => Some(read_row(&self.table, shown, 0)?),
@@ -290,16 +293,18 @@ fn read_row(table: &Table, row: &rusqlite::Row<'_>, from: usize) -> rusqlite::Re
 }
 
 /// Binds a key to the first parameters; says which is the next.
-fn bind_key(statement: &mut Statement<'_>, key: &Key) -> Result<usize, RowError> {
+fn bind_key(table: &Table, statement: &mut Statement<'_>, key: &Key) -> Result<usize, RowError> {
     let mut parameter = 1;
-    for value in record::values(key)? {
-        match value? {
-            ValueRef::Null => statement.raw_bind_parameter(parameter, Null)?,
-            ValueRef::Integer(value) => statement.raw_bind_parameter(parameter, value)?,
-            ValueRef::Real(value) => statement.raw_bind_parameter(parameter, value)?,
-            ValueRef::Text(value) => statement.raw_bind_parameter(parameter, value)?,
-            ValueRef::Blob(value) => statement.raw_bind_parameter(parameter, value)?,
-        }
+    for (value, &place) in record::values(key)?.zip(&table.key) {
+        let value = match value? {
+            ValueRef::Null => SqlRef::Null,
+            ValueRef::Integer(value) => SqlRef::Integer(value),
+            ValueRef::Real(value) => SqlRef::Real(value),
+            ValueRef::Text(value) => SqlRef::Text(value.as_bytes()),
+            ValueRef::Blob(value) => SqlRef::Blob(value),
+        };
+        let value = entry::as_stored(value, table.columns[place].storage);
+        statement.raw_bind_parameter(parameter, ToSqlOutput::Borrowed(value))?;
         parameter += 1;
     }
     Ok(parameter)

@@ -7,6 +7,7 @@ use serde_json::{Map, Value as Json};
 use super::{
     super::{
         Error, File,
+        capture::quiet,
         error::{self, Doing},
         grammar::Tables,
         identity,
@@ -257,6 +258,9 @@ impl File {
             return Ok(0);
         }
         let write = Write::begin(connection)?;
+        // Each time: what was last applied may have thought otherwise.
+        quiet::run_triggers(connection, self.catalog.has_triggers())
+            .doing("set whether triggers run")?;
         let mut overlay = Overlay::new(connection);
         let retry = || -> Result<u64, RowError> {
             let ids: Vec<i64> = connection
@@ -279,17 +283,45 @@ impl File {
                 .map_err(|(_, error)| error)?;
             Ok(count)
         };
-        let count = retry().map_err(|error| match error {
-            RowError::Sqlite(error) => error::sqlite("make rejected writes again", error),
-            RowError::Malformed(_) | RowError::Ignored => Error::Definite(
-                "a program's trigger made SQLite skip a rejected write that is made again".into(),
-            ),
-        })?;
+        let count = match retry() {
+            Ok(count) => count,
+            Err(RowError::Ignored) => return self.refuse_retry(write, "RAISE(IGNORE)"),
+            Err(RowError::Sqlite(error)) if error::is_of_statement(&error) => {
+                return self.refuse_retry(write, &error.to_string());
+            }
+            Err(RowError::Sqlite(error)) => {
+                return Err(error::sqlite("make rejected writes again", error));
+            }
+            Err(RowError::Malformed(what)) => {
+                return Err(Error::Definite(format!(
+                    "make rejected writes again: {what}"
+                )));
+            }
+        };
         write.commit()?;
         if count > 0 {
             tracing::info!(count, "rejected writes are made again");
         }
         Ok(count)
+    }
+
+    /// A trigger of a program does not let them be made again: as with a write of its own, that is for the program to settle.
+    /// It is said once, and nothing else waits for it.
+    fn refuse_retry(&self, write: Write<'_>, why: &str) -> Result<u64, Error> {
+        drop(write);
+        tracing::warn!(
+            why,
+            "a program's trigger refused rejected writes that were to be made again"
+        );
+        let write = Write::begin(&self.connection)?;
+        self.connection
+            .execute(
+                "UPDATE _anabranch_rejected SET action = 'refused' WHERE action = 'retry'",
+                [],
+            )
+            .doing("say that writes are not made again")?;
+        write.commit()?;
+        Ok(0)
     }
 }
 

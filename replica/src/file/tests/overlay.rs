@@ -813,3 +813,205 @@ fn cost_of_long_chains() {
     let answer = live(40, &[receipt(&file, seq)]);
     measure("its answer", &mut file, &answer);
 }
+
+/// Latin-1, as a program may well store it: it is no UTF-8, and SQLite does not mind.
+fn latin(bytes: &[u8]) -> String {
+    let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("CAST(x'{digits}' AS TEXT)")
+}
+
+fn named() -> Sheet {
+    use v1::Conflict::LastWrite;
+    Sheet {
+        id: 1,
+        name: "t",
+        columns: vec![("name", Text, 1, LastWrite), ("a", Text, 0, LastWrite)],
+    }
+}
+
+fn named_in_full(rows: &[&[ValueRef<'_>]], lsn: u64) -> v1::Down {
+    let mut elements = vec![first(&[1, RECEIPTS, REJECTIONS]), named().declare()];
+    elements.extend(receipts());
+    elements.extend([upserts(1, rows), commit(lsn)]);
+    down(elements)
+}
+
+const NAMES: &str = "SELECT hex(name), hex(a) FROM t ORDER BY name";
+
+#[test]
+fn a_rejected_key_that_is_no_utf8_stays() {
+    let folder = Folder::new();
+    let mut file = folder.open();
+    file.apply(&named_in_full(&[&[T("x"), T("old")]], 10))
+        .unwrap();
+    folder.program(&format!(
+        "INSERT INTO t VALUES({}, 'new'); UPDATE t SET a = {} WHERE name = 'x'",
+        latin(b"M\xfcller"),
+        latin(b"caf\xe9")
+    ));
+    let shown = ["'4DFC6C6C6572'|'6E6577'", "'78'|'636166E9'"];
+    assert_eq!(folder.query(NAMES), shown);
+    let seq = folder.assign(&mut file);
+    let sent = file.outgoing(&mut Outgoing::after(0), 1 << 20).unwrap();
+    let sent = &sent[0].entries;
+    let has = |bytes: &[u8]| sent.windows(bytes.len()).any(|there| there == bytes);
+    // What the program wrote, and not something like it.
+    assert!(has(b"M\xfcller") && has(b"caf\xe9"));
+    // Postgres changes what is beside it, and then says no.
+    file.apply(&live(20, &[upserts(1, &[&[T("x"), T("theirs")]])]))
+        .unwrap();
+    assert_eq!(folder.query(NAMES), shown);
+    file.apply(&live(
+        30,
+        &[receipt(&file, seq), rejection(&file, seq, Some(0))],
+    ))
+    .unwrap();
+    assert_eq!(folder.query(NAMES), ["'78'|'746865697273'"]);
+    assert_eq!(base_rows(&folder), "0");
+    folder.program("UPDATE _anabranch_rejected SET action = 'retry'");
+    assert_eq!(file.retry_rejected().unwrap(), 2);
+    assert_eq!(folder.query(NAMES), shown);
+    let seq = folder.assign(&mut file);
+    file.apply(&live(
+        40,
+        &[receipt(&file, seq), rejection(&file, seq, Some(0))],
+    ))
+    .unwrap();
+    assert_eq!(folder.query(NAMES), ["'78'|'746865697273'"]);
+    assert_eq!(base_rows(&folder), "0");
+}
+
+#[test]
+fn a_pending_key_that_is_no_utf8_is_rebuilt_for_ever() {
+    let folder = Folder::new();
+    let mut file = folder.open();
+    file.apply(&named_in_full(&[&[T("x"), T("old")]], 10))
+        .unwrap();
+    folder.program(&format!(
+        "INSERT INTO t VALUES({}, 'new')",
+        latin(b"M\xfcller")
+    ));
+    let (done, is_done) = std::sync::mpsc::channel();
+    // A table is sent in full, with what is pending in it.
+    let again = std::thread::spawn(move || {
+        file.begin_stream().unwrap();
+        file.apply(&named_in_full(&[&[T("x"), T("theirs")]], 20))
+            .unwrap();
+        done.send(()).unwrap();
+    });
+    is_done
+        .recv_timeout(std::time::Duration::from_secs(20))
+        .expect("it is done");
+    again.join().unwrap();
+    assert_eq!(
+        folder.query(NAMES),
+        ["'4DFC6C6C6572'|'6E6577'", "'78'|'746865697273'"]
+    );
+}
+
+#[test]
+fn a_retry_that_a_programs_trigger_refuses_ends_the_replica() {
+    for (refuse, commits) in [
+        ("RAISE(ABORT, 'too many')", true),
+        ("RAISE(IGNORE)", true),
+        ("RAISE(ABORT, 'too many')", false),
+    ] {
+        let (folder, mut file, t) = start_with(&[(1, "a", "b", "10")]);
+        folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+        let seq = folder.assign(&mut file);
+        file.apply(&live(
+            20,
+            &[receipt(&file, seq), rejection(&file, seq, Some(0))],
+        ))
+        .unwrap();
+        folder.program(&format!(
+            "CREATE TRIGGER own BEFORE UPDATE ON t WHEN NEW.a = 'mine' BEGIN SELECT {refuse}; END"
+        ));
+        file.look().unwrap();
+        if commits {
+            file.apply(&live(30, &[upsert_all(&[(2, "x", "y", "1")])]))
+                .unwrap();
+            file.apply(&live(40, &[deletes(1, &[&[I(2)]])])).unwrap();
+        }
+        folder.program("UPDATE _anabranch_rejected SET action = 'retry'");
+        for _ in 0..2 {
+            file.tidy(None).unwrap();
+        }
+        shows(&folder, &["1|'a'|'b'|'10'"]);
+        assert_eq!(pending(&folder), "0|1");
+        assert_eq!(
+            folder.query("SELECT action FROM _anabranch_rejected"),
+            ["'refused'"],
+            "{refuse}"
+        );
+    }
+}
+
+#[test]
+fn what_a_unique_index_had_replaced_is_missing_for_ever() {
+    for running in [true, false] {
+        let (folder, file, _) = start_with(&[(1, "a", "b", "1"), (2, "x", "b", "2")]);
+        let running = running.then_some(file);
+        // No trigger sees that the second row goes.
+        folder.program(
+            "PRAGMA recursive_triggers = OFF; CREATE UNIQUE INDEX own ON t(a); \
+             INSERT OR REPLACE INTO t VALUES(1, 'x', 'b', '1')",
+        );
+        assert_eq!(folder.query("SELECT id FROM t"), ["1"]);
+        let mut file = running.unwrap_or_else(|| folder.open());
+        file.look().unwrap();
+        assert!(
+            file.resume_token().is_empty(),
+            "the table is to be sent again"
+        );
+        file.begin_stream().unwrap();
+        file.apply(&full(&[(1, "a", "b", "1"), (2, "x", "b", "2")], 20, &[]))
+            .unwrap();
+        shows(&folder, &["1|'x'|'b'|'1'", "2|'x'|'b'|'2'"]);
+        assert_eq!(pending(&folder), "1|0");
+    }
+}
+
+#[test]
+fn base_rows_of_what_changed_nothing_stay_for_ever() {
+    let (folder, mut file, _) = start_with(&[(1, "a", "b", "1"), (2, "x", "b", "2")]);
+    folder.program(
+        "INSERT OR REPLACE INTO t SELECT * FROM t WHERE id = 1; INSERT OR IGNORE INTO t VALUES(2, '', '', '')",
+    );
+    file.look().unwrap();
+    assert_eq!(pending(&folder), "0|0");
+    assert_eq!(base_rows(&folder), "2");
+    file.tidy(None).unwrap();
+    assert_eq!(base_rows(&folder), "0");
+    folder.program(
+        "UPDATE t SET a = 'mine' WHERE id = 1; INSERT OR IGNORE INTO t VALUES(2, '', '', '')",
+    );
+    file.tidy(None).unwrap();
+    base_is(&folder, &["1|'a'|'b'|'1'", "2|'x'|'b'|'2'"]);
+}
+
+#[test]
+fn a_rejection_that_a_power_cut_could_undo_is_said_to_be_here() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    file.look().unwrap();
+    let wal = beside(folder.path(), "-wal");
+    let bytes = || std::fs::metadata(&wal).unwrap().len();
+    let end = bytes();
+    let pinning = reader(folder.path());
+    pinning.execute_batch("BEGIN; SELECT * FROM t").unwrap();
+    folder.write(|program| t.set(program, 1, &[("a", text("mine"))]));
+    // A byte of a frame's salts: read after a power cut, the WAL would end here.
+    let mut damaged = std::fs::read(&wal).unwrap();
+    damaged[usize::try_from(end).unwrap() + 8] ^= 1;
+    std::fs::write(&wal, &damaged).unwrap();
+    file.look().unwrap();
+    let seq = folder.assign(&mut file);
+    file.apply(&live(
+        20,
+        &[receipt(&file, seq), rejection(&file, seq, Some(0))],
+    ))
+    .unwrap();
+    assert_eq!(file.local().unwrap().settled, 0);
+    drop(pinning);
+    assert_eq!(file.local().unwrap().settled, seq);
+}

@@ -39,6 +39,9 @@ pub async fn check(
         }
     }
     if !writing.roles.is_empty() {
+        for role in may_create(client, writing.roles).await? {
+            findings.push(creates(&role));
+        }
         for login in roles(client, &logs_in).await? {
             if login.is_superuser {
                 findings.push(login_is_superuser(&login.name));
@@ -99,6 +102,25 @@ async fn roles(client: &Client, names: &[String]) -> Result<Vec<Role>, Error> {
         bypasses: row.get(2),
     };
     Ok(rows.iter().map(role).collect())
+}
+
+/// What the role that logs in looks at last, it compares with operators of `public` too.
+fn creates(name: &str) -> Finding {
+    let name = identifier(name);
+    Finding::warning(
+        format!(
+            "the role {name} may create operators and functions in schema public, and the role that logs in to write would run them"
+        ),
+        format!("REVOKE CREATE ON SCHEMA public FROM PUBLIC, {name};"),
+    )
+}
+
+/// Those of the roles that may create in `public`. A superuser may do anything anyhow.
+async fn may_create(client: &Client, names: &[String]) -> Result<Vec<String>, Error> {
+    let sql = "SELECT rolname::text FROM pg_roles, pg_namespace WHERE nspname = 'public' AND rolname = ANY ($1)
+                  AND NOT rolsuper AND has_schema_privilege(pg_roles.oid, pg_namespace.oid, 'CREATE') ORDER BY 1";
+    let rows = client.client.query(sql, &[&names]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 async fn missing(client: &Client, names: &[String]) -> Result<Vec<String>, Error> {

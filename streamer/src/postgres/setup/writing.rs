@@ -3,7 +3,8 @@
 //!
 //! The functions run with the rights of whoever set the database up, so each names every object with its schema, has a
 //! fixed `search_path`, and refuses inside a trigger: a trigger of the application could otherwise become the login role
-//! again (`RESET ROLE`) and claim what it likes. Errors of ours are of class `AB`, which Postgres does not use; what a
+//! again (`RESET ROLE`) and claim what it likes. So could a function of a policy, a check or a default, which is in no
+//! trigger: but a claim comes before all effects, so each refuses where something was written before. Errors of ours are of class `AB`, which Postgres does not use; what a
 //! program has to know is in the field COLUMN of the error, never only in its text.
 
 use super::{super::catalog::Name, grants, identifier, sql};
@@ -100,6 +101,9 @@ macro_rules! body {
   IF pg_catalog.pg_trigger_depth() > 0 THEN
     RAISE EXCEPTION 'anabranch: not within a trigger' USING ERRCODE = '42501';
   END IF;
+  IF pg_catalog.pg_current_xact_id_if_assigned() IS NOT NULL THEN
+    RAISE EXCEPTION 'anabranch: not in a transaction that has written' USING ERRCODE = '42501';
+  END IF;
 ",
             $body,
             "END\n"
@@ -169,16 +173,16 @@ const FUNCTIONS: [Function; 7] = [
     },
     Function {
         name: "settle",
-        arguments: "replica text, seq bigint, kept integer",
-        types: "text, bigint, integer",
+        arguments: "replica text, subject text, seq bigint, kept integer",
+        types: "text, text, bigint, integer",
         returns: "void",
         trusted: true,
         body: body!(
             "",
             "\
   UPDATE anabranch.rejections r SET settled = true, at = pg_catalog.now()
-   WHERE r.replica = $1 AND r.seq <= $2 AND NOT r.settled;
-  DELETE FROM anabranch.rejections r WHERE r.replica = $1 AND r.seq <= $2 - $3 AND r.settled;
+   WHERE r.replica = $1 AND r.subject = $2 AND r.seq <= $3 AND NOT r.settled;
+  DELETE FROM anabranch.rejections r WHERE r.replica = $1 AND r.subject = $2 AND r.seq <= $3 - $4 AND r.settled;
 "
         ),
     },

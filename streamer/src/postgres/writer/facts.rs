@@ -21,6 +21,8 @@ pub struct Facts {
     pub suppresses: bool,
     /// A trigger or a rule may put a row elsewhere than it was written.
     pub diverts: bool,
+    /// A foreign key may change the key of a row that nobody wrote.
+    pub cascades: bool,
     /// The role may read `xmin`, which it may not by grants on columns.
     pub reads_xmin: bool,
 }
@@ -74,6 +76,10 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
             &[&table.oid],
         )
         .await?;
+    let mut key: Vec<_> = (table.key.iter())
+        .map(|column| table.columns[*column].attnum)
+        .collect();
+    key.sort_unstable();
     // A policy may hide a row from an UPDATE, which then must not be taken for one that a trigger suppressed.
     let whole = client
         .query_opt(
@@ -83,9 +89,12 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
                     c.relhasrules OR EXISTS (
                  SELECT FROM pg_catalog.pg_trigger g
                   WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND g.tgtype & 3 = 3),
-                    pg_catalog.has_column_privilege(coalesce($2, current_user::text), c.oid, (-2)::int2, 'SELECT')
+                    pg_catalog.has_column_privilege(coalesce($2, current_user::text), c.oid, (-2)::int2, 'SELECT'),
+                    EXISTS (
+                 SELECT FROM pg_catalog.pg_constraint f
+                  WHERE f.conrelid = c.oid AND f.contype = 'f' AND f.confupdtype IN ('c', 'n', 'd') AND f.conkey && $3)
                FROM pg_catalog.pg_class c WHERE c.oid = $1",
-            &[&table.oid, &role],
+            &[&table.oid, &role, &key],
         )
         .await?;
     let is = |place: usize| whole.as_ref().is_some_and(|row| row.get(place));
@@ -115,10 +124,6 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
             insertable: row.get(5),
         })
     });
-    let mut key: Vec<_> = (table.key.iter())
-        .map(|column| table.columns[*column].attnum)
-        .collect();
-    key.sort_unstable();
     Ok(Facts {
         columns: columns.collect::<Result<_, _>>()?,
         row: (attributes.iter())
@@ -135,5 +140,6 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
         suppresses: is(0),
         diverts: is(1),
         reads_xmin: is(2),
+        cascades: is(3),
     })
 }

@@ -163,7 +163,7 @@ impl<'a> Flight<'a> {
     }
 
     /// Sends statements without parameters.
-    pub async fn simple(&mut self, step: Step, sql: &'static str) {
+    pub async fn simple(&mut self, step: Step, sql: &'a str) {
         let client = self.client;
         self.send(step, 0, Box::pin(client.batch_execute(sql)))
             .await;

@@ -87,8 +87,10 @@ const MESSAGE_CHARS_MAX: usize = 500;
 /// Reference: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
 pub fn classify(sqlstate: &str) -> Class {
     match sqlstate {
-        // Serialization failure, deadlock, lock not available.
-        "40001" | "40P01" | "55P03" => Class::Retry,
+        // Serialization failure, deadlock.
+        "40001" | "40P01" => Class::Retry,
+        // A lock was waited for, long enough: others want the connection.
+        "55P03" => Class::Transient,
         // Completion unknown; read-only: a standby, or a primary whose disk is full; idle too long.
         "40003" | "25006" | "25P03" | "25P04" => Class::Transient,
         // Connection, resources, operator intervention, the operating system.
@@ -96,6 +98,23 @@ pub fn classify(sqlstate: &str) -> Class {
             Some("08" | "53" | "57" | "58") => Class::Transient,
             _ => Class::Final,
         },
+    }
+}
+
+/// A message of Postgres, of this SQLSTATE, without the values that it quotes: those of data exceptions are of whatever was
+/// read, columns among them that the replica is not shown. Quotes are those of any language that Postgres speaks.
+pub fn told(sqlstate: &str, message: &str) -> String {
+    const QUOTES: [char; 7] = ['"', '«', '»', '„', '“', '”', '\''];
+    let quoted = message.find(QUOTES).zip(message.rfind(QUOTES));
+    match quoted {
+        Some((first, last)) if sqlstate.starts_with("22") => {
+            format!(
+                "{}…{}",
+                &message[..first],
+                message[last..].trim_start_matches(QUOTES)
+            )
+        }
+        _ => message.to_owned(),
     }
 }
 
@@ -115,7 +134,7 @@ mod tests {
         for (sqlstate, class) in [
             ("40001", Retry),
             ("40P01", Retry),
-            ("55P03", Retry),
+            ("55P03", Transient),
             ("08006", Transient),
             ("53100", Transient),
             ("53300", Transient),
@@ -146,6 +165,23 @@ mod tests {
         ] {
             assert_eq!(classify(sqlstate), class, "{sqlstate}");
         }
+    }
+
+    #[test]
+    fn values_that_a_message_quotes_are_not_told() {
+        let syntax = "invalid input syntax for type integer";
+        assert_eq!(
+            told("22P02", &format!("{syntax}: \"a\"b\"")),
+            format!("{syntax}: …")
+        );
+        let range = told("22003", "value \"99\" is out of range for type integer");
+        assert_eq!(range, "value … is out of range for type integer");
+        assert_eq!(told("22P02", "ungültig: „x“ hier"), "ungültig: … hier");
+        assert_eq!(
+            told("23514", "violates \"positive\""),
+            "violates \"positive\""
+        );
+        assert_eq!(told("22012", "division by zero"), "division by zero");
     }
 
     #[test]

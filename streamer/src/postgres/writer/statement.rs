@@ -4,7 +4,8 @@
 //! so a row is only changed as long as the replica may see it, whatever others do to it at the same time. One that touches
 //! it again may change what the transaction itself wrote there (`xmin`) too: not whatever is there by then, as a
 //! trigger may have put the write elsewhere. (A role that has rights to columns only can't read `xmin`. For it the row is
-//! found by its key alone, where the transaction wrote it and nothing can have put it elsewhere.) What such a
+//! found by its key alone, where the transaction wrote it and nothing can have put it elsewhere.) Where a foreign key that
+//! cascades can change the key, even `xmin` proves nothing, and a row must be shown each time it is touched. What such a
 //! statement does not find it refuses by itself, with `anabranch.refuse`. A row that the replica is not shown is not there
 //! for it, so nothing tells it apart from one that is missing: an UPDATE of either is `update_missing`, a DELETE of
 //! either has nothing to do, and only a row that is shown can be a `conflict`. (A key that is taken by a row outside of
@@ -88,6 +89,11 @@ fn is_rounded(value: ValueRef<'_>) -> bool {
     digits > EXACT_DIGITS || text.bytes().any(|byte| matches!(byte, b'e' | b'E'))
 }
 
+/// Whether there is a difference from it: NaN and the infinities swallow all that is added.
+fn is_finite(value: ValueRef<'_>) -> bool {
+    !matches!(value, ValueRef::Text(text) if text.bytes().any(|byte| matches!(byte, b'N' | b'n' | b'I' | b'i')))
+}
+
 impl Sql {
     /// Adds a parameter; how it is written.
     fn bind(
@@ -148,6 +154,9 @@ impl Target {
 
     /// What a statement that touches a row again may find there, if an entry before it left one (`there`).
     pub fn again(&self, table: &WriteTable, there: bool) -> Touch {
+        if self.facts.cascades {
+            return Touch::First;
+        }
         let decides = |conflict: &Conflict| matches!(conflict, Conflict::Function(_));
         let is_sure = there && !self.facts.diverts && !table.conflicts.iter().any(decides);
         if is_sure && !self.facts.reads_xmin {
@@ -258,15 +267,16 @@ impl Target {
             let comma = if assignments.is_empty() { "" } else { ", " };
             let _ = write!(assignments, "{comma}{name} = ");
             match (&table.conflicts[set.column], set.old) {
-                (Conflict::Add, Some(old)) => {
+                (Conflict::Add, Some(old)) if is_finite(old) && is_finite(set.new) => {
                     if [old, set.new].into_iter().any(is_rounded) {
                         return Err(ROUNDED);
                     }
                     let old = sql.bind(self, place, old)?;
+                    // Not in the column's type: the difference of two that fit into it may not.
                     let _ = write!(
                         assignments,
                         "CASE WHEN t.{name} IS NULL OR {old} IS NULL OR {new} IS NULL THEN {new} \
-                         ELSE t.{name} + ({new} - {old}) END"
+                         ELSE t.{name} + ({new}::pg_catalog.numeric - {old}::pg_catalog.numeric) END"
                     );
                 }
                 (Conflict::FirstWrite, Some(old)) => {
@@ -280,9 +290,12 @@ impl Target {
         }
         let table = self.rule.qualified();
         let why = why(&table, &shown_of(&key, shown), compares);
-        // Where a trigger may suppress an update that changes nothing, one that hit nothing is not one that missed.
+        // Where a trigger may suppress an update that changes nothing, one that hit nothing is not one that missed. By the
+        // lock it is the row as it is that counts: the statement's snapshot has one, too, that went while it waited.
         let suppressed = if self.facts.suppresses && !compares {
-            format!(" AND NOT EXISTS (SELECT FROM ONLY {table} AS t WHERE {found})")
+            format!(
+                " AND NOT EXISTS (SELECT FROM ONLY {table} AS t WHERE {found} FOR NO KEY UPDATE)"
+            )
         } else {
             String::new()
         };

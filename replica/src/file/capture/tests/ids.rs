@@ -260,3 +260,32 @@ fn a_numeric_key_is_spelled_otherwise_than_by_postgres() {
     keys("numeric(6,0)", &["42.0", "42."], false);
     keys("numeric(6,-2)", &["4200"], true);
 }
+
+#[test]
+fn a_file_in_utf16_takes_no_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let connection = open(&folder.path().join("wide.db"));
+    connection
+        .execute_batch("PRAGMA encoding = 'UTF-16'; CREATE TABLE t(v TEXT NOT NULL) STRICT")
+        .unwrap();
+    for (postgres_type, value) in [
+        ("uuid", "5e1f7a9c-0d2b-4c8e-9f3a-1b6d4e8c2a70"),
+        ("timestamp with time zone", "2024-02-29 18:30:00.000000Z"),
+        ("timestamp without time zone", "2024-02-29 18:30:00.000000"),
+        ("date", "2024-02-29"),
+        ("time without time zone", "18:30:00.000000"),
+        ("numeric(6,2)", "-12.34"),
+    ] {
+        for (value, may) in [(value.to_owned(), true), (format!("{value}\0"), false)] {
+            connection.execute("DELETE FROM t", []).unwrap();
+            connection
+                .execute("INSERT INTO t VALUES(?1)", [&value])
+                .unwrap();
+            let (condition, _) = crate::file::capture::key::spelled(postgres_type, "v").unwrap();
+            let is_so: bool = connection
+                .query_row(&format!("SELECT {condition} FROM t"), [], |row| row.get(0))
+                .unwrap();
+            assert_eq!(is_so, may, "{postgres_type} {value:?}");
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! What a connection remembers: nothing of one replica may reach another.
+
+use anabranch_proto::record::ValueRef::{Integer, Null, Text};
+use anabranch_streamer::{
+    postgres::writer::Outcome,
+    write::{NO_HASH, Policy},
+};
+
+use super::fixture::{Fixture, Program, insert};
+
+/// Functions of an application may set what they like, for longer than their transaction.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_replicas_write_sets_is_seen_by_the_next_ones() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, tenant text, seen text, printed text);
+         CREATE FUNCTION remember() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             NEW.seen := nullif(current_setting('app.tenant', true), '');
+             NEW.printed := current_setting('TimeZone');
+             IF NEW.tenant IS NOT NULL THEN
+                 PERFORM set_config('app.tenant', NEW.tenant, false), set_config('TimeZone', 'Asia/Tokyo', false),
+                         pg_advisory_lock(7);
+             END IF;
+             RETURN NEW; END $$;
+         CREATE TRIGGER remember BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION remember()",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let mut writer = fixture.writer().await;
+    for (id, tenant) in [(1, Text("one")), (2, Null)] {
+        let replica = fixture.replica(&format!("r{id}"));
+        let mut program = Program::new(&rules, &["t"]);
+        let transaction = program.transaction(&[insert(0, &[Integer(id), tenant, Null, Null])]);
+        let outcome = writer
+            .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+            .await;
+        assert_eq!(outcome, Ok(Outcome::Applied));
+    }
+    let seen = "SELECT concat_ws(' ', coalesce(seen, '-'), printed) FROM t WHERE id = 2";
+    assert_eq!(fixture.text(seen).await, "- UTC");
+    let locks = "SELECT count(*)::text FROM pg_locks WHERE locktype = 'advisory'
+                    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    assert_eq!(fixture.text(locks).await, "0");
+}
