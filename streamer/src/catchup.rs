@@ -102,8 +102,32 @@ pub struct Catchup {
     items: Vec<Item>,
     /// From the first round on.
     walk: Option<Walk>,
-    /// [`MERGED_MAX`], but in tests.
-    pub(crate) merged_max: i64,
+    /// How it is brought on; as by default, but in tests.
+    pub limits: Limits,
+}
+
+/// How much is done in which way, and how much at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// What so many transactions changed is merged as it is read; of more, the changed keys are listed first.
+    pub merged_max: i64,
+    /// Entries of the change index that one round lists at most.
+    pub collected_max: usize,
+    /// The same where old rows are listed with them.
+    pub collected_with_rows_max: usize,
+    /// Rows that one round looks at at most, for what changes of inner tables concern.
+    pub looked_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            merged_max: MERGED_MAX,
+            collected_max: COLLECTED_MAX,
+            collected_with_rows_max: COLLECTED_WITH_ROWS_MAX,
+            looked_max: affected::LOOKED_MAX,
+        }
+    }
 }
 
 /// What a round came to.
@@ -183,7 +207,7 @@ impl Catchup {
         Catchup {
             items,
             walk: None,
-            merged_max: MERGED_MAX,
+            limits: Limits::default(),
         }
     }
 
@@ -367,7 +391,8 @@ impl Catchup {
     ) -> Result<bool, Error> {
         while let Some((from, to, as_of)) = walk.ranges[item].stale(after.as_ref(), upto, turn.now)
         {
-            let listed = |as_of| self.looks_into_others(item) || as_of + self.merged_max < turn.now;
+            let listed =
+                |as_of| self.looks_into_others(item) || as_of + self.limits.merged_max < turn.now;
             if as_of.is_some_and(listed) && !self.collect(walk, turn)? {
                 (walk.item, walk.after) = (item, after);
                 return Ok(false);
@@ -455,7 +480,7 @@ impl Catchup {
                     look(key, was, is)
                 })?;
             }
-            Some(as_of) if as_of + self.merged_max >= *now => {
+            Some(as_of) if as_of + self.limits.merged_max >= *now => {
                 reader.changes_of(table, as_of, *now, keys, |key, was| {
                     let is = reader.row(table.oid, &key)?;
                     look(key, was, is)
@@ -498,9 +523,9 @@ impl Catchup {
         let bounds: Vec<&[Bound]> = self.items.iter().map(|item| item.view.bounds()).collect();
         let past = inner_indexes(&bounds);
         let entries_max = if past.is_empty() {
-            COLLECTED_MAX
+            self.limits.collected_max
         } else {
-            COLLECTED_WITH_ROWS_MAX
+            self.limits.collected_with_rows_max
         };
         let more =
             (turn.reader).collect(collected.list, &tables, &past, &collected.upto, entries_max)?;
@@ -510,7 +535,10 @@ impl Catchup {
             entry: None,
         });
         if complete {
-            complete = collected.noted.go_on(turn.reader, &bounds, turn.now)?;
+            complete =
+                collected
+                    .noted
+                    .go_on(turn.reader, &bounds, turn.now, self.limits.looked_max)?;
         }
         walk.collected = Some(collected);
         Ok(complete)

@@ -50,8 +50,9 @@ pub const STEPS_MAX: usize = 100_000;
 const WALK_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Who subscribed to what.
-#[derive(Default)]
 pub struct Router {
+    /// [`STEPS_MAX`], but in tests.
+    pub steps_max: usize,
     tables: Map<Oid, Vec<Routes>>,
     /// Tables that subqueries read: of which SELECTs, over which tables, as which of their steps.
     inner: Map<Oid, Vec<Inner>>,
@@ -105,6 +106,20 @@ struct Candidate {
     /// Those that may have it: all of them if it changed, else all whose answer may have.
     bindings: Vec<BindingId>,
     changed: bool,
+}
+
+impl Default for Router {
+    fn default() -> Self {
+        Router {
+            steps_max: STEPS_MAX,
+            tables: Map::default(),
+            inner: Map::default(),
+            bindings: Map::default(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            sessions: Map::default(),
+        }
+    }
 }
 
 impl Router {

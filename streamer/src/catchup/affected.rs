@@ -9,16 +9,18 @@
 
 use std::collections::BTreeSet;
 
+use bytes::Bytes;
+
 use super::of_rows;
 use crate::{
     lookup::{Error as LookupError, Lookup, Nothing},
     mirror::{Error, Key, Reader},
-    shape::Bound,
+    shape::{Bound, Subquery},
     table::Table,
 };
 
 /// Rows that are looked at in one round, at most: less than a second's work.
-const LOOKED_MAX: usize = 50_000;
+pub(super) const LOOKED_MAX: usize = 50_000;
 
 /// How far the changes of inner tables were gone through.
 #[derive(Debug)]
@@ -27,6 +29,12 @@ pub(super) struct Noted {
     upto: i64,
     /// And, of those up to another one: the tables before this place, and of that table the keys up to this one.
     pass: Option<Pass>,
+}
+
+/// Rows that were looked at in this round.
+struct Looked {
+    rows: usize,
+    max: usize,
 }
 
 #[derive(Debug)]
@@ -47,9 +55,18 @@ impl Noted {
 
     /// Goes on, in the changes that the reader has collected up to `now`, the last of its snapshot. `items` are the replica's
     /// bound SELECTs, by item. False: not through yet.
-    pub fn go_on(&mut self, reader: &Reader, items: &[&[Bound]], now: i64) -> Result<bool, Error> {
+    pub fn go_on(
+        &mut self,
+        reader: &Reader,
+        items: &[&[Bound]],
+        now: i64,
+        looked_max: usize,
+    ) -> Result<bool, Error> {
         let tables = inner_tables(items);
-        let mut looked = 0;
+        let mut looked = Looked {
+            rows: 0,
+            max: looked_max,
+        };
         while self.upto < now {
             let pass = self.pass.get_or_insert(Pass {
                 upto: now,
@@ -94,7 +111,7 @@ fn note_all(
     table: &Table,
     between: (i64, i64),
     pass: &mut Pass,
-    looked: &mut usize,
+    looked: &mut Looked,
 ) -> Result<bool, Error> {
     let now = reader.now()?;
     let last = reader.snapshot()?.last;
@@ -103,7 +120,7 @@ fn note_all(
     // Read first, as what is noted is written to where it is read from.
     reader.changes_between(table.oid, between, pass.after.as_ref(), |key, ordinal| {
         // Changes of one key stay together.
-        if changes.len() >= LOOKED_MAX && changes.last().is_some_and(|(other, _)| *other != key) {
+        if changes.len() >= looked.max && changes.last().is_some_and(|(other, _)| *other != key) {
             stopped = true;
             return Ok(false);
         }
@@ -112,7 +129,7 @@ fn note_all(
     })?;
     for of_key in changes.chunk_by(|(one, _), (other, _)| one == other) {
         let key = &of_key[0].0;
-        if *looked > LOOKED_MAX {
+        if looked.rows > looked.max {
             return Ok(true);
         }
         let mut states = Vec::with_capacity(of_key.len() + 1);
@@ -125,16 +142,19 @@ fn note_all(
             // Whatever a range is as of, it is from before now.
             states.push((row, last));
         }
+        let was_always_there = states.len() == of_key.len() + 1;
         for (item, bounds) in items.iter().enumerate() {
             let mut affected = BTreeSet::new();
             for bound in *bounds {
                 for (step, found) in bound.select.subqueries().iter().enumerate() {
-                    if found.subquery.table.oid != table.oid {
+                    if found.subquery.table.oid != table.oid
+                        || (was_always_there && same(&found.subquery, &states)?)
+                    {
                         continue;
                     }
                     for (row, ordinal) in &states {
-                        *looked += 1;
-                        let climbed = climb(bound, step, row, &now, looked, &mut |key| {
+                        looked.rows += 1;
+                        let climbed = climb(bound, step, row, &now, &mut looked.rows, &mut |key| {
                             affected.insert((key, *ordinal));
                         });
                         climbed.map_err(|error| of_rows(table, error))?;
@@ -148,6 +168,17 @@ fn note_all(
         pass.after = Some(key.clone());
     }
     Ok(stopped)
+}
+
+/// Whether a row was the same all the time, in all that decides what a subquery says.
+fn same(subquery: &Subquery, states: &[(Bytes, i64)]) -> Result<bool, Error> {
+    for pair in states.windows(2) {
+        let same = subquery.same(&pair[0].0, &pair[1].0);
+        if !same.map_err(|error| of_rows(&subquery.table, error.into()))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// From a row of a step's inner table to the keys of the SELECT's rows that it may concern.

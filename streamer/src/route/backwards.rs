@@ -3,16 +3,16 @@
 //! One step of the walk goes from a row of a subquery's table to the rows that it goes with in the table around it. It is only
 //! asked whether the two go together, not what the rest of the condition says; so it may find too many.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 
-use super::{BindingId, Inner, Router, Routes, STEPS_MAX, WALK_BYTES_MAX};
+use super::{BindingId, Inner, Router, Routes, WALK_BYTES_MAX};
 use crate::{
     lookup::{Error, Lookup},
     mirror::{Key, Net},
-    shape::Select,
+    shape::{Select, Subquery},
     table::{Oid, Table},
 };
 
@@ -29,8 +29,9 @@ pub(super) struct Walk<'a> {
     router: &'a Router,
     before: &'a dyn Lookup,
     now: &'a dyn Lookup,
-    /// Rows that changed: they are candidates by themselves, and their own walks begin at them.
-    changed: HashSet<(Oid, &'a Key), RandomState>,
+    /// Rows that changed: they are candidates by themselves, and their own walks begin at them, where they changed in anything
+    /// that the subquery reads.
+    changed: HashMap<(Oid, &'a Key), &'a Net, RandomState>,
     found: BTreeMap<(Oid, Key), Found>,
     behind: BTreeSet<BindingId>,
     steps: usize,
@@ -56,7 +57,9 @@ impl<'a> Walk<'a> {
             router,
             before,
             now,
-            changed: nets.iter().map(|net| (net.table.oid, &net.key)).collect(),
+            changed: { nets.iter() }
+                .map(|net| ((net.table.oid, &net.key), net))
+                .collect(),
             found: BTreeMap::new(),
             behind: BTreeSet::new(),
             steps: 0,
@@ -74,6 +77,10 @@ impl<'a> Walk<'a> {
             bindings: None,
         };
         let rows = [net.before.as_deref(), net.after.as_deref()];
+        let subquery = &inner.select.subqueries()[inner.step].subquery;
+        if is_same(subquery, net)? {
+            return Ok(());
+        }
         self.step(&way, inner.step, rows)
     }
 
@@ -114,22 +121,27 @@ impl<'a> Walk<'a> {
             self.give_up(way, bindings.as_deref());
             return Ok(());
         }
-        let outer = match found.parent {
-            Some(parent) => &select.subqueries()[parent].subquery.table,
-            None => &select.table,
-        };
+        let around = found
+            .parent
+            .map(|parent| &*select.subqueries()[parent].subquery);
+        let outer = around.map_or(&select.table, |around| &around.table);
         let mut rows: HashMap<Key, Bytes, RandomState> = HashMap::default();
         let (mut steps, mut bytes) = (self.steps, self.bytes);
         for row in [was, is.filter(|_| was != is)].into_iter().flatten() {
             found.subquery.outer_rows(row, self.now, &mut |row| {
                 steps += 1;
                 let key = Key::of_row(outer, row)?;
-                if !self.changed.contains(&(outer.oid, &key)) {
+                let begins = match (self.changed.get(&(outer.oid, &key)), around) {
+                    (None, _) => false,
+                    (Some(_), None) => true,
+                    (Some(net), Some(around)) => !is_same(around, net)?,
+                };
+                if !begins {
                     bytes += row.len();
                     rows.entry(key)
                         .or_insert_with(|| Bytes::copy_from_slice(row));
                 }
-                Ok(steps <= STEPS_MAX && bytes <= WALK_BYTES_MAX)
+                Ok(steps <= self.router.steps_max && bytes <= WALK_BYTES_MAX)
             })?;
         }
         (self.steps, self.bytes) = (steps, bytes);
@@ -187,10 +199,18 @@ impl<'a> Walk<'a> {
     }
 
     fn is_too_much(&self) -> bool {
-        self.steps > STEPS_MAX || self.bytes > WALK_BYTES_MAX
+        self.steps > self.router.steps_max || self.bytes > WALK_BYTES_MAX
     }
 
     fn give_up(&mut self, way: &Way<'_>, bindings: Option<&[BindingId]>) {
         self.behind.extend(bindings.unwrap_or(&way.routes.all));
+    }
+}
+
+/// Whether a row of a subquery's table changed in nothing that the subquery reads.
+fn is_same(subquery: &Subquery, net: &Net) -> Result<bool, Error> {
+    match (&net.before, &net.after) {
+        (Some(was), Some(is)) => Ok(subquery.same(was, is)?),
+        _ => Ok(false),
     }
 }

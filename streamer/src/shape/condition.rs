@@ -106,6 +106,39 @@ impl Condition {
         }
     }
 
+    /// Adds the columns whose values it reads: of its own table, not of those in subqueries. Some maybe more than once.
+    pub fn columns(&self, found: &mut Vec<usize>) {
+        let mut read = |operands: &mut dyn Iterator<Item = &Operand>| {
+            found.extend(operands.filter_map(|operand| match operand {
+                Operand::Column(column) => Some(*column),
+                _ => None,
+            }));
+        };
+        match self {
+            Condition::Fixed(_) => {}
+            Condition::Flag(one) | Condition::IsNull(one) | Condition::IsNothing(one) => {
+                read(&mut [one].into_iter());
+            }
+            Condition::Compare { left, right, .. } | Condition::Same { left, right, .. } => {
+                read(&mut [left, right].into_iter());
+            }
+            Condition::Like { left, pattern, .. } => read(&mut [left, pattern].into_iter()),
+            Condition::Quantified { left, list, .. } => {
+                read(&mut [left].into_iter());
+                if let List::Of(elements, _) = list {
+                    read(&mut elements.iter());
+                }
+            }
+            Condition::Subquery(subquery) => {
+                found.extend(subquery.outer.parts.iter().map(|part| part.column));
+            }
+            Condition::Is(inner, _) | Condition::Not(inner) => inner.columns(found),
+            Condition::And(parts) | Condition::Or(parts) => {
+                parts.iter().for_each(|part| part.columns(found));
+            }
+        }
+    }
+
     /// Adds the subqueries that stand in it, not those in them.
     pub fn subqueries(&self, found: &mut Vec<Arc<Subquery>>) {
         match self {

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use anabranch_proto::record;
+use anabranch_proto::record::{self, Malformed};
 
 use super::{
     condition::{Condition, Operand},
@@ -36,6 +36,8 @@ pub struct Subquery {
     /// Whether false and unknown must be told apart where it stands: below NOT, IS FALSE, IS UNKNOWN. Elsewhere a row is
     /// only asked whether the subquery is true of it, and what is unknown may be taken for false.
     pub exact: bool,
+    /// The columns of the inner table whose values decide anything, ascending.
+    reads: Vec<usize>,
     pub(super) correlations: Vec<Correlation>,
     pub(super) test: Test,
     /// What else inner rows must meet; of the inner table, with the subqueries in it.
@@ -98,7 +100,16 @@ impl Subquery {
             inner_parts.push(part(&table, inner, domain));
             outer_parts.push(part(outer, of_outer, domain));
         }
+        let mut reads: Vec<usize> = (correlations.iter().map(|correlation| correlation.inner))
+            .chain(test.pairs().iter().map(|pair| pair.column))
+            .collect();
+        if let Some(condition) = &condition {
+            condition.columns(&mut reads);
+        }
+        reads.sort_unstable();
+        reads.dedup();
         Subquery {
+            reads,
             inner: Index {
                 table: table.oid,
                 parts: inner_parts,
@@ -124,6 +135,17 @@ impl Subquery {
     /// Whether it is IN, not EXISTS.
     pub fn is_in(&self) -> bool {
         matches!(self.test, Test::In(_))
+    }
+
+    /// Whether two rows of the inner table are the same in all that decides anything: then one in place of the other changes no
+    /// answer.
+    pub fn same(&self, one: &[u8], other: &[u8]) -> Result<bool, Malformed> {
+        for column in &self.reads {
+            if record::value(one, *column)? != record::value(other, *column)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The inner rows, in the state that `lookup` shows, that are equal to `row` of the outer table in the parts of the

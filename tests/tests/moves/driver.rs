@@ -7,10 +7,10 @@ use std::{
 
 use anabranch_proto::{Epoch, Position};
 use anabranch_streamer::{
-    catchup::{Catchup, Item, Round, View},
+    catchup::{Catchup, Item, Limits, Round, View, tables_of},
     delta::{self, Op},
     lookup::Index,
-    mirror::{Mirror, Reader, Settings},
+    mirror::{Error, Mirror, Reader, Settings},
     policy::Policies,
     route::Router,
     session::TableView,
@@ -49,6 +49,14 @@ pub struct Counts {
     /// Ops of catch-ups.
     pub caught_up_ops: usize,
     pub kills: usize,
+    /// Transactions that were too much to be routed to somebody.
+    pub given_up: usize,
+    /// Views of which all was sent again, as the change index did not reach them.
+    pub reset: usize,
+    /// Tables that were copied anew.
+    pub copied: usize,
+    /// Rounds while the tables were copied.
+    pub early: usize,
 }
 
 impl Counts {
@@ -63,6 +71,10 @@ impl Counts {
         self.rounds += other.rounds;
         self.caught_up_ops += other.caught_up_ops;
         self.kills += other.kills;
+        self.given_up += other.given_up;
+        self.reset += other.reset;
+        self.copied += other.copied;
+        self.early += other.early;
     }
 }
 
@@ -137,7 +149,9 @@ impl Driver {
             directory: directory.path().into(),
             cache_bytes: 1 << 20,
             reader_cache_bytes: 1 << 18,
-            index_bytes_max: u64::MAX,
+            index_bytes_max: *[3_000, 20_000, u64::MAX, u64::MAX]
+                .choose(&mut rng)
+                .expect("four"),
             index_hours_max: 24,
             row_bytes_max: 1 << 20,
         };
@@ -161,15 +175,14 @@ impl Driver {
             indexes.extend(select.indexes());
         }
         let mut mirror = Mirror::open(&settings).unwrap();
-        for (place, table) in source.tables.iter().enumerate() {
-            mirror.begin_copy(table).unwrap();
-            let rows = source.data[place].values();
-            let rows: Vec<Bytes> = rows.map(|row| source.encode(place, row)).collect();
-            mirror.copy_rows(table.oid, &rows).unwrap();
-            mirror.end_copy(table.oid, source.lsn).unwrap();
-        }
-        mirror.begin_epoch(Epoch(7), None, source.lsn).unwrap();
         mirror.set_indexes(&indexes).unwrap();
+        for table in &source.tables {
+            mirror.begin_copy(table).unwrap();
+        }
+        let mut router = Router::default();
+        if rng.random_ratio(1, 4) {
+            router.steps_max = rng.random_range(0..30);
+        }
         let readers = (0..2).map(|_| mirror.reader().unwrap()).collect();
         let mut driver = Driver {
             rng,
@@ -177,7 +190,7 @@ impl Driver {
             settings,
             source,
             mirror: Some(mirror),
-            router: Router::default(),
+            router,
             indexes,
             readers,
             sessions: Vec::new(),
@@ -187,7 +200,52 @@ impl Driver {
         for id in 0..5 {
             driver.subscribe(id);
         }
+        driver.fill();
         driver
+    }
+
+    /// The first copy; who is there gets what may be had of it.
+    fn fill(&mut self) {
+        let mut rows = Vec::new();
+        for place in 0..self.source.tables.len() {
+            let all = self.source.data[place].values();
+            rows.push(
+                all.map(|row| self.source.encode(place, row))
+                    .collect::<Vec<_>>(),
+            );
+        }
+        let mut left: Vec<usize> = (0..rows.len()).collect();
+        while let Some(turn) = (0..left.len()).collect::<Vec<_>>().choose(&mut self.rng) {
+            let place = left[*turn];
+            let (oid, at) = (self.source.tables[place].oid, self.source.lsn);
+            let some = self.rng.random_range(0..=rows[place].len());
+            let batch: Vec<Bytes> = rows[place].drain(..some).collect();
+            self.mirror().copy_rows(oid, &batch).unwrap();
+            if rows[place].is_empty() {
+                self.mirror().end_copy(oid, at).unwrap();
+                left.retain(|other| *other != place);
+            }
+            if self.rng.random_ratio(1, 3) {
+                self.counts.early += 1;
+                let which = self.rng.random_range(0..self.sessions.len());
+                self.round(which);
+            }
+        }
+        let at = self.source.lsn;
+        self.mirror().begin_epoch(Epoch(7), None, at).unwrap();
+    }
+
+    /// A table is copied anew. Nobody is connected meanwhile.
+    fn copy_again(&mut self) {
+        self.counts.copied += 1;
+        let place = self.rng.random_range(0..self.source.tables.len());
+        let table = self.source.tables[place].clone();
+        let rows = self.source.data[place].values();
+        let rows: Vec<Bytes> = rows.map(|row| self.source.encode(place, row)).collect();
+        let at = self.source.lsn;
+        self.mirror().begin_copy(&table).unwrap();
+        self.mirror().copy_rows(table.oid, &rows).unwrap();
+        self.mirror().end_copy(table.oid, at).unwrap();
     }
 
     fn subscribe(&mut self, id: u64) {
@@ -272,6 +330,9 @@ impl Driver {
         mirror.set_indexes(&self.indexes).unwrap();
         self.readers = (0..2).map(|_| mirror.reader().unwrap()).collect();
         self.mirror = Some(mirror);
+        if self.rng.random_ratio(1, 4) {
+            self.copy_again();
+        }
     }
 
     fn transaction(&mut self) {
@@ -288,11 +349,21 @@ impl Driver {
             .router
             .route(&applied.nets, &mirror.before(&applied.nets), &mirror.now())
             .unwrap();
-        assert!(routed.behind.is_empty());
         let position = mirror.position();
+        if !routed.behind.is_empty() {
+            assert!(self.router.steps_max < 100, "it was given up too early");
+            self.counts.given_up += 1;
+        }
+        for which in 0..self.sessions.len() {
+            // What else there is for it is only a part.
+            if routed.behind.contains(&self.sessions[which].id) {
+                self.leave(which);
+            }
+        }
         for session in &mut self.sessions {
             if !matches!(session.standing, Standing::Live) {
-                assert!(!routed.ops.contains_key(&session.id));
+                let told = routed.ops.contains_key(&session.id);
+                assert!(!told || routed.behind.contains(&session.id));
                 continue;
             }
             session.at = Some(position);
@@ -376,9 +447,16 @@ impl Driver {
         if matches!(session.standing, Standing::Away) {
             let mut items = Vec::new();
             let mut has = session.has.clone();
+            let reader = &mut self.readers[0];
+            reader.begin().unwrap();
             for (place, view) in session.views.iter().enumerate() {
+                let mut needed = tables_of(&**view).into_iter();
+                let mut reaches =
+                    |from| needed.all(|table| reader.reaches(table.oid, from).unwrap());
+                let reached = session.at.filter(|at| reaches(*at));
+                self.counts.reset += usize::from(session.at != reached);
                 // The fingerprint of one changed, say.
-                let from = session.at.filter(|_| !self.rng.random_ratio(1, 12));
+                let from = reached.filter(|_| !self.rng.random_ratio(1, 12));
                 if from.is_none() {
                     has[place].clear();
                 }
@@ -387,7 +465,17 @@ impl Driver {
                     from,
                 });
             }
-            session.standing = Standing::CatchingUp(Box::new(Catchup::new(items)), has);
+            reader.end();
+            let mut catchup = Catchup::new(items);
+            if self.rng.random_bool(0.5) {
+                catchup.limits = Limits {
+                    merged_max: self.rng.random_range(0..4),
+                    collected_max: self.rng.random_range(1..20),
+                    collected_with_rows_max: self.rng.random_range(1..20),
+                    looked_max: self.rng.random_range(1..10),
+                };
+            }
+            session.standing = Standing::CatchingUp(Box::new(catchup), has);
         }
         let Standing::CatchingUp(catchup, has) = &mut session.standing else {
             panic!("it is live");
@@ -397,8 +485,15 @@ impl Driver {
         let bytes_max = *[1, 40, 300, 100_000].choose(&mut self.rng).expect("four");
         let mut ops = Vec::new();
         let round = catchup.round(reader, bytes_max, &mut |item, op| ops.push((item, op)));
-        let round = round.unwrap();
         reader.end();
+        let round = match round {
+            Err(Error::OutOfReach(_)) => {
+                // Trimmed under way: it starts again.
+                session.standing = Standing::Away;
+                return;
+            }
+            round => round.unwrap(),
+        };
         self.counts.rounds += 1;
         self.counts.caught_up_ops += ops.len();
         let mut wrong = None;
@@ -420,8 +515,7 @@ impl Driver {
             panic!("a delete of what it has not\n{words}");
         }
         match round {
-            Round::More => {}
-            Round::Filling => panic!("the mirror is filled"),
+            Round::More | Round::Filling => {}
             Round::Complete(at) => {
                 assert_eq!(at, position);
                 let Standing::CatchingUp(_, has) = &session.standing else {

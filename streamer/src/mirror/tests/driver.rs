@@ -590,7 +590,7 @@ impl Driver {
                 }
             }
             let mut catchup = Catchup::new(items);
-            catchup.merged_max = *[0, 2, 8].choose(&mut self.rng).unwrap();
+            catchup.limits.merged_max = *[0, 2, 8].choose(&mut self.rng).unwrap();
             replica.catchup = Some(catchup);
         }
         for (tellable, shape) in replica.tellable.iter_mut().zip(&shape) {

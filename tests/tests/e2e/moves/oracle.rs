@@ -30,7 +30,7 @@ const REPLICAS: usize = 6;
 const SHAPES_EACH: usize = 40;
 
 /// Different values, about.
-const WIDTH: i64 = 12;
+const WIDTH: i64 = 8;
 
 /// Transactions between two kills.
 const BATCH: usize = 10;

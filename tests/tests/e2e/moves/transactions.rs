@@ -4,10 +4,10 @@ use anabranch_tests::nested::{Kind, Schema, Value, generator};
 use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
 
 /// Rows of a table at most, about.
-pub const ROWS_MAX: usize = 24;
+pub const ROWS_MAX: usize = 12;
 
 /// Bytes of what every row has beside its columns, in a transaction that is too large to be routed, and in one that fills queues.
-const PAD_BYTES: [usize; 2] = [60_000, 6_000];
+const PAD_BYTES: [usize; 2] = [120_000, 12_000];
 
 /// The column for it, which no condition reads.
 pub const PAD: &str = "pad";
