@@ -126,13 +126,15 @@ async fn what_a_standby_lacks_is_lost_though_it_was_answered() {
         .sum();
 
     primary.stop(Stop::Kill).await;
-    proxy.retarget(&format!("{}:{}", standby.host(), standby.port()));
-    proxy.cut(Cut::Reset);
     on_standby
         .query("SELECT pg_promote()", &[])
         .await
         .pop()
         .expect("promote the standby");
+    // Only now: a streamer that gets to a standby before it is promoted finds an old timeline that ends too early, and says so in
+    // other words.
+    proxy.retarget(&format!("{}:{}", standby.host(), standby.port()));
+    proxy.cut(Cut::Reset);
     let status = streamer.exit().await;
     assert_eq!(status.code(), Some(1), "{}", streamer.log());
     let log = streamer.log();
