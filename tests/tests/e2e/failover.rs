@@ -116,6 +116,13 @@ async fn what_a_standby_lacks_is_lost_though_it_was_answered() {
         }
     })
     .await;
+    // What it has heard it must have replayed, or it would keep more than is counted here.
+    until("the standby is where it stays", DEADLINE, || async {
+        let sql = "SELECT pg_last_wal_replay_lsn() >= pg_last_wal_receive_lsn()";
+        let replayed: bool = on_standby.query(sql, &[]).await[0].get(0);
+        if replayed { Ok(()) } else { Err("behind") }
+    })
+    .await;
     let kept = claimed(&on_standby, &replicas).await;
     until_answered_beyond(&replicas, &kept).await;
     let lost: i64 = claimed(&database, &replicas)
