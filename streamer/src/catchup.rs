@@ -77,16 +77,18 @@ pub trait View: Send + Sync {
 /// Its own table, and those that its conditions look into; none twice.
 pub fn tables_of(view: &dyn View) -> Vec<&Arc<Table>> {
     let mut tables = vec![view.table()];
-    let steps = view
-        .bounds()
-        .iter()
-        .flat_map(|bound| bound.select.subqueries());
+    add_inner_tables(view.bounds(), &mut tables);
+    tables
+}
+
+/// Adds the tables that conditions of these look into, where they are not there yet.
+fn add_inner_tables<'a>(bounds: &'a [Bound], tables: &mut Vec<&'a Arc<Table>>) {
+    let steps = bounds.iter().flat_map(|bound| bound.select.subqueries());
     for table in steps.map(|step| &step.subquery.table) {
         if !tables.iter().any(|other| other.oid == table.oid) {
             tables.push(table);
         }
     }
-    tables
 }
 
 /// One table to catch up with.
@@ -298,7 +300,6 @@ impl Catchup {
     /// What earlier rounds gave out still means what it meant, and the change index still has what is missing.
     fn check(&self, walk: &mut Walk, reader: &Reader) -> Result<(), Error> {
         let snapshot = reader.snapshot()?;
-        let mut copies = HashMap::new();
         let was_filled = walk.filled;
         if !walk.filled && is_filled(reader)? {
             // The first history counts as one; another one was not that of these rows.
@@ -312,8 +313,7 @@ impl Catchup {
                 let standing = reader.standing(table.oid)?;
                 let copy = standing.map(|standing| standing.copy);
                 // The change index has nothing of what happened between two copies.
-                let before = copies.insert(table.oid, copy);
-                let before = walk.copies.get(&table.oid).copied().or(before).flatten();
+                let before = walk.copies.insert(table.oid, copy).flatten();
                 let copied_anew = before.is_some() && before != copy;
                 // A copy that was stopped is emptied: rows that were given out before are not told to go.
                 let emptied = !was_filled
@@ -329,7 +329,6 @@ impl Catchup {
                 }
             }
         }
-        walk.copies = copies;
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
-use super::of_rows;
+use super::{add_inner_tables, of_rows};
 use crate::{
     lookup::{Error as LookupError, Lookup, Nothing},
     mirror::{Error, Key, Reader},
@@ -62,7 +62,10 @@ impl Noted {
         now: i64,
         looked_max: usize,
     ) -> Result<bool, Error> {
-        let tables = inner_tables(items);
+        let mut tables = Vec::new();
+        for bounds in items {
+            add_inner_tables(bounds, &mut tables);
+        }
         let mut looked = Looked {
             rows: 0,
             max: looked_max,
@@ -86,22 +89,6 @@ impl Noted {
         }
         Ok(true)
     }
-}
-
-/// The tables that conditions of these look into.
-fn inner_tables(items: &[&[Bound]]) -> Vec<std::sync::Arc<Table>> {
-    let mut tables: Vec<std::sync::Arc<Table>> = Vec::new();
-    for bound in items.iter().copied().flatten() {
-        for step in bound.select.subqueries() {
-            if !tables
-                .iter()
-                .any(|table| table.oid == step.subquery.table.oid)
-            {
-                tables.push(step.subquery.table.clone());
-            }
-        }
-    }
-    tables
 }
 
 /// Goes through what was changed of one table. True: stopped, behind `pass.after`.

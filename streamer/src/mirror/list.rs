@@ -6,7 +6,7 @@
 //! indexes as the rows themselves have (see `past`). `affected` has rows that did not change, and of which a condition may say
 //! something else since a transaction all the same: whoever knows conditions notes them there.
 
-use rusqlite::Connection;
+use rusqlite::{Connection, Rows, types::FromSql};
 
 use super::{Error, Key, Keys, Reader, secondary};
 use crate::{lookup::Index, table::Oid};
@@ -229,29 +229,15 @@ impl Reader {
         table: Oid,
         from: i64,
         keys: Keys<'_>,
-        mut each: impl FnMut(Key, i64) -> Result<bool, Error>,
+        each: impl FnMut(Key, i64) -> Result<bool, Error>,
     ) -> Result<(), Error> {
         let range = keys.condition();
         let mut statement = self.sqlite().prepare_cached(&format!(
             "SELECT k, txn FROM temp.changed WHERE tbl = ?3 AND {range} AND txn > ?4 ORDER BY k, txn"
         ))?;
-        let mut entries = statement.query((keys.after, keys.upto, table, from))?;
-        let mut last: Option<Key> = None;
-        while let Some(entry) = entries.next()? {
-            let key: Key = entry.get(0)?;
-            if last.as_ref() == Some(&key) {
-                continue;
-            }
-            last = Some(key.clone());
-            if !each(key, entry.get(1)?)? {
-                break;
-            }
-        }
-        Ok(())
+        first_of_each(statement.query((keys.after, keys.upto, table, from))?, each)
     }
-}
 
-impl Reader {
     /// Gives the collected changes of a table by transactions after `after`, up to and with `upto`, of keys above `above`, in
     /// key order, until `each` says that it is enough.
     pub(crate) fn changes_between(
@@ -297,7 +283,7 @@ impl Reader {
         item: usize,
         from: i64,
         keys: Keys<'_>,
-        mut each: impl FnMut(Key, Option<i64>) -> Result<bool, Error>,
+        each: impl FnMut(Key, Option<i64>) -> Result<bool, Error>,
     ) -> Result<(), Error> {
         let range = keys.condition();
         // A note comes behind all changes of its key.
@@ -306,20 +292,30 @@ impl Reader {
              UNION ALL SELECT k, NULL, 1 FROM temp.affected WHERE item = ?5 AND {range} AND txn > ?4
              ORDER BY k, noted, txn"
         ))?;
-        let mut entries = statement.query((keys.after, keys.upto, table, from, item as i64))?;
-        let mut last: Option<Key> = None;
-        while let Some(entry) = entries.next()? {
-            let key: Key = entry.get(0)?;
-            if last.as_ref() == Some(&key) {
-                continue;
-            }
-            last = Some(key.clone());
-            if !each(key, entry.get(1)?)? {
-                break;
-            }
-        }
-        Ok(())
+        first_of_each(
+            statement.query((keys.after, keys.upto, table, from, item as i64))?,
+            each,
+        )
     }
+}
+
+/// Gives each key (the first column; in order) once, with what stands beside it first, until `each` says that it is enough.
+fn first_of_each<T: FromSql>(
+    mut entries: Rows<'_>,
+    mut each: impl FnMut(Key, T) -> Result<bool, Error>,
+) -> Result<(), Error> {
+    let mut last: Option<Key> = None;
+    while let Some(entry) = entries.next()? {
+        let key: Key = entry.get(0)?;
+        if last.as_ref() == Some(&key) {
+            continue;
+        }
+        last = Some(key.clone());
+        if !each(key, entry.get(1)?)? {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn insert_past(

@@ -3,7 +3,10 @@
 //! One step of the walk goes from a row of a subquery's table to the rows that it goes with in the table around it. It is only
 //! asked whether the two go together, not what the rest of the condition says; so it may find too many.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use foldhash::fast::RandomState;
@@ -18,7 +21,7 @@ use crate::{
 
 /// A row that did not change, and the bindings whose answer may have.
 pub(super) struct Found {
-    pub table: std::sync::Arc<Table>,
+    pub table: Arc<Table>,
     pub row: Bytes,
     /// Ascending.
     pub bindings: Vec<BindingId>,
@@ -57,9 +60,7 @@ impl<'a> Walk<'a> {
             router,
             before,
             now,
-            changed: { nets.iter() }
-                .map(|net| ((net.table.oid, &net.key), net))
-                .collect(),
+            changed: (nets.iter().map(|net| ((net.table.oid, &net.key), net))).collect(),
             found: BTreeMap::new(),
             behind: BTreeSet::new(),
             steps: 0,
@@ -72,15 +73,15 @@ impl<'a> Walk<'a> {
         let Some(routes) = self.router.routes(&inner.select) else {
             return Ok(());
         };
+        let subquery = &inner.select.subqueries()[inner.step].subquery;
+        if is_same(subquery, net)? {
+            return Ok(());
+        }
         let way = Way {
             routes,
             bindings: None,
         };
         let rows = [net.before.as_deref(), net.after.as_deref()];
-        let subquery = &inner.select.subqueries()[inner.step].subquery;
-        if is_same(subquery, net)? {
-            return Ok(());
-        }
         self.step(&way, inner.step, rows)
     }
 

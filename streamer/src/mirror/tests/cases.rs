@@ -17,7 +17,7 @@ use crate::{
 
 const EPOCH: Epoch = Epoch(7);
 
-fn settings(directory: &tempfile::TempDir) -> Settings {
+pub(super) fn settings(directory: &tempfile::TempDir) -> Settings {
     Settings {
         directory: directory.path().into(),
         cache_bytes: 1 << 20,
@@ -28,7 +28,7 @@ fn settings(directory: &tempfile::TempDir) -> Settings {
     }
 }
 
-fn simple(oid: Oid) -> Arc<Table> {
+pub(super) fn simple(oid: Oid) -> Arc<Table> {
     table(
         oid,
         &[

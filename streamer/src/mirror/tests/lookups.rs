@@ -1,13 +1,16 @@
 //! Secondary indexes, and lookups by them in the three states: single things that can go wrong. (What random histories
 //! do to them is in `driver`, with what is here under `probe`.)
 
-use std::{cell::Cell, sync::Arc};
+use std::cell::Cell;
 
 use anabranch_proto::{Epoch, Lsn};
 use bytes::Bytes;
 use rusqlite::Connection;
 
-use super::model::{Row, Value, decode, encode, table};
+use super::{
+    cases::{settings, simple},
+    model::{Row, Value, decode, encode, table},
+};
 use crate::{
     lookup::{self, Index, Lookup, Part, push},
     mirror::{
@@ -19,30 +22,6 @@ use crate::{
     table::{Identity, Kind, Oid, Table},
     transaction::{Change, Chunk, End, Old},
 };
-
-fn settings(directory: &tempfile::TempDir) -> Settings {
-    Settings {
-        directory: directory.path().into(),
-        cache_bytes: 1 << 20,
-        reader_cache_bytes: 1 << 20,
-        index_bytes_max: u64::MAX,
-        index_hours_max: 24,
-        row_bytes_max: 2 << 20,
-    }
-}
-
-fn simple(oid: Oid) -> Arc<Table> {
-    table(
-        oid,
-        &[
-            ("id", Kind::Integer),
-            ("grp", Kind::Integer),
-            ("v", Kind::Text),
-        ],
-        &[0],
-        Identity::Key,
-    )
-}
 
 fn row(id: i64, grp: Option<i64>, v: &str) -> Bytes {
     let grp = grp.map_or(Value::Null, Value::Integer);
