@@ -216,6 +216,13 @@ impl Proxy {
             .send_modify(|cuts| *cuts = (cuts.0 + 1, how));
     }
 
+    /// Ends all faults, and then all connections: what was swallowed makes one useless. In this order, since one that is made in
+    /// between would else meet a fault that is over, and be cut by nobody.
+    pub fn heal_anew(&self) {
+        self.set(|faults| faults.heal());
+        self.cut(Cut::Reset);
+    }
+
     /// How many connections were ever made.
     pub fn accepted(&self) -> u64 {
         self.shared.accepted.load(Ordering::SeqCst)

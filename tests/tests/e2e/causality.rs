@@ -255,10 +255,10 @@ impl Link {
     }
 
     fn heal(&mut self) {
-        if std::mem::take(&mut self.lost) {
-            self.proxy.cut(Cut::Reset);
+        match std::mem::take(&mut self.lost) {
+            true => self.proxy.heal_anew(),
+            false => self.proxy.set(|faults| faults.heal()),
         }
-        self.proxy.set(|faults| faults.heal());
     }
 }
 

@@ -4,7 +4,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -20,10 +20,10 @@ use anabranch_tests::{
 
 const REPLICAS: usize = 3;
 
-/// Local transactions of each program.
-const EACH: u64 = 150;
+/// Local transactions of each program at most; it is ended when all has happened.
+const EACH: u64 = 10_000;
 
-/// Between two of them, so that they last through all that happens.
+/// Between two of them.
 const PAUSE: Duration = Duration::from_millis(40);
 
 /// How many answered transactions of each replica are lost at least.
@@ -86,7 +86,7 @@ async fn what_a_standby_lacks_is_lost_though_it_was_answered() {
         let replica = Replica::config(&streamer).subscribe("ledger");
         replicas.push(Arc::new(replica.start().await));
     }
-    let done = Arc::new(AtomicU64::new(0));
+    let enough = Arc::new(AtomicBool::new(false));
     let mut programs = tokio::task::JoinSet::new();
     for (place, replica) in replicas.iter().enumerate() {
         let program = Program {
@@ -95,10 +95,11 @@ async fn what_a_standby_lacks_is_lost_though_it_was_answered() {
             count: EACH,
             pause: PAUSE,
             pending_max: i64::MAX,
-            done: done.clone(),
+            done: Arc::new(AtomicU64::new(0)),
+            enough: enough.clone(),
         };
         let chance = seed.rng(&program.name);
-        programs.spawn_blocking(move || program.by_the_library(chance));
+        programs.spawn_blocking(move || (place, program.by_the_library(chance)));
     }
 
     until_answered_beyond(&replicas, &[0; REPLICAS]).await;
@@ -149,16 +150,28 @@ async fn what_a_standby_lacks_is_lost_though_it_was_answered() {
         log.contains("failover") && log.contains("remove its data_dir"),
         "{log}"
     );
-    assert!(
-        done.load(SeqCst) < EACH * REPLICAS as u64,
-        "all was written before"
-    );
     // What it says is done. There is no slot.
     std::fs::remove_dir_all(streamer.dir().join("data")).unwrap();
     streamer.start().await;
 
+    until(
+        "the promoted server gets writes of all",
+        DEADLINE,
+        || async {
+            let now = claimed(&on_standby, &replicas).await;
+            match now.iter().zip(&kept).all(|(now, kept)| now > kept) {
+                true => Ok(()),
+                false => Err(now),
+            }
+        },
+    )
+    .await;
+    enough.store(true, SeqCst);
+    let mut made = [0; REPLICAS];
     while let Some(ended) = programs.join_next().await {
-        ended.expect("a program sees what it wrote");
+        let (place, count) = ended.expect("a program sees what it wrote");
+        assert!(count < EACH, "it wrote all before the end");
+        made[place] = count;
     }
     until_answered(&replicas).await;
     let tables = [("tokens", TOKENS), ("counter", COUNTER)];
@@ -169,6 +182,6 @@ async fn what_a_standby_lacks_is_lost_though_it_was_answered() {
             "nothing was offered again"
         );
     }
-    let refused = verdict(&on_standby, &replicas, EACH).await;
+    let refused = verdict(&on_standby, &replicas, &made).await;
     println!("{lost} answered transactions were lost, and offered again; {refused} are rejected");
 }

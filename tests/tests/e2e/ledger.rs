@@ -14,7 +14,7 @@ use std::{
     process::{Command, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     time::{Duration, Instant},
 };
@@ -114,6 +114,8 @@ pub(super) struct Program {
     pub(super) pause: Duration,
     pub(super) pending_max: i64,
     pub(super) done: Arc<AtomicU64>,
+    /// Ends it before it has made as many; heard by `by_the_library`.
+    pub(super) enough: Arc<AtomicBool>,
 }
 
 fn note(n: u64) -> &'static str {
@@ -138,10 +140,14 @@ fn pending(connection: &Connection) -> i64 {
 }
 
 impl Program {
-    pub(super) fn by_the_library(&self, mut chance: StdRng) {
+    /// How many it has made.
+    pub(super) fn by_the_library(&self, mut chance: StdRng) -> u64 {
         let mut connection = Connection::open(&self.file).unwrap();
         connection.busy_timeout(Duration::from_secs(5)).unwrap();
         for n in 0..self.count {
+            if self.enough.load(SeqCst) {
+                return n;
+            }
             let token = format!("{}-{n}", self.name);
             let transaction = connection
                 .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
@@ -164,9 +170,10 @@ impl Program {
             }
             std::thread::park_timeout(self.pause);
         }
+        self.count
     }
 
-    fn by_python(&self, mut chance: StdRng) {
+    fn by_python(&self, mut chance: StdRng) -> u64 {
         let mut python = Command::new("python3")
             .args(["-c", PYTHON])
             .arg(&self.file)
@@ -188,6 +195,7 @@ impl Program {
             python.wait().unwrap().success(),
             "the Python program failed"
         );
+        self.count
     }
 }
 
@@ -210,14 +218,15 @@ pub(super) async fn until_answered(replicas: &[Arc<Replica>]) {
     }
 }
 
-/// All is answered: each of `each` transactions of every replica is in Postgres once, or is rejected. Says how many are.
-pub(super) async fn verdict(database: &Database, replicas: &[Arc<Replica>], each: u64) -> u64 {
+/// All is answered: each of the transactions that every replica's program made is in Postgres once, or is rejected. Says how many
+/// are.
+pub(super) async fn verdict(database: &Database, replicas: &[Arc<Replica>], made: &[u64]) -> u64 {
     // What was written while no replica ran is merged, so a good transaction may be rejected together with a bad one; but not
     // the other way round.
     let mut refused = 0;
-    for (place, replica) in replicas.iter().enumerate() {
+    for (place, (replica, made)) in replicas.iter().zip(made).enumerate() {
         let file = Connection::open(replica.file()).unwrap();
-        for n in 0..each {
+        for n in 0..*made {
             let token = format!("r{place}-{n}");
             check(&file, &token);
             let mut there = file
@@ -230,7 +239,7 @@ pub(super) async fn verdict(database: &Database, replicas: &[Arc<Replica>], each
         let outbox = "SELECT count(*) FROM _anabranch_outbox";
         assert_eq!(count(&replica.file(), outbox).unwrap(), 0);
     }
-    let applied = each * replicas.len() as u64 - refused;
+    let applied = made.iter().sum::<u64>() - refused;
     let client = database.connect().await;
     let row = client
         .query_one(
@@ -288,6 +297,7 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
             pause: wanted.map_or(PAUSE, |_| Duration::ZERO),
             pending_max: wanted.map_or(i64::MAX, |_| PENDING_MAX),
             done: done.clone(),
+            enough: Arc::new(AtomicBool::new(false)),
         };
         let chance = seed.rng(&program.name);
         programs.spawn_blocking(move || match place {
@@ -346,8 +356,7 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
             }
             _ => {
                 for link in &links {
-                    link.cut(Cut::Reset);
-                    link.set(|faults| faults.heal());
+                    link.heal_anew();
                 }
             }
         }
@@ -357,8 +366,7 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
     }
     let dropped = droppers.stop().await;
     for link in &links {
-        link.cut(Cut::Reset);
-        link.set(|faults| faults.heal());
+        link.heal_anew();
     }
 
     let start = Instant::now();
@@ -372,7 +380,7 @@ async fn a_token_is_lost_or_doubled_by_any_fault() {
     let answers = "SELECT sum(seq)::bigint FROM anabranch.replicas";
     let answers: i64 = database.query(answers, &[]).await[0].get(0);
     let share = 100 * dropped / answers;
-    let refused = verdict(&database, &replicas, each).await;
+    let refused = verdict(&database, &replicas, &[each; REPLICAS]).await;
     println!(
         "{all} local transactions, {faults:?} faults by kind, {dropped} answers dropped ({share} %); each there once, or one \
          of {refused} that were rejected; equal after {converged:?}"

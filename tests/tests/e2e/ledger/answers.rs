@@ -9,7 +9,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use anabranch_tests::{
     peers::Replica,
     postgres::Database,
-    proxy::{Cut, Proxy, Way},
+    proxy::{Proxy, Way},
     wait::{DEADLINE, until},
 };
 use rand::{Rng, rngs::StdRng};
@@ -129,8 +129,7 @@ impl Dropper {
             let _ = tokio::time::timeout(PATIENCE, self.until(from + more)).await;
             let claimed = self.claimed();
             let in_vain = (claimed - self.answered().await).max(0);
-            self.link.cut(Cut::Reset);
-            self.link.set(|faults| faults.heal());
+            self.link.heal_anew();
             dropped.send_modify(|dropped| *dropped += in_vain);
             all_in_vain += in_vain;
             // As many get through as it takes to come to the share; what else is broken is healed by the next round.
