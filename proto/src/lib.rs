@@ -32,7 +32,12 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 /// - 2: local writes: the call `Write`; tables with a purpose, which an older replica would show to programs.
 /// - 3: entries have a nonce, and the hash covers what their tables are; a replica asks what became of its entries elsewhere;
 ///   defaults of columns, and leases of ids.
-pub const PROTOCOL_VERSION: u32 = 3;
+/// - 4: a call's token is renewed while it goes on (`Renew`), which an older streamer would take for an error; the pause that
+///   RESOURCE_EXHAUSTED asks for.
+pub const PROTOCOL_VERSION: u32 = 4;
+
+/// The metadata of a status that tells how many milliseconds to wait before the next attempt (gRFC A6).
+pub const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 /// Largest gRPC message either side sends or accepts. A row above it travels in pieces, so this bounds
 /// memory per connection, not what can be streamed.

@@ -13,25 +13,28 @@
 //!
 //! - `connection`: TCP, TLS, HTTP/2.
 //! - [`retry`]: how long to pause.
+//! - `renewal`: the token, as it is now.
 //! - `write`: the call beside it, by which local transactions go up.
 
 mod connection;
+mod renewal;
 pub mod retry;
 mod write;
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
-use anabranch_proto::{PROTOCOL_VERSION, Position, packed, v1};
+use anabranch_proto::{PROTOCOL_VERSION, PUSHBACK, Position, packed, v1};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, MissedTickBehavior},
 };
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Status, Streaming, metadata::MetadataValue};
+use tonic::{Code, Request, Status, Streaming};
 
 use self::{
     connection::{Received, Tasks, connect, explain},
+    renewal::Access,
     retry::{Pace, Retry, random},
 };
 use crate::{
@@ -47,6 +50,9 @@ const PROGRESS_BYTES_MIN: u64 = 1_024;
 /// Longest text of a streamer that is repeated in status and log.
 const REASON_CHARS_MAX: usize = 1_000;
 
+/// The longest pause that a streamer may ask for.
+const PUSHBACK_MAX: Duration = Duration::from_secs(300);
+
 /// A stream that lived so long was no mistake, whatever it ended with.
 const LIVED_MIN: Duration = Duration::from_secs(60);
 
@@ -57,6 +63,8 @@ struct Failure {
     cause: &'static str,
     what: String,
     pace: Pace,
+    /// The streamer asked not to come before.
+    pushback: Option<Duration>,
 }
 
 impl Failure {
@@ -65,6 +73,7 @@ impl Failure {
             cause,
             what: what.into(),
             pace: Pace::Soon,
+            pushback: None,
         }
     }
 
@@ -73,6 +82,7 @@ impl Failure {
             cause,
             what: what.into(),
             pace: Pace::Slow,
+            pushback: None,
         }
     }
 
@@ -110,8 +120,25 @@ impl Failure {
             cause,
             what: format!("{}: {text}", cause.to_uppercase()),
             pace,
+            pushback: pushback(status),
         }
     }
+
+    /// How long to wait: our own pause, or what the streamer asked for, and then by a random part of it longer, so that all who
+    /// were asked do not come together.
+    fn pause(&self, retry: &mut Retry, random: u64) -> Duration {
+        let own = retry.pause(self.pace, random);
+        match self.pushback {
+            None => own,
+            Some(asked) => own.max(asked.mul_f64(1.0 + random as f64 / u64::MAX as f64)),
+        }
+    }
+}
+
+/// What a streamer asks for by the metadata of its status.
+fn pushback(status: &Status) -> Option<Duration> {
+    let millis = status.metadata().get(PUSHBACK)?.to_str().ok()?;
+    Some(Duration::from_millis(millis.parse().ok()?).min(PUSHBACK_MAX))
 }
 
 /// Keeps a stream open until it is told to end, or the file's thread has ended.
@@ -171,7 +198,7 @@ impl Client {
                 retry.reset();
                 last_what.clear();
             }
-            let pause = retry.pause(failure.pace, random());
+            let pause = failure.pause(&mut retry, random());
             // One line for each change of state, not for each attempt.
             if failure.what != last_what {
                 let ms = pause.as_millis() as u64;
@@ -201,15 +228,8 @@ impl Client {
         used: &mut Option<Secret>,
     ) -> Result<Gone, Failure> {
         let timing = &self.config.timing;
-        let token = self
-            .config
-            .token
-            .read()
-            .map_err(|error| Failure::slow("token", error.to_string()))?;
-        let bearer = used.insert(token).reveal();
-        let mut authorization = MetadataValue::try_from(format!("Bearer {bearer}"))
-            .map_err(|_| Failure::slow("token", "the token can't travel as a header field"))?;
-        authorization.set_sensitive(true);
+        let access = Access::read(&self.config.token)?;
+        *used = access.token();
 
         let mut connection = connect(&self.config, tasks)
             .await
@@ -220,9 +240,7 @@ impl Client {
         };
         let mut request =
             Request::new(tokio_stream::once(hello).chain(ReceiverStream::new(to_send)));
-        request
-            .metadata_mut()
-            .insert("authorization", authorization.clone());
+        access.authorize(&mut request)?;
         let writes = connection.client.clone();
         let response =
             tokio::time::timeout(timing.silence_max, connection.client.replicate(request))
@@ -238,11 +256,13 @@ impl Client {
         let mut stream = response.into_inner();
 
         let read = self.read(generation, &mut stream, &connection.received);
+        let renewals = access.renew(&self.config, acks.clone());
         // No order between them: a stream that never pauses must not keep the Acks from being said.
         tokio::select! {
             result = read => result,
             never = self.acknowledge(acks) => match never {},
-            never = self.forward(writes, &start, &authorization) => match never {},
+            never = renewals => match never {},
+            never = self.forward(writes, &start, &access) => match never {},
             Ok(what) = refused => Err(Failure::soon("file", what)),
         }
     }
@@ -355,16 +375,11 @@ impl Client {
     /// Waits, but not longer than a better token takes to come.
     async fn pause(&self, pause: Duration, pace: Pace, used: Option<Secret>) {
         let end = Instant::now() + pause;
-        if pace == Pace::Soon || matches!(self.config.token, Token::Given(_)) {
+        if pace == Pace::Soon || !matches!(self.config.token, Token::File(_)) {
             return tokio::time::sleep_until(end).await;
         }
         while Instant::now() < end {
-            if self
-                .config
-                .token
-                .read()
-                .is_ok_and(|token| Some(token) != used)
-            {
+            if self.config.token.read().is_ok_and(|token| token != used) {
                 tracing::info!("the token file has another token: trying it");
                 return;
             }

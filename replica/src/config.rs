@@ -105,24 +105,29 @@ impl fmt::Display for Address {
 pub enum Token {
     /// In the config.
     Given(Secret),
-    /// In a file, read at each connection.
+    /// In a file, read at each connection, and looked at while it stands.
     File(PathBuf),
+    /// There is none: the certificate tells who we are.
+    Certificate,
 }
 
 impl Token {
-    /// The token as it is now.
-    pub fn read(&self) -> Result<Secret, TokenError> {
+    /// The token as it is now, if there is to be one.
+    pub fn read(&self) -> Result<Option<Secret>, TokenError> {
         match self {
-            Token::Given(secret) => Ok(secret.clone()),
+            Token::Certificate => Ok(None),
+            Token::Given(secret) => Ok(Some(secret.clone())),
             Token::File(path) => {
                 let text = std::fs::read_to_string(path).map_err(|error| TokenError {
                     path: path.clone(),
                     what: error.to_string(),
                 })?;
-                Secret::new(text.trim()).map_err(|what| TokenError {
-                    path: path.clone(),
-                    what,
-                })
+                Secret::new(text.trim())
+                    .map(Some)
+                    .map_err(|what| TokenError {
+                        path: path.clone(),
+                        what,
+                    })
             }
         }
     }
@@ -179,7 +184,7 @@ pub struct Timing {
     pub retry: (Duration, Duration),
     /// The same where a person or a token service must act first.
     pub slow_retry: (Duration, Duration),
-    /// How often the token file is looked at while waiting for a better one.
+    /// How often the token file is looked at, for a better one or a newer one.
     pub token_poll: Duration,
     /// How often the state row of the file is written, so that it can't lie about a sidecar that was killed.
     pub report_every: Duration,
@@ -342,10 +347,11 @@ impl Raw {
             (Some(_), Some(file)) => {
                 return Err(place.error(file.span(), "`token` is given too; keep one of the two"));
             }
+            (None, None) if tls.identity.is_some() => Token::Certificate,
             (None, None) => {
                 return Err(place.whole(
                     "token",
-                    "is missing: write `token = \"…\"` or `token_file = \"…\"`",
+                    "is missing: write `token = \"…\"` or `token_file = \"…\"`, or `cert` and `key` where the streamer takes a certificate instead",
                 ));
             }
         };

@@ -2,13 +2,16 @@
 //!
 //! `/healthz` and `/readyz` are open and say no more than yes or no; the rest needs a token, or loopback.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use anabranch_proto::Lsn;
 use axum::{
     Json, Router,
     extract::{Request, State},
-    http::{StatusCode, header},
+    http::{StatusCode, header, uri::Authority},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
@@ -16,7 +19,12 @@ use axum::{
 use serde::Serialize;
 use tokio::sync::watch;
 
-use crate::{auth::Verifier, engine::Progress, metrics::Metrics, session::Total};
+use crate::{
+    auth::{Shown, Verifier, certificate::Certificate, jwks, revoked},
+    engine::Progress,
+    metrics::Metrics,
+    session::Total,
+};
 
 /// What the pages show.
 pub struct Pages {
@@ -44,6 +52,12 @@ struct Status {
     connected: bool,
     replicas: i64,
     queue_bytes: usize,
+    /// The published keys that tokens are verified by, if they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    jwks: Option<jwks::Report>,
+    /// The list of who is revoked, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revoked: Option<revoked::Report>,
 }
 
 /// The routes.
@@ -61,18 +75,45 @@ pub fn routes(pages: Arc<Pages>) -> Router {
 
 /// Lets in who has a token or is on this machine.
 async fn guard(State(pages): State<Arc<Pages>>, request: Request, next: Next) -> Response {
-    let peer = request.extensions().get::<SocketAddr>();
-    let local = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());
-    let header = request.headers().get(header::AUTHORIZATION);
-    let header = header.and_then(|value| value.to_str().ok());
-    if !local && pages.verifier.verify(header).is_err() {
-        return (
-            StatusCode::UNAUTHORIZED,
-            "a token is needed from outside this machine\n",
-        )
-            .into_response();
+    if !is_local(&request) {
+        let header = request.headers().get(header::AUTHORIZATION);
+        let certificate = request.extensions().get::<Arc<Certificate>>();
+        let shown = Shown {
+            authorization: header.and_then(|value| value.to_str().ok()),
+            certificate: certificate.map(Arc::as_ref),
+        };
+        if pages.verifier.admit_late(shown).await.is_err() {
+            return (
+                StatusCode::UNAUTHORIZED,
+                "a token is needed from outside this machine\n",
+            )
+                .into_response();
+        }
     }
     next.run(request).await
+}
+
+/// Whether somebody on this machine asks. What a proxy on it brings is from elsewhere, and what names another host is a page of
+/// somebody else's that a browser here was led to ask for.
+fn is_local(request: &Request) -> bool {
+    let peer = request.extensions().get::<SocketAddr>();
+    let headers = request.headers();
+    let forwarded = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
+    let host = match request.uri().authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => headers
+            .get(header::HOST)
+            .and_then(|host| host.to_str().ok()),
+    };
+    let host = host.and_then(|host| host.parse::<Authority>().ok());
+    let is_here = |host: &Authority| {
+        let host = host.host().trim_matches(['[', ']']);
+        let address = host.parse::<IpAddr>();
+        host == "localhost" || address.is_ok_and(|ip| ip.to_canonical().is_loopback())
+    };
+    peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback())
+        && !forwarded.iter().any(|name| headers.contains_key(*name))
+        && host.as_ref().is_none_or(is_here)
 }
 
 async fn status(State(pages): State<Arc<Pages>>) -> Json<Status> {
@@ -88,6 +129,8 @@ async fn status(State(pages): State<Arc<Pages>>) -> Json<Status> {
         connected: progress.source.connected,
         replicas: pages.metrics.sessions.get(),
         queue_bytes: pages.queues.bytes(),
+        jwks: pages.verifier.jwks(),
+        revoked: pages.verifier.revoked(),
     })
 }
 

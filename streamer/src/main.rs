@@ -6,7 +6,7 @@ use anabranch_streamer::{
     auth,
     config::Config,
     postgres::{self, check::Severity},
-    run::{self, Keys},
+    run::{self, Keys, KeysError},
     start,
 };
 use clap::{Parser, Subcommand, ValueEnum};
@@ -86,9 +86,9 @@ fn main() -> ExitCode {
     let code = runtime.block_on(async {
         match arguments.command {
             Command::Run => stream(config).await,
-            Command::Check => match Keys::read(&config) {
+            Command::Check => match Keys::read(&config).await {
                 Ok(_) => check(&config).await,
-                Err(error) => fail(USAGE, &error),
+                Err(error) => without_keys(&error),
             },
             Command::Setup { print } => setup(&config, print).await,
             Command::Token { claims, seconds } => token(&config, &claims, seconds),
@@ -100,13 +100,13 @@ fn main() -> ExitCode {
 }
 
 async fn stream(config: Config) -> ExitCode {
-    let keys = match Keys::read(&config) {
-        Ok(keys) => keys,
-        Err(error) => return fail(USAGE, &error),
-    };
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
+    let keys = match Keys::read(&config).await {
+        Ok(keys) => keys,
+        Err(error) => return without_keys(&error),
+    };
     let listener = match TcpListener::bind(config.listen).await {
         Ok(listener) => listener,
         Err(error) => return fail(FAILED, &format!("listen {}: {error}", config.listen)),
@@ -203,6 +203,13 @@ fn token(config: &Config, claims: &str, seconds: u64) -> ExitCode {
         }
         // There is no signing key, it can't be read, or the claims are not such as a token may have.
         Err(error) => fail(USAGE, &error),
+    }
+}
+
+fn without_keys(error: &KeysError) -> ExitCode {
+    match error {
+        KeysError::File(error) => fail(USAGE, error),
+        KeysError::Unreachable(error) => fail(FAILED, error),
     }
 }
 

@@ -21,6 +21,8 @@ pub struct Metrics {
     pub writes_rejected: Counter<u64, AtomicU64>,
     /// Replicas whose file got a new id.
     pub forks: Counter<u64, AtomicU64>,
+    /// Calls refused because their subject makes too many.
+    pub limited: Counter<u64, AtomicU64>,
     /// Connections to Postgres that were lost.
     pub disconnects: Counter<u64, AtomicU64>,
     /// Catch-ups of sessions from the mirror.
@@ -70,6 +72,11 @@ impl Metrics {
             "forks",
             "Replicas that came with a new id: their file was restored from a backup, or copied",
         );
+        let limited = counter(
+            r,
+            "limited",
+            "Calls that were refused because their subject makes too many (auth.limits)",
+        );
         let disconnects = counter(r, "disconnects", "Connections to Postgres that were lost");
         let catch_ups = counter(
             r,
@@ -95,6 +102,7 @@ impl Metrics {
             writes_applied,
             writes_rejected,
             forks,
+            limited,
             disconnects,
             catch_ups,
             queue_bytes,

@@ -4,6 +4,8 @@
 //! Nothing about the replica is believed but its verified token of access and its authenticated resume token.
 
 mod budget;
+mod permit;
+pub mod quota;
 mod write;
 
 use std::{
@@ -13,10 +15,12 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant},
 };
 
-use anabranch_proto::{MESSAGE_BYTES_MAX, PROTOCOL_VERSION, SILENCE_MAX, SUBSCRIPTIONS_MAX, v1};
+use anabranch_proto::{
+    MESSAGE_BYTES_MAX, PROTOCOL_VERSION, PUSHBACK, SILENCE_MAX, SUBSCRIPTIONS_MAX, v1,
+};
 use prost::Message;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -24,14 +28,22 @@ use tokio::{
 };
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::{Code, Request, Response, Status, Streaming};
+use tonic::{
+    Code, Request, Response, Status, Streaming,
+    metadata::{MetadataMap, MetadataValue},
+};
 
 pub use self::{
     budget::Budgets,
+    quota::Quotas,
     write::{WRITERS_MAX, Writers},
 };
+use self::{
+    permit::{Permit, unauthenticated},
+    quota::{Entered, Kind},
+};
 use crate::{
-    auth::{Principal, Verifier},
+    auth::{Principal, Shown, Verifier, certificate::Certificate},
     config::Role,
     engine::{Inputs, Progress},
     metrics::Metrics,
@@ -50,13 +62,18 @@ pub const SESSIONS_MAX: i64 = 10_000;
 /// Bytes of names and parameters in a Hello.
 pub const HELLO_BYTES_MAX: usize = 64 * 1024;
 
+/// When to come again where the streamer is full: another one, or this one when somebody left.
+const ROOM_AFTER: Duration = Duration::from_secs(5);
+
 /// A replica says Hello within this time, or is not one.
 const HELLO_TIME: Duration = Duration::from_secs(10);
 
 /// What calls need.
 pub struct Core {
-    /// Checks tokens.
+    /// Checks who calls.
     pub verifier: Arc<Verifier>,
+    /// How much each may do.
+    pub quotas: Arc<Quotas>,
     /// The defined shapes.
     pub shapes: Vec<Shape>,
     /// How replicas get their receipts; `None`: no shape takes writes.
@@ -181,11 +198,34 @@ impl Service {
         })
     }
 
-    fn principal<T>(&self, request: &Request<T>) -> Result<Principal, Status> {
+    /// Who calls, and that he may call now: nothing of what he says is read before.
+    async fn enter<T>(
+        &self,
+        request: &Request<T>,
+        kind: Kind,
+    ) -> Result<(Principal, Entered), Status> {
+        let core = &self.core;
         let authorization = request.metadata().get("authorization");
-        let authorization = authorization.and_then(|value| value.to_str().ok());
-        (self.core.verifier.verify(authorization))
-            .map_err(|error| Status::unauthenticated(error.to_string()))
+        let certificate = request.extensions().get::<Arc<Certificate>>();
+        let shown = Shown {
+            authorization: authorization.and_then(|value| value.to_str().ok()),
+            certificate: certificate.map(Arc::as_ref),
+        };
+        let admitted = core.verifier.admit_late(shown).await;
+        let principal = admitted.map_err(unauthenticated)?;
+        let (open, what) = match kind {
+            Kind::Stream => (&core.metrics.sessions, "too many replicas are connected"),
+            Kind::Write => (&core.metrics.writing, "too many replicas write"),
+        };
+        if open.get() >= SESSIONS_MAX {
+            return Err(exhausted(what, ROOM_AFTER));
+        }
+        let entered = core.quotas.enter(principal.account(), kind, Instant::now());
+        let entered = entered.map_err(|refused| {
+            core.metrics.limited.inc();
+            exhausted(&refused.what, refused.after)
+        })?;
+        Ok((principal, entered))
     }
 
     fn views(&self, bounds: &[(String, Bound)]) -> Result<Vec<Arc<TableView>>, Status> {
@@ -231,12 +271,7 @@ impl v1::anabranch_server::Anabranch for Service {
         &self,
         request: Request<Streaming<v1::Up>>,
     ) -> Result<Response<Self::ReplicateStream>, Status> {
-        let principal = self.principal(&request)?;
-        if self.core.metrics.sessions.get() >= SESSIONS_MAX {
-            return Err(Status::resource_exhausted(
-                "too many replicas are connected; try again later",
-            ));
-        }
+        let (principal, entered) = self.enter(&request, Kind::Stream).await?;
         let mut up = request.into_inner();
         let hello = match timeout(HELLO_TIME, up.next()).await {
             Ok(Some(Ok(v1::Up {
@@ -248,6 +283,7 @@ impl v1::anabranch_server::Anabranch for Service {
         let (out, messages) = mpsc::channel(MESSAGES_AHEAD);
         let replica = hello.replica_id.clone();
         let session = self.open(&principal, hello, out)?;
+        let permit = Permit::new(self.core.verifier.clone(), principal);
 
         let (over, ended) = oneshot::channel();
         let metrics = self.core.metrics.clone();
@@ -256,10 +292,10 @@ impl v1::anabranch_server::Anabranch for Service {
             tracing::info!(replica, session = session.handle.id(), "replica connected");
             let status = tokio::select! {
                 ended = session.run() => status_of(ended),
-                status = listen(up) => status,
-                () = expiry(principal.expires) => expired(),
+                status = listen(up, &permit) => status,
+                status = permit.lost() => status,
             };
-            drop(counted);
+            drop((counted, entered));
             tracing::info!(replica, reason = status.message(), "replica disconnected");
             let _ = over.send(status);
         });
@@ -272,15 +308,10 @@ impl v1::anabranch_server::Anabranch for Service {
         &self,
         request: Request<Streaming<v1::WriteUp>>,
     ) -> Result<Response<Self::WriteStream>, Status> {
-        let principal = self.principal(&request)?;
+        let (principal, entered) = self.enter(&request, Kind::Write).await?;
         let Some(writes) = &self.core.writes else {
             return Err(Status::unimplemented("no shape is writable here"));
         };
-        if self.core.metrics.writing.get() >= SESSIONS_MAX {
-            return Err(Status::resource_exhausted(
-                "too many replicas write; try again later",
-            ));
-        }
         let mut up = request.into_inner();
         let hello = match timeout(HELLO_TIME, up.next()).await {
             Ok(Some(Ok(v1::WriteUp {
@@ -309,6 +340,8 @@ impl v1::anabranch_server::Anabranch for Service {
             writers: writes.writers.clone(),
             transaction_bytes_max: writes.transaction_bytes_max,
             budgets: writes.budgets.clone(),
+            permit: Permit::new(self.core.verifier.clone(), principal),
+            entered,
             down,
         };
         let (over, ended) = oneshot::channel();
@@ -319,7 +352,7 @@ impl v1::anabranch_server::Anabranch for Service {
             let status = tokio::select! {
                 status = call.run(up) => status,
                 () = stopping.cancelled() => Status::unavailable("the streamer is stopping"),
-                () = expiry(principal.expires) => expired(),
+                status = call.permit.lost() => status,
             };
             metrics.writing.dec();
             let _ = over.send(status);
@@ -352,8 +385,8 @@ impl<T> Stream for Downward<T> {
     }
 }
 
-/// Takes acks until the replica ends the call, or says nothing for too long.
-async fn listen(mut up: Streaming<v1::Up>) -> Status {
+/// Takes acks and newer tokens until the replica ends the call, or says nothing for too long.
+async fn listen(mut up: Streaming<v1::Up>, permit: &Permit) -> Status {
     loop {
         match timeout(SILENCE_MAX, up.next()).await {
             Err(_) => return Status::unavailable("nothing was heard from the replica"),
@@ -362,19 +395,17 @@ async fn listen(mut up: Streaming<v1::Up>) -> Status {
             Ok(Some(Ok(v1::Up {
                 kind: Some(v1::up::Kind::Ack(_)),
             }))) => {}
-            Ok(Some(Ok(_))) => return Status::invalid_argument("after Hello, only Ack is said"),
+            Ok(Some(Ok(v1::Up {
+                kind: Some(v1::up::Kind::Renew(renew)),
+            }))) => {
+                if let Err(status) = permit.renew(&renew.token).await {
+                    return status;
+                }
+            }
+            Ok(Some(Ok(_))) => {
+                return Status::invalid_argument("after Hello, only Ack and Renew are said");
+            }
         }
-    }
-}
-
-/// Waits until a token expires, by the clock that it is dated by.
-async fn expiry(expires: Option<SystemTime>) {
-    let Some(expires) = expires else {
-        return std::future::pending().await;
-    };
-    // The clock may jump: look again now and then instead of trusting one long wait.
-    while let Ok(left) = expires.duration_since(SystemTime::now()) {
-        tokio::time::sleep(left.min(Duration::from_secs(30)) + Duration::from_millis(1)).await;
     }
 }
 
@@ -411,8 +442,16 @@ fn role_of(principal: &Principal, role: Option<&Role>) -> Result<Option<String>,
     }
 }
 
-fn expired() -> Status {
-    Status::unauthenticated("the token expired; connect again with a new one")
+/// A refusal with the time after which to come again.
+fn exhausted(what: &str, after: Duration) -> Status {
+    let millis = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+    let mut metadata = MetadataMap::new();
+    metadata.insert(PUSHBACK, MetadataValue::from(millis));
+    Status::with_metadata(
+        Code::ResourceExhausted,
+        format!("{what}; try again later"),
+        metadata,
+    )
 }
 
 fn check_version(version: u32) -> Result<(), Status> {

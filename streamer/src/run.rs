@@ -18,14 +18,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
 use crate::{
-    auth::Verifier,
+    auth::{self, Verifier},
     config::{self, Config, JwtKey},
     engine::{self, Engine, GROUP_TIME, INPUTS_MAX, Input, Inputs, Progress},
     events::Waiting,
     http::{self, Pages},
     metrics::Metrics,
     postgres::{copy, sql, stream},
-    rpc,
+    rpc::{self, Quotas},
     serve::{self, Stage},
     session::{self, Readers, Total},
     source::{Retained, Source},
@@ -69,24 +69,42 @@ impl From<sql::Error> for Error {
     }
 }
 
-/// What the files hold that the config names.
+/// What the files hold that the config names, and what is published where it says.
 pub struct Keys {
     verifier: Verifier,
     tls: Option<Arc<rustls::ServerConfig>>,
 }
 
+/// Keys can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum KeysError {
+    /// A file that can't be used: a wrong config.
+    #[error(transparent)]
+    File(config::Error),
+    /// What should be fetched could not be.
+    #[error(transparent)]
+    Unreachable(config::Error),
+}
+
 impl Keys {
     /// Reads them. One that can't be used is a wrong config, to be said before anything is connected.
-    pub fn read(config: &Config) -> Result<Keys, config::Error> {
-        let verifier = Verifier::new(&config.auth).map_err(|error| {
-            let field = match config.auth.jwt.as_ref().map(|jwt| &jwt.key) {
-                Some(JwtKey::PublicKeyFile(_)) => "auth.jwt.public_key_file",
+    pub async fn read(config: &Config) -> Result<Keys, KeysError> {
+        let tls = config.tls.as_ref().map(tls::server).transpose();
+        let tls = tls.map_err(|error| KeysError::File(config.refused_file(error.field, &error)))?;
+        let verifier = Verifier::new(&config.auth).await.map_err(|error| {
+            let field = match (&error, config.auth.jwt.as_ref().map(|jwt| &jwt.key)) {
+                (auth::Error::Revoked(_), _) => "auth.revoked_file",
+                (auth::Error::Authority(_), _) => "auth.jwt.jwks_ca",
+                (_, Some(JwtKey::PublicKeyFile(_))) => "auth.jwt.public_key_file",
+                (_, Some(JwtKey::Jwks(_))) => "auth.jwt.jwks",
                 _ => "auth.jwt.hs256_file",
             };
-            config.refused_file(field, &error)
+            let refused = config.refused_file(field, &error);
+            match error {
+                auth::Error::Published(_) => KeysError::Unreachable(refused),
+                _ => KeysError::File(refused),
+            }
         })?;
-        let tls = config.tls.as_ref().map(tls::server).transpose();
-        let tls = tls.map_err(|error| config.refused_file(error.field, &error))?;
         Ok(Keys { verifier, tls })
     }
 }
@@ -101,6 +119,7 @@ pub async fn run(
 ) -> Result<(), Error> {
     let shared = Shared {
         verifier: Arc::new(keys.verifier),
+        quotas: Quotas::new(config.auth.limits),
         metrics: Metrics::new(),
         copied: copy::Progress::default(),
         group_time: group_time(),
@@ -113,6 +132,11 @@ pub async fn run(
         stage.clone(),
         stopping.clone(),
     ));
+    let verifier = shared.verifier.clone();
+    let keeper = stopping
+        .clone()
+        .run_until_cancelled_owned(async move { verifier.keep().await });
+    let keeper = tokio::spawn(keeper);
     let ended = loop {
         match parts(&config, &shared, &stage, &stopping).await {
             Err(Error::Transient(reason)) if !stopping.is_cancelled() => {
@@ -129,12 +153,16 @@ pub async fn run(
     stopping.cancel();
     // The server ends its connections within a grace of its own.
     let _ = server.await;
+    if let Err(panic) = keeper.await {
+        return Err(Error::Definite(panic.to_string()));
+    }
     ended
 }
 
 /// What outlives a restart of the parts.
 struct Shared {
     verifier: Arc<Verifier>,
+    quotas: Arc<Quotas>,
     metrics: Arc<Metrics>,
     copied: copy::Progress,
     group_time: Duration,
@@ -270,6 +298,7 @@ impl Parts<'_> {
         self.defaults.send_replace(Arc::new(opening.defaults));
         let core = rpc::Core {
             verifier: self.shared.verifier.clone(),
+            quotas: self.shared.quotas.clone(),
             shapes: opening.shapes,
             receipts: opening.receipts,
             policies: opening.policies,

@@ -9,6 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
+use http_body_util::BodyExt;
 use hyper::{Request, body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -18,13 +19,13 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt;
 
-use crate::auth::Verifier;
+use crate::auth::{Shown, Verifier, certificate::Certificate};
 
 /// Connections at once, replicas and readers of pages together.
 pub const CONNECTIONS_MAX: usize = 12_000;
@@ -42,6 +43,18 @@ const SEND_BUFFER_MAX: usize = 512 * 1024;
 
 /// Streams that one connection may have open: a replica needs one.
 const STREAMS_MAX: u32 = 100;
+
+/// Bytes of the headers of one request: a token of 8 KiB and what else there is. A CONTINUATION flood ends its connection here.
+const HEADERS_BYTES_MAX: u32 = 16 * 1024;
+
+/// Streams that a client took back before they were looked at: above this its connection ends (rapid reset, CVE-2023-44487).
+const RESETS_PENDING_MAX: usize = 20;
+
+/// Streams that a client made us take back, by what it did wrong: above this its connection ends.
+const RESETS_OWN_MAX: usize = 256;
+
+/// A connection on which nothing was asked, or is, for so long is closed: a replica's has a call, and a page's reader asks anew.
+const IDLE_MAX: Duration = Duration::from_secs(30);
 
 /// How long a replica's call waits for a streamer that is starting. Told to come again at once, all of them would come
 /// some pause too late, and to a stream that is under way already. It hears from the streamer within its limit of silence.
@@ -98,8 +111,12 @@ impl Stage {
 
     fn knows<T>(&self, request: &Request<T>) -> bool {
         let authorization = request.headers().get(header::AUTHORIZATION);
-        let authorization = authorization.and_then(|value| value.to_str().ok());
-        self.verifier.verify(authorization).is_ok()
+        let certificate = request.extensions().get::<Arc<Certificate>>();
+        let shown = Shown {
+            authorization: authorization.and_then(|value| value.to_str().ok()),
+            certificate: certificate.map(Arc::as_ref),
+        };
+        self.verifier.admit(shown).is_ok()
     }
 }
 
@@ -179,9 +196,14 @@ async fn connection(
     // Latency before packet count: a message is written at once, whole.
     let _ = stream.set_nodelay(true);
     let ended = match tls {
-        None => drive(stream, peer, stage, stopping).await,
+        None => drive(stream, peer, None, stage, stopping).await,
         Some(tls) => match timeout(GREETING_TIME, tls.accept(stream)).await {
-            Ok(Ok(stream)) => drive(stream, peer, stage, stopping).await,
+            Ok(Ok(stream)) => {
+                let shown = stream.get_ref().1.peer_certificates();
+                let certificate = shown.and_then(|chain| Certificate::parse(chain.first()?));
+                let certificate = certificate.map(Arc::new);
+                drive(stream, peer, certificate, stage, stopping).await
+            }
             Ok(Err(error)) => return tracing::debug!(%peer, %error, "TLS handshake failed"),
             Err(_) => return,
         },
@@ -195,23 +217,40 @@ async fn connection(
 async fn drive(
     io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     peer: SocketAddr,
+    certificate: Option<Arc<Certificate>>,
     stage: Arc<Stage>,
     stopping: CancellationToken,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let called = stopping.clone();
+    let busy = Busy::default();
+    let asked = busy.clone();
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(peer);
+        if let Some(certificate) = &certificate {
+            request.extensions_mut().insert(certificate.clone());
+        }
         let (stage, stopping) = (stage.clone(), called.clone());
+        let one = asked.begin();
         async move {
             let routes = stage.routes(&request, &stopping).await;
-            routes.oneshot(request.map(Body::new)).await
+            let answer = routes.oneshot(request.map(Body::new)).await;
+            // It is being answered until the last byte of its body.
+            answer.map(|answer| {
+                answer.map(|body| {
+                    Body::new(body.map_frame(move |frame| {
+                        let _ = &one;
+                        frame
+                    }))
+                })
+            })
         }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(GREETING_TIME);
+        .header_read_timeout(GREETING_TIME)
+        .max_buf_size(2 * HEADERS_BYTES_MAX as usize);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -219,6 +258,9 @@ async fn drive(
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buf_size(SEND_BUFFER_MAX)
         .max_concurrent_streams(STREAMS_MAX)
+        .max_header_list_size(HEADERS_BYTES_MAX)
+        .max_pending_accept_reset_streams(RESETS_PENDING_MAX)
+        .max_local_error_reset_streams(RESETS_OWN_MAX)
         .keep_alive_interval(Some(GREETING_TIME))
         .keep_alive_timeout(GREETING_TIME);
     let connection = builder.serve_connection(TokioIo::new(io), service);
@@ -229,5 +271,57 @@ async fn drive(
             connection.as_mut().graceful_shutdown();
             connection.await
         }
+        () = busy.idle() => {
+            // Whoever asks just now is answered still.
+            connection.as_mut().graceful_shutdown();
+            timeout(GRACE, connection).await.unwrap_or(Ok(()))
+        }
+    }
+}
+
+/// What is being answered on a connection, and since when there is nothing.
+#[derive(Clone)]
+struct Busy(Arc<watch::Sender<(usize, Instant)>>);
+
+/// One request, until its answer has ended.
+struct One(Busy);
+
+impl Default for Busy {
+    fn default() -> Self {
+        Busy(Arc::new(watch::Sender::new((0, Instant::now()))))
+    }
+}
+
+impl Busy {
+    fn begin(&self) -> One {
+        self.0.send_modify(|(count, _)| *count += 1);
+        One(self.clone())
+    }
+
+    /// Until there was nothing for too long.
+    async fn idle(&self) {
+        let mut seen = self.0.subscribe();
+        loop {
+            let (count, since) = *seen.borrow_and_update();
+            let over = async {
+                match count {
+                    0 => tokio::time::sleep_until(since + IDLE_MAX).await,
+                    _ => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = over => return,
+                _ = seen.changed() => {}
+            }
+        }
+    }
+}
+
+impl Drop for One {
+    fn drop(&mut self) {
+        self.0.0.send_modify(|(count, since)| {
+            *count -= 1;
+            *since = Instant::now();
+        });
     }
 }

@@ -17,15 +17,17 @@ use anabranch_proto::{
     HEARTBEAT_EVERY, Lsn, MESSAGE_BYTES_TARGET, Nonce, PROTOCOL_VERSION,
     v1::{self, anabranch_client::AnabranchClient, write_down, write_up},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
-use tonic::{Request, Streaming, metadata::MetadataValue, transport::Channel};
+use tonic::{Request, Streaming, transport::Channel};
 
 use super::{
     Client, Failure, check_content_type,
+    renewal::Access,
     retry::{Retry, random},
 };
 use crate::{
+    config::Secret,
     file::{Claim, Judged, Judgement, Local},
     keeper::{Outgoing, Start, Unsent},
 };
@@ -62,7 +64,7 @@ impl Client {
         &self,
         client: AnabranchClient<Channel>,
         start: &Start,
-        authorization: &MetadataValue<tonic::metadata::Ascii>,
+        access: &Access,
     ) -> Infallible {
         let mut retry = Retry::new(&self.config.timing);
         let mut last_what = String::new();
@@ -78,9 +80,7 @@ impl Client {
                 return std::future::pending().await;
             }
             let answered = local.borrow().answered;
-            let ended = self
-                .write(client.clone(), start, authorization, is_copy)
-                .await;
+            let ended = self.write(client.clone(), start, access, is_copy).await;
             let failure = match ended {
                 Ended::Failed(failure) => failure,
                 Ended::Gone => return std::future::pending().await,
@@ -92,7 +92,7 @@ impl Client {
             }
             self.board.metrics.failed(failure.cause);
             self.board.writes_wait(Some(&failure.what));
-            let pause = retry.pause(failure.pace, random());
+            let pause = failure.pause(&mut retry, random());
             if failure.what != last_what {
                 let pause_ms = pause.as_millis() as u64;
                 tracing::warn!(pause_ms, "local writes wait: {}", failure.what);
@@ -107,7 +107,7 @@ impl Client {
         &self,
         mut client: AnabranchClient<Channel>,
         start: &Start,
-        authorization: &MetadataValue<tonic::metadata::Ascii>,
+        access: &Access,
         is_copy: bool,
     ) -> Ended {
         let (messages, to_send) = mpsc::channel(MESSAGES_AHEAD);
@@ -118,9 +118,10 @@ impl Client {
         };
         let hello = tokio_stream::once(up(write_up::Kind::Hello(hello)));
         let mut request = Request::new(hello.chain(ReceiverStream::new(to_send)));
-        request
-            .metadata_mut()
-            .insert("authorization", authorization.clone());
+        let newer = access.newer();
+        if let Err(failure) = access.authorize(&mut request) {
+            return failure.into();
+        }
         let silence_max = self.config.timing.silence_max;
         let response = match tokio::time::timeout(silence_max, client.write(request)).await {
             Ok(Ok(response)) => response,
@@ -162,7 +163,7 @@ impl Client {
         self.board.writes_wait(None);
         let asked = Asked::default();
         tokio::select! {
-            ended = self.send(outgoing, messages, &asked) => ended,
+            ended = self.send(outgoing, messages, &asked, newer) => ended,
             ended = self.listen(&mut down, silence_max, &asked) => ended,
         }
     }
@@ -251,6 +252,7 @@ impl Client {
         mut outgoing: Outgoing,
         messages: mpsc::Sender<v1::WriteUp>,
         asked: &Asked,
+        mut newer: watch::Receiver<Option<Secret>>,
     ) -> Ended {
         let mut local = self.board.local.subscribe();
         let mut settled = 0;
@@ -258,6 +260,16 @@ impl Client {
             let now = *local.borrow_and_update();
             if now.in_doubt {
                 return Failure::soon("write", "answers came that are not of this file").into();
+            }
+            // Looked at each second at least, as the loop goes round.
+            let is_newer = newer.has_changed().unwrap_or_default();
+            let token = newer.borrow_and_update().clone().filter(|_| is_newer);
+            if let Some(token) = token {
+                let token = token.reveal().to_owned();
+                let renew = write_up::Kind::Renew(v1::Renew { token });
+                if say(&messages, renew).await.is_none() {
+                    return over().await;
+                }
             }
             if now.settled > settled {
                 settled = now.settled;

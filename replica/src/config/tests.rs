@@ -43,7 +43,7 @@ fn defaults_differ_from_what_is_documented() {
     assert_eq!(config.memory, Memory::split(128 << 20));
     assert_eq!(config.file_mode, 0o600);
     assert_eq!(config.database, PathBuf::from("app.db"));
-    assert_eq!(config.token.read().unwrap().reveal(), "dev-1");
+    assert_eq!(config.token.read().unwrap().unwrap().reveal(), "dev-1");
     let params: Vec<_> = config.subscriptions[0]
         .params
         .iter()
@@ -196,7 +196,7 @@ fn the_environment_is_not_above_the_file() {
         ],
     )
     .unwrap();
-    assert_eq!(config.token.read().unwrap().reveal(), "12");
+    assert_eq!(config.token.read().unwrap().unwrap().reveal(), "12");
     assert_eq!(config.http, None);
     assert_eq!(config.memory.max, 64 << 20);
     assert_eq!(config.subscriptions[0].shape, "other");
@@ -271,9 +271,9 @@ fn a_token_file_that_was_renewed_is_not_read_again() {
             .contains("No such file")
     );
     std::fs::write(&path, "first\n").unwrap();
-    assert_eq!(config.token.read().unwrap().reveal(), "first");
+    assert_eq!(config.token.read().unwrap().unwrap().reveal(), "first");
     std::fs::write(&path, "second").unwrap();
-    assert_eq!(config.token.read().unwrap().reveal(), "second");
+    assert_eq!(config.token.read().unwrap().unwrap().reveal(), "second");
     std::fs::write(&path, " \n").unwrap();
     assert!(
         config

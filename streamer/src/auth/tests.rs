@@ -77,14 +77,23 @@ fn config(key: config::JwtKey) -> config::Auth {
             audience: vec!["anabranch".into(), "other".into()],
             issuer: Some("https://issuer".into()),
         }),
-        role: None,
+        ..config::Auth::default()
     }
+}
+
+/// A verifier whose keys are in files.
+fn verifier_of(config: &config::Auth) -> Result<Verifier, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(Verifier::new(config))
 }
 
 fn hs256() -> (tempfile::NamedTempFile, config::Auth, Verifier) {
     let key = file(format!("{KEY}\n").as_bytes());
     let config = config(config::JwtKey::Hs256File(key.path().into()));
-    let verifier = Verifier::new(&config).expect("verifier");
+    let verifier = verifier_of(&config).expect("verifier");
     (key, config, verifier)
 }
 
@@ -105,7 +114,11 @@ fn with(key: &str, value: Value) -> Value {
 }
 
 fn verify(verifier: &Verifier, token: &str) -> Result<Principal, Refused> {
-    verifier.verify(Some(&format!("Bearer {token}")))
+    let authorization = format!("Bearer {token}");
+    verifier.admit(Shown {
+        authorization: Some(&authorization),
+        certificate: None,
+    })
 }
 
 #[test]
@@ -217,7 +230,7 @@ fn a_public_key_is_no_hmac_secret_and_each_kind_of_key_verifies_its_own() {
         let pem = format!("-----BEGIN PUBLIC KEY-----\n{text}\n-----END PUBLIC KEY-----\n");
         let key = file(pem.as_bytes());
         let config = config(config::JwtKey::PublicKeyFile(key.path().into()));
-        let verifier = Verifier::new(&config).expect("verifier");
+        let verifier = verifier_of(&config).expect("verifier");
         let made = token(json!({"alg": alg}), good(), sign);
         let verified = verify(&verifier, &made);
         assert!(verified.is_ok(), "{alg}: {verified:?}");
@@ -278,7 +291,7 @@ fn static_tokens_are_known_whole_only() {
 
 #[test]
 fn without_any_key_everybody_is_refused() {
-    let verifier = Verifier::new(&config::Auth::default()).expect("verifier");
+    let verifier = verifier_of(&config::Auth::default()).expect("verifier");
     let made = token(json!({"alg": "HS256"}), good(), hmac);
     assert_eq!(verify(&verifier, &made), Err(Refused::Unknown));
 }
@@ -306,6 +319,195 @@ fn keys_that_are_too_short_or_private_or_missing_are_refused() {
         config::JwtKey::PublicKeyFile(garbage.path().into()),
         config::JwtKey::Hs256File("/nonexistent/key".into()),
     ] {
-        assert!(Verifier::new(&config(key.clone())).is_err(), "{key:?}");
+        assert!(verifier_of(&config(key.clone())).is_err(), "{key:?}");
     }
+}
+
+/// What is in base64url, as JWKs have it.
+fn coordinates(public: &[u8]) -> (String, String) {
+    (url64(&public[1..33]), url64(&public[33..65]))
+}
+
+fn ec_jwk(key: &EcdsaKeyPair, kid: &str) -> Value {
+    let (x, y) = coordinates(key.public_key().as_ref());
+    json!({"kty": "EC", "crv": "P-256", "use": "sig", "alg": "ES256", "kid": kid, "x": x, "y": y})
+}
+
+fn set(keys: &[Value]) -> key::Set {
+    key::Set::parse(json!({ "keys": keys }).to_string().as_bytes()).expect("a set")
+}
+
+#[test]
+fn a_published_key_that_is_not_certainly_for_signatures_is_used() {
+    use jsonwebtoken::Algorithm;
+
+    let key = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).expect("ec key");
+    let good = ec_jwk(&key, "a");
+    let with = |name: &str, value: Value| {
+        let mut key = good.clone();
+        key[name] = value;
+        key
+    };
+    for wrong in [
+        with("use", json!("enc")),
+        with("use", json!(7)),
+        with("alg", json!("ES384")),
+        with("alg", json!("HS256")),
+        with("alg", json!("none")),
+        with("alg", json!(["ES256"])),
+        with("key_ops", json!(["sign"])),
+        with("key_ops", json!("verify")),
+        with("crv", json!("P-384")),
+        with("crv", json!("secp256k1")),
+        with("kty", json!("RSA")),
+        with("kid", json!(7)),
+        with("kid", json!("k".repeat(257))),
+        with("x", json!("\u{e9}")),
+        with("y", Value::Null),
+        with("d", json!("AAAA")),
+        json!({"kty": "oct", "k": url64(KEY.as_bytes()), "alg": "HS256", "kid": "a"}),
+        json!({"kty": "RSA", "n": url64(&[255; 128]), "e": "AQAB", "kid": "a"}),
+        json!({"kty": "OKP", "crv": "X25519", "x": url64(&[1; 32]), "kid": "a"}),
+        json!("a"),
+        Value::Null,
+    ] {
+        // One that is wrong spoils none beside it.
+        let set = set(&[wrong.clone(), ec_jwk(&key, "good")]);
+        assert_eq!((set.len(), set.left_out.len()), (1, 1), "{wrong}");
+        assert!(set.find(Some("good"), Algorithm::ES256).is_some());
+    }
+    let mut plain = good.clone();
+    for name in ["use", "alg"] {
+        plain.as_object_mut().expect("object").remove(name);
+    }
+    assert_eq!(set(&[plain]).len(), 1);
+    for wrong in ["", "[]", "{}", "{\"keys\": 1}", "{\"keys\": {}}", "<html>"] {
+        assert!(key::Set::parse(wrong.as_bytes()).is_err(), "{wrong}");
+    }
+    let many: Vec<_> = (0..=key::SET_KEYS_MAX)
+        .map(|i| ec_jwk(&key, &i.to_string()))
+        .collect();
+    let many = json!({ "keys": many }).to_string();
+    assert!(key::Set::parse(many.as_bytes()).is_err());
+}
+
+#[test]
+fn a_kid_leads_to_a_key_that_it_does_not_name() {
+    use jsonwebtoken::Algorithm;
+
+    let keys: Vec<_> = (0..2)
+        .map(|_| EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).expect("ec key"))
+        .collect();
+    let both = set(&[ec_jwk(&keys[0], "a"), ec_jwk(&keys[1], "b")]);
+    let id = |set: &key::Set, kid| set.find(kid, Algorithm::ES256).map(|key| key.id);
+    assert_ne!(id(&both, Some("a")), id(&both, Some("b")));
+    for kid in [
+        "",
+        "A",
+        "a ",
+        "../a",
+        "/etc/passwd",
+        "http://localhost/a",
+        "a\0",
+    ] {
+        assert_eq!(id(&both, Some(kid)), None, "{kid}");
+    }
+    // Two keys, and it says nothing.
+    assert_eq!(id(&both, None), None);
+    let one = set(&[ec_jwk(&keys[0], "a")]);
+    assert_eq!(id(&one, None), id(&both, Some("a")));
+    // The name is no other algorithm's, and a second key does not take it.
+    assert!(one.find(Some("a"), Algorithm::HS256).is_none());
+    let doubled = set(&[ec_jwk(&keys[0], "a"), ec_jwk(&keys[1], "a")]);
+    assert_eq!(id(&doubled, Some("a")), id(&both, Some("a")));
+    assert_eq!(doubled.left_out.len(), 1);
+    // The same name for another key is another key.
+    let replaced = set(&[ec_jwk(&keys[1], "a")]);
+    assert!(!replaced.holds(&id(&one, Some("a")).expect("there")));
+    assert!(!replaced.is_same(&one));
+}
+
+#[test]
+fn a_newer_token_of_somebody_else_passes_for_the_same() {
+    let of = |claims: Value| {
+        let Value::Object(claims) = claims else {
+            unreachable!("an object")
+        };
+        principal(claims, None, Proof::Key(Default::default()))
+    };
+    let old = of(json!({"sub": "a", "team": 1, "exp": 1, "iat": 1, "nbf": 1, "jti": "x"}));
+    assert!(old.is_same(&of(json!({"sub": "a", "team": 1, "exp": 2, "jti": "y"}))));
+    for other in [
+        json!({"sub": "b", "team": 1}),
+        json!({"sub": "a", "team": 2}),
+        json!({"sub": "a"}),
+        json!({"sub": "a", "team": 1, "role": "x"}),
+        json!({"sub": "a", "team": "1"}),
+    ] {
+        assert!(!old.is_same(&of(other.clone())), "{other}");
+    }
+    // Limits are of the subject, whatever token it is; without one, of whoever has these claims.
+    assert_eq!(old.account(), of(json!({"sub": "a"})).account());
+    assert_ne!(of(json!({"x": 1})).account(), of(json!({"x": 2})).account());
+    assert_eq!(
+        of(json!({"x": 1, "exp": 1})).account(),
+        of(json!({"x": 1})).account()
+    );
+    assert_eq!(principal(Map::new(), None, Proof::Token).account(), None);
+}
+
+/// A certificate with these names.
+fn certificate(common: &[&str], names: Vec<rcgen::SanType>) -> Certificate {
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    for name in common {
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, *name);
+    }
+    params.subject_alt_names = names;
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let made = params.self_signed(&key).expect("a certificate");
+    Certificate::parse(made.der()).expect("it is one")
+}
+
+#[test]
+fn a_certificate_has_another_name_than_is_written() {
+    use rcgen::SanType;
+
+    let dns = |name: &str| SanType::DnsName(name.try_into().expect("a name"));
+    let uri = |name: &str| SanType::URI(name.try_into().expect("a URI"));
+    let ip = SanType::IpAddress([127, 0, 0, 1].into());
+    for (common, names, expected) in [
+        (&["cn"][..], vec![], Some("cn")),
+        (
+            &["cn"],
+            vec![dns("a.example"), dns("b.example")],
+            Some("a.example"),
+        ),
+        (
+            &["cn"],
+            vec![dns("a.example"), uri("spiffe://x/edge-1")],
+            Some("spiffe://x/edge-1"),
+        ),
+        (&["cn"], vec![ip.clone()], Some("cn")),
+        (&[], vec![ip], None),
+        (&[], vec![], None),
+        (&["with\nline"], vec![], None),
+        (&[""], vec![], None),
+    ] {
+        let certificate = certificate(common, names);
+        assert_eq!(certificate.name().as_deref(), expected, "{common:?}");
+        let principal = certificate.principal();
+        assert_eq!(
+            principal
+                .as_ref()
+                .ok()
+                .and_then(|one| one.subject.as_deref()),
+            expected
+        );
+        assert!(principal.is_err() || principal.unwrap().expires.is_some());
+    }
+    assert!(Certificate::parse(b"").is_none());
+    assert!(Certificate::parse(&[0x30, 0x84, 0xff, 0xff, 0xff, 0xff]).is_none());
 }

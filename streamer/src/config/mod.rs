@@ -1,10 +1,10 @@
 //! `streamer.toml` and the environment, read strictly: an unknown key, a wrong type or a value out of range refuses
 //! to start, with file, line, field and what would be right; all of them at once where possible.
 //!
-//! What this version does not do is refused by name rather than accepted and ignored: nobody shall believe that a
-//! client certificate is asked for because the config says so.
+//! A key that is not known is refused rather than ignored: nobody shall believe in what the config says and nobody does.
 //! Secrets are held in [`Secret`]s and in `Target`, which never print them. Paths are relative to the working directory.
 
+mod access;
 mod memory;
 mod read;
 mod tree;
@@ -17,6 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use access::{Jwks, Limits};
 pub use memory::Memory;
 use tree::{Complaint, Complaints, Origin};
 pub use writes::Role;
@@ -80,12 +81,16 @@ pub struct Config {
     files: BTreeMap<&'static str, Place>,
 }
 
-/// The keys that name a file which the streamer reads at its start.
-pub const FILES: [&str; 4] = [
+/// The keys that name a file, or an address, which the streamer reads at its start.
+pub const FILES: [&str; 8] = [
     "tls.cert",
     "tls.key",
+    "tls.client_ca",
     "auth.jwt.hs256_file",
     "auth.jwt.public_key_file",
+    "auth.jwt.jwks",
+    "auth.jwt.jwks_ca",
+    "auth.revoked_file",
 ];
 
 /// `[tls]`: PEM files.
@@ -95,6 +100,10 @@ pub struct Tls {
     pub cert: PathBuf,
     /// Its private key.
     pub key: PathBuf,
+    /// `client_ca`: the authority of certificates that clients show; `None`: none is asked for.
+    pub client_ca: Option<PathBuf>,
+    /// `client_required`: without one, no connection.
+    pub client_required: bool,
 }
 
 /// `[postgres]`.
@@ -121,6 +130,12 @@ pub struct Auth {
     pub jwt: Option<Jwt>,
     /// `role`.
     pub role: Option<Role>,
+    /// `client_certificates`: one is as good as a token; its name is `sub`.
+    pub client_certificates: bool,
+    /// `revoked_file`: tokens and subjects that are no longer let in.
+    pub revoked_file: Option<PathBuf>,
+    /// `limits`: what one subject may do.
+    pub limits: Limits,
 }
 
 /// A token that is written in the config.
@@ -150,6 +165,8 @@ pub enum JwtKey {
     Hs256File(PathBuf),
     /// A PEM file with a public key: RSA (RS256), P-256 (ES256) or Ed25519 (EdDSA).
     PublicKeyFile(PathBuf),
+    /// Keys that are published: the same kinds.
+    Jwks(Jwks),
 }
 
 /// A text that never prints.
@@ -359,6 +376,22 @@ impl Config {
             ("postgres.publication", text(&self.postgres.publication)),
             ("postgres.slot", text(&self.postgres.slot)),
             ("postgres.streaming", self.postgres.streaming.to_string()),
+            (
+                "auth.limits.streams_max",
+                self.auth.limits.streams_max.to_string(),
+            ),
+            (
+                "auth.limits.calls_per_minute",
+                self.auth.limits.calls_per_minute.to_string(),
+            ),
+            (
+                "auth.limits.writes_per_second",
+                self.auth.limits.writes_per_second.to_string(),
+            ),
+            (
+                "auth.limits.write_bytes_per_second",
+                size(self.auth.limits.write_bytes_per_second),
+            ),
         ]
     }
 

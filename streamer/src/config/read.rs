@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Auth, Config, Jwt, JwtKey, Postgres, Secret, SqlPlace, StaticToken, Tls, memory,
+    Auth, Config, Postgres, Secret, SqlPlace, StaticToken, access, memory,
     tree::{self, Complaints, Entry, Node, Origin, Section, Text},
     writes,
 };
@@ -91,7 +91,7 @@ pub(super) fn config(
         "must be at least \"64MiB\"",
     );
     let change_index_hours_max = hours(&mut root);
-    let tls = root.section("tls").and_then(tls);
+    let tls = root.section("tls").and_then(access::tls);
     let postgres = match root.section("postgres") {
         Some(section) => postgres(section),
         None => {
@@ -115,9 +115,7 @@ pub(super) fn config(
     };
     root.finish();
 
-    if auth.tokens.is_empty() && auth.jwt.is_none() {
-        warnings.push("no auth.tokens and no auth.jwt: no replica can connect".into());
-    }
+    access::warn(&auth, tls.as_ref(), &mut warnings);
     if shapes.is_empty() {
         warnings.push("no [shape.NAME]: there is nothing to subscribe to".into());
     }
@@ -193,43 +191,12 @@ fn hours(root: &mut Section<'_>) -> u32 {
     }
 }
 
-fn path_of(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
+pub(super) fn path_of(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
     let Text { text, origin } = section.text(key)?;
     if text.is_empty() {
         section.complain(&origin, key, "must be a path");
     }
     Some(text.into())
-}
-
-/// A key that a later version will have.
-fn unsupported(section: &mut Section<'_>, key: &'static str, instead: &str) {
-    if let Some(node) = section.take(key) {
-        let message = format!("is not supported by this version yet: {instead}");
-        section.complain(&node.origin, key, message);
-    }
-}
-
-fn tls(mut section: Section<'_>) -> Option<Tls> {
-    let missing = ["cert", "key"].map(|name| (name, !section.has(name)));
-    let cert = path_of(&mut section, "cert");
-    let key = path_of(&mut section, "key");
-    unsupported(
-        &mut section,
-        "client_ca",
-        "client certificates are not asked for; use auth.jwt",
-    );
-    let origin = section.origin.clone();
-    for (name, missing) in missing {
-        if missing {
-            let message = "is missing: [tls] needs both cert and key, PEM files";
-            section.complain(&origin, name, message);
-        }
-    }
-    section.finish();
-    Some(Tls {
-        cert: cert?,
-        key: key?,
-    })
 }
 
 fn postgres(mut section: Section<'_>) -> Option<Postgres> {
@@ -316,12 +283,22 @@ fn auth(mut section: Section<'_>, loopback: bool, complaints: &Complaints) -> Au
     }
     let jwt = section
         .section("jwt")
-        .and_then(|jwt| self::jwt(jwt, complaints));
+        .and_then(|jwt| access::jwt(jwt, complaints));
     let role = section
         .section("role")
         .and_then(|role| writes::role(role, complaints));
+    let client_certificates = section.flag("client_certificates").unwrap_or_default();
+    let revoked_file = path_of(&mut section, "revoked_file");
+    let limits = section.section("limits").map(access::limits);
     section.finish();
-    Auth { tokens, jwt, role }
+    Auth {
+        tokens,
+        jwt,
+        role,
+        client_certificates,
+        revoked_file,
+        limits: limits.unwrap_or_default(),
+    }
 }
 
 fn static_token(mut section: Section<'_>, complaints: &Complaints) -> Option<StaticToken> {
@@ -356,50 +333,6 @@ fn static_token(mut section: Section<'_>, complaints: &Complaints) -> Option<Sta
         token: token?,
         claims,
     })
-}
-
-fn jwt(mut section: Section<'_>, complaints: &Complaints) -> Option<Jwt> {
-    let hs256 = path_of(&mut section, "hs256_file");
-    let public = path_of(&mut section, "public_key_file");
-    unsupported(&mut section, "jwks", "use public_key_file or hs256_file");
-    let audience = match section.take("audience") {
-        None => Vec::new(),
-        Some(node) => audience(node, &section.field("audience"), complaints),
-    };
-    let issuer = section.text("issuer").map(|issuer| issuer.text);
-    let key = match (hs256, public) {
-        (Some(path), None) => Some(JwtKey::Hs256File(path)),
-        (None, Some(path)) => Some(JwtKey::PublicKeyFile(path)),
-        _ => {
-            let origin = section.origin.clone();
-            let message = "needs exactly one of hs256_file and public_key_file";
-            complaints.add(&origin, &section.path, message);
-            None
-        }
-    };
-    section.finish();
-    Some(Jwt {
-        key: key?,
-        audience,
-        issuer,
-    })
-}
-
-fn audience(node: Node, field: &str, complaints: &Complaints) -> Vec<String> {
-    let origin = node.origin.clone();
-    let texts = match tree::json(node, field, complaints) {
-        Some(serde_json::Value::String(text)) => vec![text],
-        Some(serde_json::Value::Array(items)) => items
-            .iter()
-            .filter_map(|item| item.as_str().map(str::to_owned))
-            .collect(),
-        _ => Vec::new(),
-    };
-    // An empty list would turn the check off without a word.
-    if texts.is_empty() {
-        complaints.add(&origin, field, "must be a text, or a list of texts");
-    }
-    texts
 }
 
 fn is_word(name: &str, more: &str) -> bool {

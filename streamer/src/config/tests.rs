@@ -134,31 +134,99 @@ fn a_missing_url_is_said() {
 }
 
 #[test]
-fn what_this_version_does_not_do_is_refused_by_name() {
-    for (text, field) in [
-        (
-            "tls = { cert = \"a\", key = \"b\", client_ca = \"c\" }",
-            "tls.client_ca",
-        ),
-        (
-            "auth.jwt = { public_key_file = \"a\", jwks = \"https://x\" }",
-            "auth.jwt.jwks",
-        ),
-    ] {
-        let text = format!("{text}\npostgres.url = \"postgres://a@b/c\"\n");
-        let complaints = complaints(&text);
-        assert_eq!(complaints.len(), 1, "{text}: {complaints:?}");
-        assert!(complaints[0].contains(field), "{complaints:?}");
-        assert!(
-            complaints[0].contains("not supported by this version yet"),
-            "{complaints:?}"
-        );
-    }
+fn a_policy_that_there_is_not_is_refused() {
     let complaints = complaints(&format!("table.t.conflict = \"newest\"\n{MINIMAL}"));
     assert!(
         complaints[0].contains("must be \"last-write\""),
         "{complaints:?}"
     );
+}
+
+#[test]
+fn published_keys_are_fetched_where_anybody_can_change_them() {
+    let jwt = |jwt: &str| format!("auth.jwt = {{ {jwt} }}\n{MINIMAL}");
+    for url in [
+        "https://login.example.org/.well-known/jwks.json",
+        "https://10.0.0.1:8443",
+        "http://127.0.0.1:8080/jwks",
+        "http://[::1]/jwks",
+        "http://localhost/jwks",
+    ] {
+        let text = jwt(&format!("jwks = \"{url}\", audience = \"a\""));
+        let config = read(&text).unwrap_or_else(|error| panic!("{url}: {error}"));
+        assert!(matches!(config.auth.jwt.expect("jwt").key, JwtKey::Jwks(jwks) if jwks.url == url));
+    }
+    for (wrong, complaint) in [
+        ("jwks = \"http://login.example.org/jwks\"", "must be https"),
+        ("jwks = \"http://127.0.0.1.example.org/\"", "must be https"),
+        ("jwks = \"file:///etc/jwks.json\"", "must be a URL"),
+        ("jwks = \"ftp://localhost/jwks\"", "must be https"),
+        ("jwks = \"/jwks\"", "has no host"),
+        ("jwks = \"\"", "must be a URL"),
+        (
+            "jwks = \"https://u:hunter2@login/\"",
+            "must not hold a user",
+        ),
+        (
+            "jwks = \"https://x\", public_key_file = \"a\"",
+            "exactly one of",
+        ),
+        ("jwks_ca = \"a\"", "exactly one of"),
+        (
+            "jwks = \"https://x\", jwks_refresh_seconds = 0",
+            "from 1 to 86400",
+        ),
+        ("jwks = \"https://x\", audience = []", "must be a text"),
+    ] {
+        let said = complaints(&jwt(wrong)).join("\n");
+        assert!(said.contains(complaint), "{wrong}: {said}");
+        assert!(!said.contains("hunter2"), "{said}");
+    }
+    let unbound = read(&jwt("jwks = \"https://x\"")).expect("config");
+    assert!(
+        unbound
+            .warnings
+            .iter()
+            .any(|said| said.contains("audience"))
+    );
+}
+
+#[test]
+fn certificates_are_believed_in_that_nobody_asks_for() {
+    let tls = |more: &str| format!("tls = {{ cert = \"a\", key = \"b\"{more} }}\n{MINIMAL}");
+    let config = read(&tls(", client_ca = \"c\"")).expect("config");
+    let asked = config.tls.expect("tls");
+    assert_eq!(asked.client_ca, Some("c".into()));
+    assert!(asked.client_required && !config.auth.client_certificates);
+    let said = complaints(&tls(", client_required = true")).join("\n");
+    assert!(said.contains("needs client_ca"), "{said}");
+    let text = format!("auth.client_certificates = true\n{}", tls(""));
+    let config = read(&text).expect("config");
+    assert!(
+        config
+            .warnings
+            .iter()
+            .any(|said| said.contains("no effect"))
+    );
+}
+
+#[test]
+fn a_limit_of_nothing_is_accepted() {
+    for (wrong, field) in [
+        ("streams_max = 0", "streams_max"),
+        ("calls_per_minute = -1", "calls_per_minute"),
+        ("writes_per_second = 1000001", "writes_per_second"),
+        ("write_bytes_per_second = \"1B\"", "write_bytes_per_second"),
+        ("write_bytes_per_second = 10", "write_bytes_per_second"),
+        ("writes_per_minute = 1", "writes_per_minute"),
+    ] {
+        let said = complaints(&format!("auth.limits = {{ {wrong} }}\n{MINIMAL}"));
+        assert_eq!(said.len(), 1, "{said:?}");
+        assert!(
+            said[0].contains(&format!("auth.limits.{field}: ")),
+            "{said:?}"
+        );
+    }
 }
 
 #[test]

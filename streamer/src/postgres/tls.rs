@@ -83,7 +83,8 @@ pub(super) fn config(target: &Target) -> Result<ClientConfig, String> {
         .map_err(|error| format!("sslcert and sslkey: {error}"))
 }
 
-fn certificates(path: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>, String> {
+/// Those in a PEM file, at least one.
+pub fn certificates(path: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>, String> {
     let unreadable = |error: &dyn std::fmt::Display| format!("{what} {}: {error}", path.display());
     let certificates: Vec<_> = CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect)
@@ -103,7 +104,8 @@ fn roots_of_file(path: &Path) -> Result<Trusted, String> {
     Ok((Arc::new(roots), certificates))
 }
 
-fn roots_of_system() -> Result<Arc<RootCertStore>, String> {
+/// The authorities that the system trusts.
+pub fn roots_of_system() -> Result<Arc<RootCertStore>, String> {
     let found = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(found.certs);

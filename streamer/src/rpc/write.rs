@@ -22,7 +22,7 @@ use tokio::{
 use tokio_stream::StreamExt;
 use tonic::{Status, Streaming};
 
-use super::Budgets;
+use super::{Budgets, permit::Permit, quota::Entered};
 use crate::{
     metrics::Metrics,
     postgres::{
@@ -151,6 +151,10 @@ pub(super) struct Call {
     pub transaction_bytes_max: usize,
     pub budgets: Arc<Budgets>,
     pub metrics: Arc<Metrics>,
+    /// Who calls, as long as he may.
+    pub permit: Permit,
+    /// How much he may do.
+    pub entered: Entered,
     pub down: mpsc::Sender<v1::WriteDown>,
 }
 
@@ -179,7 +183,7 @@ struct Answered {
 
 impl Call {
     /// Until the replica ends it, or something must be begun anew.
-    pub(super) async fn run(self, up: Streaming<v1::WriteUp>) -> Status {
+    pub(super) async fn run(&self, up: Streaming<v1::WriteUp>) -> Status {
         let (work, mut waiting) = mpsc::channel(AHEAD_MAX);
         let done = async {
             match self.work(&mut waiting).await {
@@ -212,6 +216,9 @@ impl Call {
             let next = match kind {
                 Some(write_up::Kind::Transaction(piece)) => match assembler.push(piece) {
                     Ok(Some(transaction)) => {
+                        // Who sends more than he may waits here, and the connection makes his replica wait.
+                        let wait = self.entered.wrote(transaction.bytes(), Instant::now());
+                        tokio::time::sleep(wait).await;
                         let room = place(&room, transaction.bytes()).await;
                         Work::Transaction(transaction, room)
                     }
@@ -231,6 +238,10 @@ impl Call {
                     return Status::invalid_argument("a name in Postgres has at most 63 bytes");
                 }
                 Some(write_up::Kind::Alive(_)) => continue,
+                Some(write_up::Kind::Renew(renew)) => match self.permit.renew(&renew.token).await {
+                    Ok(()) => continue,
+                    Err(status) => return status,
+                },
                 Some(write_up::Kind::Hello(_)) | None => {
                     return Status::invalid_argument("WriteHello is said once, and first");
                 }
