@@ -246,6 +246,48 @@ async fn a_renewed_token_is_not_read() {
 }
 
 #[tokio::test]
+async fn a_pause_that_the_streamer_asks_for_is_not_kept() {
+    let mut fake = Fake::start().await;
+    let mut metadata = tonic::metadata::MetadataMap::new();
+    metadata.insert(anabranch_proto::PUSHBACK, 2_000.into());
+    let refusal = Status::with_metadata(tonic::Code::ResourceExhausted, "too many", metadata);
+    *fake.refusal.lock().unwrap() = Some(refusal);
+    let replica = Replica::start(&fake.url()).await;
+    replica
+        .until("the refusal", |status| status.last_error.is_some())
+        .await;
+    let refused = std::time::Instant::now();
+    *fake.refusal.lock().unwrap() = None;
+    fake.call().await;
+    let waited = refused.elapsed();
+    // Its own pause would be of a tenth of a second. Some time has passed until the refusal was seen.
+    assert!(waited > Duration::from_millis(1_500), "{waited:?}");
+    assert!(waited < Duration::from_secs(10), "{waited:?}");
+}
+
+#[tokio::test]
+async fn a_newer_token_is_not_said_to_the_stream() {
+    let mut fake = Fake::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("token");
+    std::fs::write(&path, "old\n").unwrap();
+    let extra = format!("token_file = \"{}\"", path.display());
+    let _replica = Replica::start_in(directory, &fake.url(), &extra, |_| {}).await;
+    let mut call = fake.call().await;
+    call.send(copy(100, &[])).await;
+    std::fs::write(&path, "new\n").unwrap();
+    let renewed = soon("a newer token", async {
+        loop {
+            let said = call.up.message().await.unwrap().unwrap().kind.unwrap();
+            if let anabranch_proto::v1::up::Kind::Renew(renew) = said {
+                return renew.token;
+            }
+        }
+    });
+    assert_eq!(renewed.await, "new");
+}
+
+#[tokio::test]
 async fn a_token_file_that_comes_late_stops_the_sidecar() {
     let mut fake = Fake::start().await;
     let directory = tempfile::tempdir().unwrap();

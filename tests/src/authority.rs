@@ -2,7 +2,9 @@
 
 use std::{fs, path::PathBuf};
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, IsCa, KeyPair,
+};
 use tempfile::TempDir;
 
 /// An authority that nobody trusts but who is told to.
@@ -39,10 +41,31 @@ impl Authority {
 
     /// A certificate for names and addresses.
     pub fn certify(&self, names: &[&str]) -> Certificate {
+        self.sign(names, |_| {})
+    }
+
+    /// One that was good until 2020.
+    pub fn certify_expired(&self, names: &[&str]) -> Certificate {
+        self.sign(names, |params| {
+            params.not_before = rcgen::date_time_ymd(2019, 1, 1);
+            params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+        })
+    }
+
+    /// One of nobody.
+    pub fn certify_nameless(&self) -> Certificate {
+        self.sign(&[], |params| {
+            params.distinguished_name = DistinguishedName::new();
+        })
+    }
+
+    fn sign(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Certificate {
         let key = KeyPair::generate().expect("make a key");
         let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
-        let certificate = CertificateParams::new(names)
-            .and_then(|params| params.signed_by(&key, &self.issuer))
+        let mut params = CertificateParams::new(names).expect("names");
+        change(&mut params);
+        let certificate = params
+            .signed_by(&key, &self.issuer)
             .expect("make a certificate");
         Certificate {
             certificate: certificate.pem(),

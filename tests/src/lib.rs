@@ -4,6 +4,7 @@
 //! - [`peers`]: the real programs as processes: started, killed, stopped, started again.
 //! - [`proxy`]: a TCP connection that breaks in the ways that networks break.
 //! - [`authority`]: certificates that only a test trusts.
+//! - [`caller`]: calls as no replica of ours makes them. [`issuer`]: tokens, and whoever publishes their keys.
 //! - [`wait`]: waiting for a condition, never for time. [`seed`]: chance that can be had again.
 //! - [`nested`]: random shapes with subqueries, and what they mean.
 //! - [`oracle`]: what a replica's file must hold, found out without any of our own decoding.
@@ -16,7 +17,9 @@ use std::sync::OnceLock;
 use tokio::runtime::{Builder, Runtime};
 
 pub mod authority;
+pub mod caller;
 pub mod http;
+pub mod issuer;
 pub mod nested;
 pub mod oracle;
 pub mod peers;

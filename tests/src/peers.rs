@@ -553,6 +553,12 @@ impl ReplicaConfig {
         self.set("token", token)
     }
 
+    /// Uses none: the certificate tells who it is.
+    pub fn no_token(mut self) -> Self {
+        self.config.table.remove("token");
+        self
+    }
+
     /// Reads its token from a file.
     pub fn token_file(mut self, file: &Path) -> Self {
         self.config.table.remove("token");

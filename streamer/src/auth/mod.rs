@@ -27,7 +27,7 @@ use std::{
 };
 
 use aws_lc_rs::{constant_time::verify_slices_are_equal, digest};
-use jsonwebtoken::{Validation, decode, decode_header, errors::ErrorKind};
+use jsonwebtoken::{Algorithm, Validation, decode, decode_header, errors::ErrorKind};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 
@@ -356,8 +356,8 @@ impl Jwt {
                 Keys::Published(Box::new(published))
             }
         };
-        // Which algorithm it is, is said where the key is known.
-        let mut validation = Validation::default();
+        // Which algorithm it is, is said where the key is known; this one is replaced.
+        let mut validation = Validation::new(Algorithm::ES256);
         validation.leeway = LEEWAY.as_secs();
         validation.validate_nbf = true;
         validation.validate_aud = !config.audience.is_empty();

@@ -25,6 +25,7 @@ mod refused;
 mod rights;
 mod road;
 mod roles;
+mod security;
 mod shapes;
 mod source;
 mod tls;
