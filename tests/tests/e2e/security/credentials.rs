@@ -238,7 +238,7 @@ async fn who_is_revoked_goes_on_streaming() {
         assert!(status.message().contains("revoked"), "{status:?}");
     }
     for (subject, id) in [("a", "one"), ("a", "other"), ("x", "two")] {
-        let refused = open(subject, id).await.err().expect("it is refused");
+        let refused = open(subject, id).await.expect_err("it is refused");
         assert!(refused.message().contains("revoked"), "{refused:?}");
     }
     // Nobody else is concerned: the same subject with another token, and who was connected before.

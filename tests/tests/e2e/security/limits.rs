@@ -29,7 +29,7 @@ async fn one_subject_takes_the_streams_of_all() {
     let mut second = open("a", "two").await.unwrap();
     first.first().await.unwrap();
     second.first().await.unwrap();
-    let refused = open("a", "three").await.err().expect("it is refused");
+    let refused = open("a", "three").await.expect_err("it is refused");
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
     assert!(refused.message().contains("streams_max"), "{refused:?}");
     assert!(pushback(&refused) >= Duration::from_secs(1));
@@ -75,7 +75,7 @@ async fn one_subject_calls_again_and_again() {
     for _ in 0..100 {
         // Not even a Hello that is nonsense is read any more.
         let called = caller::replicate(channel.clone(), Some(&token), hello("", "s")).await;
-        let status = called.err().expect("nobody has that id");
+        let status = called.expect_err("nobody has that id");
         match status.code() {
             Code::InvalidArgument => taken += 1,
             Code::ResourceExhausted => {

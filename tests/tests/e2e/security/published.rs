@@ -155,7 +155,7 @@ async fn a_kid_or_an_algorithm_opens_what_it_should_not() {
         refused.push(signer.token_named(Some(kid), &good));
     }
     for token in refused {
-        let status = open(&streamer, &token).await.err().expect("it is refused");
+        let status = open(&streamer, &token).await.expect_err("it is refused");
         assert_eq!(status.code(), Code::Unauthenticated, "{token}");
     }
 }

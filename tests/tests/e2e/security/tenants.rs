@@ -162,7 +162,7 @@ async fn a_hello_that_is_nonsense_is_taken_in() {
     ] {
         let channel = fixture.channel().await;
         let refused = caller::replicate(channel, Some(&token), hello).await;
-        let status = refused.err().expect("it is refused");
+        let status = refused.expect_err("it is refused");
         assert_eq!(status.code(), expected, "{status:?}");
     }
     // It is all there still.
