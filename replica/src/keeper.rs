@@ -49,13 +49,16 @@ const QUEUE_UNIT_BYTES: usize = 1_024;
 /// program's checkpoint.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// From so many local transactions without an answer on the file is *crowded*: who wrote them waits for far longer than
-/// [`GATHER`]. Then commits that come within that time are applied together, and the WAL is looked at no more often, since a
-/// commit of the file for each answer, and another for each write, would be most of the work.
+/// From so many local transactions without an answer on the file is *crowded*. A commit of the file for each answer, and another
+/// for each write, would be most of the work then: commits that come within some time are applied together, and the WAL is looked
+/// at no more often.
 const CROWD: u64 = 128;
 
-/// See [`CROWD`].
-const GATHER: Duration = Duration::from_millis(20);
+/// That time, for each of those that have no answer: a fifth of what their answers take at the very least, so nobody notices.
+const GATHER_EACH: Duration = Duration::from_micros(40);
+
+/// And at most.
+const GATHER_MAX: Duration = Duration::from_millis(80);
 
 /// From where a stream goes on.
 #[derive(Clone, Debug)]
@@ -564,14 +567,14 @@ impl Keeping {
                 if self.generation != Some(generation) {
                     return Ok(ControlFlow::Continue(()));
                 }
-                if self.is_crowded() && ends_with_commit(&message) {
+                if let Some(time) = self.gathers_for().filter(|_| ends_with_commit(&message)) {
                     match &mut self.gathered {
                         Some(gathered) => gathered.add(*message, queued),
                         None => {
                             self.gathered = Some(Gathered {
                                 message: *message,
                                 queued: vec![queued],
-                                due: Instant::now() + GATHER,
+                                due: Instant::now() + time,
                             });
                         }
                     }
@@ -666,9 +669,10 @@ impl Keeping {
         }
     }
 
-    fn is_crowded(&self) -> bool {
+    /// How long commits are gathered; `None`: the file is not crowded.
+    fn gathers_for(&self) -> Option<Duration> {
         let local = self.board.local.borrow();
-        local.assigned.saturating_sub(local.answered) >= CROWD
+        gathers_for(local.assigned.saturating_sub(local.answered))
     }
 
     /// Looks for local transactions, and tells that there are some. What is not possible just now is tried at the next look;
@@ -682,8 +686,8 @@ impl Keeping {
             self.watch.found_nothing();
         }
         let is_told = !found || self.tell_local()?;
-        if self.is_crowded() {
-            self.watch.found_crowd(GATHER);
+        if let Some(pace) = self.gathers_for() {
+            self.watch.found_crowd(pace);
         }
         Ok(is_told && !self.file.has_found_more())
     }
@@ -908,6 +912,11 @@ fn unless_definite<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
     }
 }
 
+fn gathers_for(unanswered: u64) -> Option<Duration> {
+    let each = u32::try_from(unanswered).unwrap_or(u32::MAX);
+    (unanswered >= CROWD).then(|| GATHER_EACH.saturating_mul(each).min(GATHER_MAX))
+}
+
 fn ends_with_commit(message: &v1::Down) -> bool {
     let last = message.elements.last();
     last.is_some_and(|last| matches!(last.kind, Some(Kind::Commit(_))))
@@ -1081,6 +1090,13 @@ mod tests {
             resume_token: b"token".as_slice().into(),
             ..v1::Down::default()
         }
+    }
+
+    #[test]
+    fn a_write_waits_for_others_where_few_wait() {
+        assert_eq!(gathers_for(CROWD - 1), None);
+        assert_eq!(gathers_for(CROWD), Some(GATHER_EACH * CROWD as u32));
+        assert_eq!(gathers_for(u64::MAX), Some(GATHER_MAX));
     }
 
     #[tokio::test(flavor = "multi_thread")]
