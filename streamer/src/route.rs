@@ -15,23 +15,32 @@
 //! with another one only because one of the two was changed is found by the changed one's old values; so it is enough to
 //! look for rows that did *not* change in the state after the transaction.
 //!
-//! Sessions with the same SELECT bound to the same values share one [`Binding`]: it is evaluated once for them all. What is
-//! too much for one transaction ([`STEPS_MAX`], [`WALK_BYTES_MAX`]) is not routed: its sessions catch up.
+//! Sessions with the same SELECT bound to the same values share one [`Binding`]: it is evaluated once for them all, and what a
+//! subquery says is found out once in each of the two states, whoever asks. What is too much for one transaction is not
+//! routed, and its sessions catch up: rows to be looked at ([`Limits::steps_max`], `WALK_BYTES_MAX`), and rows that conditions
+//! read to be evaluated ([`Limits::reads_max`]), of which each SELECT has its part, so that one that is dear leaves the others'
+//! alone; and bound SELECTs that are asked one after the other ([`Limits::scans_max`]).
 
 mod backwards;
+mod limits;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 
-use self::backwards::{Found, Walk};
+pub use self::limits::{Limits, READS_MAX, SCANS_MAX, STEPS_MAX};
+use self::{
+    backwards::{Found, Walk},
+    limits::Shares,
+};
 use crate::{
     delta::{self, Op},
-    lookup::{Error, Lookup},
+    lookup::{Answers, Error, Lookup, Moment},
     mirror::Net,
     shape::{Bound, RouteKey, Select},
     table::{Oid, Table},
@@ -42,17 +51,10 @@ type Map<K, V> = HashMap<K, V, RandomState>;
 /// A connected session.
 pub type SessionId = u64;
 
-/// Rows that are looked at for one transaction beside those that it changed, at most: what is beyond would keep the engine
-/// for more than about a second, and is as well told by a catch-up.
-pub const STEPS_MAX: usize = 100_000;
-
-/// Bytes of such rows that are held meanwhile, at most.
-const WALK_BYTES_MAX: usize = 16 * 1024 * 1024;
-
 /// Who subscribed to what.
 pub struct Router {
-    /// [`STEPS_MAX`], but in tests.
-    pub steps_max: usize,
+    /// As by default, but in tests.
+    pub limits: Limits,
     tables: Map<Oid, Vec<Routes>>,
     /// Tables that subqueries read: of which SELECTs, over which tables, as which of their steps.
     inner: Map<Oid, Vec<Inner>>,
@@ -64,20 +66,21 @@ pub struct Router {
 
 type BindingId = usize;
 
+/// Keys that a row may lead to beyond one for each binding.
+const KEYS_MORE: usize = 64;
+
 /// One SELECT, bound to values, and the sessions that have it.
 struct Binding {
     bound: Bound,
-    sessions: Vec<SessionId>,
+    sessions: BTreeSet<SessionId>,
 }
 
 /// The bindings of one SELECT.
 struct Routes {
     select: Arc<Select>,
     keyed: Map<RouteKey, Vec<BindingId>>,
-    /// Those that no row's values lead to.
-    scanned: Vec<BindingId>,
-    /// All of them.
-    all: Vec<BindingId>,
+    /// All of them. Where no row's values lead to any, these are looked at one by one.
+    all: BTreeSet<BindingId>,
 }
 
 /// A subquery of a SELECT.
@@ -99,19 +102,35 @@ pub struct Routed {
 }
 
 /// A row that may be told of.
-struct Candidate {
-    table: Arc<Table>,
-    before: Option<Bytes>,
-    after: Option<Bytes>,
-    /// Those that may have it: all of them if it changed, else all whose answer may have.
-    bindings: Vec<BindingId>,
+#[derive(Clone, Copy)]
+struct Candidate<'a> {
+    table: &'a Arc<Table>,
+    before: Option<&'a Bytes>,
+    after: Option<&'a Bytes>,
+    /// Those that may have it: all of them if it changed, else all whose answer may have. Ascending.
+    bindings: &'a [BindingId],
     changed: bool,
+}
+
+/// The states that a transaction is between, and what conditions may still read of them.
+struct States<'a> {
+    before: Moment<'a>,
+    now: Moment<'a>,
+    shares: &'a Shares,
+}
+
+/// What is told of one row, by the columns that are told of: encoded once, however many get it.
+#[derive(Default)]
+struct Told<'a> {
+    ops: Vec<(&'a [usize], bool, bool, Option<Op>)>,
+    /// The row as it is.
+    after: Vec<(&'a [usize], Bytes)>,
 }
 
 impl Default for Router {
     fn default() -> Self {
         Router {
-            steps_max: STEPS_MAX,
+            limits: Limits::default(),
             tables: Map::default(),
             inner: Map::default(),
             bindings: Map::default(),
@@ -119,6 +138,73 @@ impl Default for Router {
             free: Vec::new(),
             sessions: Map::default(),
         }
+    }
+}
+
+impl States<'_> {
+    /// Whether a row was, and is, in a bound SELECT; `None`: to find out is too much.
+    fn ask(&self, bound: &Bound, candidate: Candidate<'_>) -> Result<Option<(bool, bool)>, Error> {
+        self.shares.begin(&bound.select);
+        let contains = |row: Option<&Bytes>, state| match row {
+            Some(row) => bound.contains(row, state),
+            None => Ok(false),
+        };
+        let both = || {
+            let was = contains(candidate.before, &self.before)?;
+            Ok((was, contains(candidate.after, &self.now)?))
+        };
+        match both() {
+            Err(Error::TooMuch) => Ok(None),
+            answers => answers.map(Some),
+        }
+    }
+}
+
+/// Notes whom a row concerns.
+fn concern<'a>(
+    concerned: &mut Vec<(SessionId, bool, bool, &'a Select)>,
+    binding: &'a Binding,
+    was: bool,
+    is: bool,
+) {
+    if was || is {
+        let sessions = binding.sessions.iter();
+        concerned.extend(sessions.map(|session| (*session, was, is, &*binding.bound.select)));
+    }
+}
+
+impl<'a> Told<'a> {
+    /// What they are told who see it by `select`.
+    fn op(
+        &mut self,
+        candidate: Candidate<'_>,
+        select: &'a Select,
+        was: bool,
+        is: bool,
+    ) -> Result<Option<Op>, Error> {
+        let columns = &*select.columns;
+        let known = (self.ops.iter()).find(|(of, w, i, _)| (*of, *w, *i) == (columns, was, is));
+        if let Some((.., op)) = known {
+            return Ok(op.clone());
+        }
+        let before = candidate.before.filter(|_| was);
+        let after = candidate.after.filter(|_| is);
+        let encoded = RefCell::new(&mut self.after);
+        let op = delta::decide(candidate.table, before, after, |row| {
+            // What it was is not told.
+            if !after.is_some_and(|after| std::ptr::eq(after, row)) {
+                return select.project(row);
+            }
+            let mut encoded = encoded.borrow_mut();
+            if let Some((_, record)) = encoded.iter().find(|(of, _)| *of == columns) {
+                return Ok(record.clone());
+            }
+            let record = select.project(row)?;
+            encoded.push((columns, record.clone()));
+            Ok(record)
+        })?;
+        self.ops.push((columns, was, is, op.clone()));
+        Ok(op)
     }
 }
 
@@ -130,8 +216,7 @@ impl Router {
         for bound in bounds {
             let id = self.binding(bound);
             let binding = self.slots[id].as_mut().expect("just found or made");
-            if !binding.sessions.contains(&session) {
-                binding.sessions.push(session);
+            if binding.sessions.insert(session) {
                 held.push(id);
             }
         }
@@ -142,7 +227,7 @@ impl Router {
     pub fn remove(&mut self, session: SessionId) {
         for id in self.sessions.remove(&session).unwrap_or_default() {
             let binding = self.slots[id].as_mut().expect("held by the session");
-            binding.sessions.retain(|other| *other != session);
+            binding.sessions.remove(&session);
             if binding.sessions.is_empty() {
                 self.forget(id);
             }
@@ -182,104 +267,132 @@ impl Router {
         now: &dyn Lookup,
     ) -> Result<Routed, Error> {
         let mut routed = Routed::default();
-        let mut candidates = Vec::new();
+        let shares = Shares::new(&self.limits, self.readers(nets));
+        let answers = [(); 2].map(|()| Answers::new(self.limits.answers_bytes_max));
+        let moment = |of, answers| Moment {
+            of,
+            answers,
+            reads: shares.reads(),
+        };
+        let states = States {
+            before: moment(before, &answers[0]),
+            now: moment(now, &answers[1]),
+            shares: &shares,
+        };
         for net in nets {
             let mut bindings = Vec::new();
             for routes in self.tables.get(&net.table.oid).into_iter().flatten() {
-                routes.find(net.before.as_deref(), before, &mut bindings)?;
-                routes.find(net.after.as_deref(), now, &mut bindings)?;
+                shares.begin(&routes.select);
+                let led = routes.find(net.before.as_deref(), &states.before, &mut bindings)?
+                    && routes.find(net.after.as_deref(), &states.now, &mut bindings)?;
+                if !led && shares.scan(&routes.select, routes.all.len()) {
+                    bindings.extend(&routes.all);
+                } else if !led {
+                    self.give_up(&routes.all, &mut routed);
+                }
             }
             if !bindings.is_empty() {
                 bindings.sort_unstable();
                 bindings.dedup();
-                candidates.push(Candidate {
-                    table: net.table.clone(),
-                    before: net.before.clone(),
-                    after: net.after.clone(),
-                    bindings,
+                let candidate = Candidate {
+                    table: &net.table,
+                    before: net.before.as_ref(),
+                    after: net.after.as_ref(),
+                    bindings: &bindings,
                     changed: true,
-                });
+                };
+                self.tell(candidate, &states, &mut routed)?;
             }
         }
+        let mut found = BTreeMap::new();
         if nets
             .iter()
             .any(|net| self.inner.contains_key(&net.table.oid))
         {
-            let mut walk = Walk::new(self, nets, before, now);
+            let mut walk = Walk::new(self, nets, &states);
             for net in nets {
                 for inner in self.inner.get(&net.table.oid).into_iter().flatten() {
                     walk.start(inner, net)?;
                 }
             }
-            let (found, behind) = walk.finish();
-            for Found {
-                table,
-                row,
-                bindings,
-            } in found.into_values()
-            {
-                candidates.push(Candidate {
-                    table,
-                    before: Some(row.clone()),
-                    after: Some(row),
-                    bindings,
-                    changed: false,
-                });
-            }
-            for id in behind {
-                let binding = self.slots[id].as_ref().expect("indexed");
-                routed.behind.extend(&binding.sessions);
-            }
+            let behind;
+            (found, behind) = walk.finish();
+            self.give_up(&behind, &mut routed);
         }
-        for candidate in &candidates {
-            self.tell(candidate, before, now, &mut routed)?;
+        for Found {
+            table,
+            row,
+            bindings,
+        } in found.values()
+        {
+            let candidate = Candidate {
+                table,
+                before: Some(row),
+                after: Some(row),
+                bindings,
+                changed: false,
+            };
+            self.tell(candidate, &states, &mut routed)?;
         }
         Ok(routed)
+    }
+
+    /// These must catch up: nobody finds out now what it means to them.
+    fn give_up(&self, bindings: &BTreeSet<BindingId>, routed: &mut Routed) {
+        for id in bindings {
+            routed.behind.extend(&self.binding_of(*id).sessions);
+        }
+    }
+
+    /// How many SELECTs may read rows to say what a transaction means to them.
+    fn readers(&self, nets: &[Net]) -> usize {
+        if !self.looks_into_others() {
+            return 0;
+        }
+        let mut selects = BTreeSet::new();
+        let tables: BTreeSet<Oid> = nets.iter().map(|net| net.table.oid).collect();
+        for table in &tables {
+            let outer = self.tables.get(table).into_iter().flatten();
+            let reads = |routes: &&Routes| !routes.select.subqueries().is_empty();
+            selects.extend(outer.filter(reads).map(|routes| routes.select.id));
+            let inner = self.inner.get(table).into_iter().flatten();
+            selects.extend(inner.map(|inner| inner.select.id));
+        }
+        selects.len()
+    }
+
+    fn binding_of(&self, id: BindingId) -> &Binding {
+        self.slots[id].as_ref().expect("indexed")
     }
 
     /// Adds what is to be told of one row.
     fn tell(
         &self,
-        candidate: &Candidate,
-        before: &dyn Lookup,
-        now: &dyn Lookup,
+        candidate: Candidate<'_>,
+        states: &States<'_>,
         routed: &mut Routed,
     ) -> Result<(), Error> {
-        let table = &candidate.table;
-        let answer = |id: BindingId| -> Result<(bool, bool), Error> {
-            let bound = &self.slots[id].as_ref().expect("indexed").bound;
-            let contains = |row: &Option<Bytes>, lookup| match row {
-                Some(row) => bound.contains(row, lookup),
-                None => Ok(false),
-            };
-            Ok((
-                contains(&candidate.before, before)?,
-                contains(&candidate.after, now)?,
-            ))
-        };
+        let table = candidate.table;
         // (session, was in one of its SELECTs, is in one, the SELECT that projects): of the few that are concerned.
-        let mut concerned: Vec<(SessionId, bool, bool, &Arc<Select>)> = Vec::new();
+        let mut concerned: Vec<(SessionId, bool, bool, &Select)> = Vec::new();
         let mut others = BTreeSet::new();
-        for id in &candidate.bindings {
-            let (was, is) = answer(*id)?;
-            let binding = self.slots[*id].as_ref().expect("indexed");
+        for id in candidate.bindings {
+            let binding = self.binding_of(*id);
+            let Some((was, is)) = states.ask(&binding.bound, candidate)? else {
+                routed.behind.extend(&binding.sessions);
+                continue;
+            };
             if !candidate.changed && was != is {
-                others.extend(self.others(&binding.sessions, table.oid, &candidate.bindings));
+                others.extend(self.others(&binding.sessions, table.oid, candidate.bindings));
             }
-            if was || is {
-                let sessions = binding.sessions.iter();
-                concerned
-                    .extend(sessions.map(|session| (*session, was, is, &binding.bound.select)));
-            }
+            concern(&mut concerned, binding, was, is);
         }
         // Of a row that did not change only those SELECTs were found whose answer may have: another one may show it as before.
         for id in others {
-            let (was, is) = answer(id)?;
-            if was || is {
-                let binding = self.slots[id].as_ref().expect("indexed");
-                let sessions = binding.sessions.iter();
-                concerned
-                    .extend(sessions.map(|session| (*session, was, is, &binding.bound.select)));
+            let binding = self.binding_of(id);
+            match states.ask(&binding.bound, candidate)? {
+                Some((was, is)) => concern(&mut concerned, binding, was, is),
+                None => routed.behind.extend(&binding.sessions),
             }
         }
         // A row that several SELECTs of one session show is one row: in if it is in any of them.
@@ -292,23 +405,9 @@ impl Router {
             }
             same
         });
-        let mut told: Vec<(*const Select, bool, bool, Option<Op>)> = Vec::new();
+        let mut told = Told::default();
         for (session, was, is, select) in concerned {
-            let select_at = Arc::as_ptr(select);
-            let known = told
-                .iter()
-                .find(|(at, w, i, _)| (*at, *w, *i) == (select_at, was, is));
-            let op = match known {
-                Some((.., op)) => op.clone(),
-                None => {
-                    let before = candidate.before.as_ref().filter(|_| was);
-                    let after = candidate.after.as_ref().filter(|_| is);
-                    let op = delta::decide(table, before, after, |row| select.project(row))?;
-                    told.push((select_at, was, is, op.clone()));
-                    op
-                }
-            };
-            if let Some(op) = op {
+            if let Some(op) = told.op(candidate, select, was, is)? {
                 routed.ops.entry(session).or_default().push((table.oid, op));
             }
         }
@@ -318,7 +417,7 @@ impl Router {
     /// What else these sessions have of a table.
     fn others<'a>(
         &'a self,
-        sessions: &'a [SessionId],
+        sessions: &'a BTreeSet<SessionId>,
         table: Oid,
         known: &'a [BindingId],
     ) -> impl Iterator<Item = BindingId> + 'a {
@@ -326,8 +425,8 @@ impl Router {
             .iter()
             .filter_map(|session| self.sessions.get(session));
         held.flatten().copied().filter(move |id| {
-            let binding = self.slots[*id].as_ref().expect("indexed");
-            binding.bound.select.table.oid == table && known.binary_search(id).is_err()
+            let select = &self.binding_of(*id).bound.select;
+            select.table.oid == table && known.binary_search(id).is_err()
         })
     }
 
@@ -343,7 +442,7 @@ impl Router {
         }
         let binding = Binding {
             bound: bound.clone(),
-            sessions: Vec::new(),
+            sessions: BTreeSet::new(),
         };
         let id = match self.free.pop() {
             Some(id) => {
@@ -404,30 +503,33 @@ impl Router {
     }
 }
 
+/// Whether all was found out; not if that was too much.
+fn is_known(found: Result<bool, Error>) -> Result<bool, Error> {
+    match found {
+        Err(Error::TooMuch) => Ok(false),
+        found => found,
+    }
+}
+
 impl Routes {
     fn new(select: Arc<Select>) -> Self {
         Routes {
             select,
             keyed: Map::default(),
-            scanned: Vec::new(),
-            all: Vec::new(),
+            all: BTreeSet::new(),
         }
     }
 
     fn insert(&mut self, id: BindingId, bound: &Bound) {
-        self.all.push(id);
+        self.all.insert(id);
         // Also for SELECTs that are scanned: a changed inner row may lead to their bindings.
         for key in bound.route_keys() {
             self.keyed.entry(key).or_default().push(id);
         }
-        if !self.select.is_routable() {
-            self.scanned.push(id);
-        }
     }
 
     fn remove(&mut self, id: BindingId, bound: &Bound) {
-        self.all.retain(|other| *other != id);
-        self.scanned.retain(|other| *other != id);
+        self.all.remove(&id);
         for key in bound.route_keys() {
             if let Some(ids) = self.keyed.get_mut(&key) {
                 ids.retain(|other| *other != id);
@@ -438,22 +540,31 @@ impl Routes {
         }
     }
 
-    /// Adds those that may have a row of the table, in a state.
+    /// Adds those that may have a row of the table, in a state. False: it may be any of all, as nothing leads to them, or too
+    /// much would have to be read.
     fn find(
         &self,
         row: Option<&[u8]>,
         lookup: &dyn Lookup,
         found: &mut Vec<BindingId>,
-    ) -> Result<(), Error> {
-        let Some(row) = row else { return Ok(()) };
+    ) -> Result<bool, Error> {
+        let Some(row) = row else { return Ok(true) };
         if !self.select.is_routable() {
-            found.extend(&self.scanned);
-            return Ok(());
+            return Ok(false);
         }
         let mut keys = Vec::new();
-        self.select.route_keys_of(row, lookup, &mut keys)?;
-        self.add_keyed(&keys, found);
-        Ok(())
+        let max = self.keys_max();
+        let all = is_known(self.select.route_keys_of(row, lookup, &mut keys, max))?;
+        if all {
+            self.add_keyed(&keys, found);
+        }
+        Ok(all)
+    }
+
+    /// A row that leads to more keys than this need not be followed to all of them: to ask all bindings is not dearer. So a row
+    /// with which ten thousand inner ones go costs little where few have subscribed.
+    fn keys_max(&self) -> usize {
+        self.all.len() + KEYS_MORE
     }
 
     fn add_keyed(&self, keys: &[RouteKey], found: &mut Vec<BindingId>) {

@@ -130,12 +130,53 @@ impl Condition {
                 }
             }
             Condition::Subquery(subquery) => {
-                found.extend(subquery.outer.parts.iter().map(|part| part.column));
+                found.extend(subquery.outer_parts().iter().map(|part| part.column));
             }
             Condition::Is(inner, _) | Condition::Not(inner) => inner.columns(found),
             Condition::And(parts) | Condition::Or(parts) => {
                 parts.iter().for_each(|part| part.columns(found));
             }
+        }
+    }
+
+    /// The columns that must be equal to a parameter for it to be true, each with that.
+    pub fn wanted(&self) -> Vec<(usize, &Operand, &Domain)> {
+        match self {
+            Condition::And(parts) => parts.iter().flat_map(Condition::wanted).collect(),
+            Condition::Is(inner, Truth::True) => inner.wanted(),
+            Condition::Compare {
+                comparison: Comparison::Equal,
+                left: Operand::Column(column),
+                right: param @ Operand::Param(_),
+                domain,
+            }
+            | Condition::Compare {
+                comparison: Comparison::Equal,
+                left: param @ Operand::Param(_),
+                right: Operand::Column(column),
+                domain,
+            } => vec![(*column, param, domain)],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Changes the subqueries that stand in it, and those in them. Only before anybody else has any of them.
+    pub fn change_subqueries(&mut self, change: &mut dyn FnMut(&mut Subquery)) {
+        match self {
+            Condition::Subquery(subquery) => {
+                let subquery = Arc::get_mut(subquery).expect("nobody else has it yet");
+                change(subquery);
+                if let Some(condition) = &mut subquery.condition {
+                    condition.change_subqueries(change);
+                }
+            }
+            Condition::Is(inner, _) | Condition::Not(inner) => inner.change_subqueries(change),
+            Condition::And(parts) | Condition::Or(parts) => {
+                parts
+                    .iter_mut()
+                    .for_each(|part| part.change_subqueries(change));
+            }
+            _ => {}
         }
     }
 

@@ -78,13 +78,15 @@ impl Path {
         Some(path)
     }
 
-    /// Adds the keys to which this path leads from `row`, in the state that `lookup` shows; some maybe more than once.
+    /// Adds the keys to which this path leads from `row`, in the state that `lookup` shows; some maybe more than once. False: it
+    /// leads to more than `max`, and not to all of them was gone.
     pub fn keys_of(
         &self,
         row: &[u8],
         lookup: &dyn Lookup,
         keys: &mut Vec<RouteKey>,
-    ) -> Result<(), Error> {
+        max: usize,
+    ) -> Result<bool, Error> {
         match self {
             Path::Key(route) => {
                 let value = record::value(row, route.column)?;
@@ -95,18 +97,25 @@ impl Path {
                         value: value.route_bytes(),
                     });
                 }
+                Ok(keys.len() <= max)
             }
-            Path::Through { subquery, then } => subquery.inner_rows(row, lookup, &mut |row| {
-                then.keys_of(row, lookup, keys)?;
-                Ok(true)
-            })?,
+            Path::Through { subquery, then } => {
+                let mut all = true;
+                subquery.inner_rows(row, lookup, &mut |row| {
+                    all = then.keys_of(row, lookup, keys, max)?;
+                    Ok(all)
+                })?;
+                Ok(all)
+            }
             Path::Any(paths) => {
                 for path in paths {
-                    path.keys_of(row, lookup, keys)?;
+                    if !path.keys_of(row, lookup, keys, max)? {
+                        return Ok(false);
+                    }
                 }
+                Ok(true)
             }
         }
-        Ok(())
     }
 
     /// Whether a row's own values are enough: its keys are the same in all states.

@@ -113,19 +113,22 @@ impl Select {
     }
 
     /// Adds keys, none twice, for `row` of the SELECT's table in the state that `lookup` shows: every bound SELECT that has
-    /// the row then has one of them among its [`Bound::route_keys`]. None where the SELECT is not routable.
+    /// the row then has one of them among its [`Bound::route_keys`]. None where the SELECT is not routable. False: there are
+    /// more than `max`, and some are missing.
     pub fn route_keys_of(
         &self,
         row: &[u8],
         lookup: &dyn Lookup,
         keys: &mut Vec<RouteKey>,
-    ) -> Result<(), Error> {
-        if let Some(path) = &self.path {
-            path.keys_of(row, lookup, keys)?;
-            keys.sort_unstable();
-            keys.dedup();
-        }
-        Ok(())
+        max: usize,
+    ) -> Result<bool, Error> {
+        let Some(path) = &self.path else {
+            return Ok(true);
+        };
+        let all = path.keys_of(row, lookup, keys, max)?;
+        keys.sort_unstable();
+        keys.dedup();
+        Ok(all)
     }
 
     /// The subqueries, those further out first: so parents come before their children.

@@ -138,7 +138,7 @@ fn is_in(condition: &str, row: &Bytes) -> bool {
 
 fn keys_of(select: &Select, row: &[u8], lookup: &dyn Lookup) -> Result<Vec<RouteKey>, Error> {
     let mut keys = Vec::new();
-    select.route_keys_of(row, lookup, &mut keys)?;
+    select.route_keys_of(row, lookup, &mut keys, usize::MAX)?;
     Ok(keys)
 }
 

@@ -4,7 +4,9 @@
 //! With real programs, and Postgres itself to say what shapes mean, it is `moves` of the end-to-end tests; but here are
 //! thousands of histories in the time of one.
 
+mod cost;
 mod driver;
+mod scene;
 mod source;
 
 use std::time::Instant;

@@ -94,7 +94,7 @@ impl Walk<'_> {
         let mut keys = Vec::new();
         let mut by = |path: &Path| -> Result<(), Error> {
             for state in self.states {
-                path.keys_of(row, state, &mut keys)?;
+                path.keys_of(row, state, &mut keys, usize::MAX)?;
             }
             Ok(())
         };
@@ -102,7 +102,8 @@ impl Walk<'_> {
             let known = match known {
                 None if self.select.is_routable() => {
                     for state in self.states {
-                        self.select.route_keys_of(row, state, &mut keys)?;
+                        self.select
+                            .route_keys_of(row, state, &mut keys, usize::MAX)?;
                     }
                     Some(keys)
                 }
@@ -182,7 +183,9 @@ fn whoever_has_a_row_has_one_of_its_keys() {
             let state = rows(&tables);
             for row in state.of(TASKS) {
                 let mut keys = Vec::new();
-                select.route_keys_of(row, &state, &mut keys).unwrap();
+                select
+                    .route_keys_of(row, &state, &mut keys, usize::MAX)
+                    .unwrap();
                 for bound in &bounds {
                     let is_found = bound.route_keys().iter().any(|key| keys.contains(key));
                     let is_in = bound.contains(row, &state).unwrap();
