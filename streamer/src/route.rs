@@ -5,8 +5,8 @@
 //! transaction and in the one after it, and what follows by [`delta`](crate::delta).
 //!
 //! - A row that changed is a candidate. Its bound SELECTs are found by hashing: for a conjunct `column = $param` the row's
-//!   value, old and new; through a subquery the values of the inner rows that it leads to. SELECTs without such a way are
-//!   looked at one by one.
+//!   value, old and new; through a subquery the values of the inner rows that it leads to. For `column > $param` and the like,
+//!   by the order of the parameters ([`Intervals`]). SELECTs without such a way are looked at one by one.
 //! - A row that did not change is one if an inner row did that may decide its answer. Then the way is walked *backwards*
 //!   ([`backwards`]): from the inner row, as it was and as it is, to the rows that it goes with, and on to those of the
 //!   SELECT. Only those bound SELECTs are asked that the inner row leads to as well, if it tells anything of their parameters.
@@ -22,6 +22,7 @@
 //! alone; and bound SELECTs that are asked one after the other ([`Limits::scans_max`]).
 
 mod backwards;
+mod intervals;
 mod limits;
 
 use std::{
@@ -36,13 +37,14 @@ use foldhash::fast::RandomState;
 pub use self::limits::{Limits, READS_MAX, SCANS_MAX, STEPS_MAX};
 use self::{
     backwards::{Found, Walk},
+    intervals::Intervals,
     limits::Shares,
 };
 use crate::{
     delta::{self, Op},
     lookup::{Answers, Error, Lookup, Moment},
     mirror::Net,
-    shape::{Bound, RouteKey, Select},
+    shape::{Bound, RouteKey, RouteRange, Select},
     table::{Oid, Table},
 };
 
@@ -79,6 +81,8 @@ struct Binding {
 struct Routes {
     select: Arc<Select>,
     keyed: Map<RouteKey, Vec<BindingId>>,
+    /// By leaf; of few SELECTs there are any.
+    ranges: BTreeMap<u16, Intervals>,
     /// All of them. Where no row's values lead to any, these are looked at one by one.
     all: BTreeSet<BindingId>,
 }
@@ -516,6 +520,7 @@ impl Routes {
         Routes {
             select,
             keyed: Map::default(),
+            ranges: BTreeMap::new(),
             all: BTreeSet::new(),
         }
     }
@@ -526,10 +531,20 @@ impl Routes {
         for key in bound.route_keys() {
             self.keyed.entry(key).or_default().push(id);
         }
+        for RouteRange { leaf, low, high } in bound.route_ranges() {
+            let ranges = self.ranges.entry(*leaf).or_default();
+            ranges.insert(low, high, id);
+        }
     }
 
     fn remove(&mut self, id: BindingId, bound: &Bound) {
         self.all.remove(&id);
+        for RouteRange { leaf, low, high } in bound.route_ranges() {
+            if let Some(ranges) = self.ranges.get_mut(leaf) {
+                ranges.remove(low, high, id);
+            }
+        }
+        self.ranges.retain(|_, ranges| !ranges.is_empty());
         for key in bound.route_keys() {
             if let Some(ids) = self.keyed.get_mut(&key) {
                 ids.retain(|other| *other != id);
@@ -569,7 +584,12 @@ impl Routes {
 
     fn add_keyed(&self, keys: &[RouteKey], found: &mut Vec<BindingId>) {
         for key in keys {
-            found.extend(self.keyed.get(key).into_iter().flatten());
+            match self.ranges.get(&key.leaf()) {
+                Some(ranges) => {
+                    ranges.find(key.value(), found);
+                }
+                None => found.extend(self.keyed.get(key).into_iter().flatten()),
+            }
         }
     }
 }
@@ -695,6 +715,39 @@ mod tests {
             told(&router, net(&table, one, none)),
             [(1, Op::Delete(key))]
         );
+    }
+
+    #[test]
+    fn a_row_is_encoded_once_for_all_who_get_it_whatever_they_had() {
+        let table = table();
+        let sources = ["team", "other"].map(|name| Source {
+            name: name.into(),
+            params: BTreeMap::from([("team".into(), ParamSource::Claim("team".into()))]),
+            tables: vec![match name {
+                "team" => "SELECT id, team FROM t WHERE team = $team".into(),
+                _ => "SELECT team, id FROM t WHERE v = $team".into(),
+            }],
+            writable: Vec::new(),
+        });
+        let shapes = shape::compile(&sources, std::slice::from_ref(&table)).unwrap();
+        let mut router = Router::default();
+        for session in 0..20 {
+            let team = if session < 10 { 1 } else { 2 };
+            let claims = serde_json::Map::from_iter([("team".into(), team.into())]);
+            let shape = &shapes[(session % 2) as usize];
+            router.add(session, &shape.bind(&claims, &HashMap::new()).unwrap());
+        }
+        assert_eq!(router.bindings.len(), 4);
+        // By team it moves from the first ten to the others; by v it stays with the first.
+        let told = told(&router, net(&table, row([1, 1, 1]), row([1, 2, 1])));
+        let mut records: HashMap<*const u8, (usize, &Bytes)> = HashMap::new();
+        for (_, Op::Upsert(record) | Op::Delete(record)) in &told {
+            records.entry(record.as_ptr()).or_insert((0, record)).0 += 1;
+        }
+        let mut counts: Vec<_> = records.values().map(|(count, _)| *count).collect();
+        counts.sort_unstable();
+        // A delete for five; the row for five who have it and five who had not.
+        assert_eq!(counts, [5, 10]);
     }
 
     #[test]

