@@ -27,6 +27,7 @@ use anabranch_streamer::{
     transaction::{Change, Chunk, End},
 };
 use bytes::Bytes;
+use foldhash::fast::RandomState;
 
 /// Rounds of each figure.
 const ROUNDS: usize = 5;
@@ -44,7 +45,7 @@ struct Lab {
     _directory: tempfile::TempDir,
     mirror: Mirror,
     router: Router,
-    handles: HashMap<u64, Arc<Handle>>,
+    handles: HashMap<u64, Arc<Handle>, RandomState>,
     shapes: Vec<Shape>,
     tables: Vec<Arc<Table>>,
     lsn: u64,
@@ -125,7 +126,7 @@ impl Lab {
             _directory: directory,
             mirror,
             router: Router::default(),
-            handles: HashMap::new(),
+            handles: HashMap::default(),
             shapes,
             tables,
             lsn: 100,
@@ -225,7 +226,7 @@ fn flat(name: &str, sql: &str) {
                             // Far from each other, and each once before any twice.
                             let id = turn * 61_803 % count;
                             let whose = id % sessions as i64;
-                            [id, whose, turn, whose]
+                            [id, whose, -turn, whose]
                         })
                         .collect();
                     let (applied, routed, told, behind) = lab.commit(&rows);

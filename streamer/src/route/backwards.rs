@@ -11,7 +11,12 @@ use std::{
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 
-use super::{BindingId, Inner, Router, Routes, States, is_known, limits::WALK_BYTES_MAX};
+use super::{
+    BindingId, Inner, Router,
+    limits::WALK_BYTES_MAX,
+    routes::{Routes, is_known},
+    tell::States,
+};
 use crate::{
     lookup::Error,
     mirror::{Key, Net},

@@ -25,6 +25,10 @@ pub const READS_MAX: usize = 200_000;
 /// them, at most: as much.
 pub const SCANS_MAX: usize = 1_000_000;
 
+/// Ops of one transaction for all sessions, at most: about 24 MB beside the rows, which they share. All queues together hold hardly
+/// more.
+pub const OPS_MAX: usize = 500_000;
+
 /// Bytes of the rows that are looked at beside those that changed, which are held meanwhile, at most.
 pub(super) const WALK_BYTES_MAX: usize = 16 * 1024 * 1024;
 
@@ -37,6 +41,8 @@ pub struct Limits {
     pub reads_max: usize,
     /// [`SCANS_MAX`]
     pub scans_max: usize,
+    /// [`OPS_MAX`]
+    pub ops_max: usize,
     /// [`ANSWERS_BYTES_MAX`]
     pub answers_bytes_max: usize,
 }
@@ -47,6 +53,7 @@ impl Default for Limits {
             steps_max: STEPS_MAX,
             reads_max: READS_MAX,
             scans_max: SCANS_MAX,
+            ops_max: OPS_MAX,
             answers_bytes_max: ANSWERS_BYTES_MAX,
         }
     }

@@ -215,7 +215,7 @@ pub fn compile(sources: &[Source], tables: &[Arc<Table>]) -> Result<Vec<Shape>, 
     }
     share_indexes(compiled.iter_mut().flat_map(|(_, (drafts, _))| drafts));
     let mut next_id = 0;
-    let shape = |(source, (drafts, params)): (&Source, (Vec<Draft>, Arc<[Param]>))| {
+    let shape = |(source, (drafts, params)): (&Source, Drafts)| {
         let selects = drafts.into_iter().map(|draft| {
             let id = next_id;
             next_id += 1;
@@ -264,6 +264,9 @@ fn share_indexes<'a>(drafts: impl Iterator<Item = &'a mut Draft>) {
     }
 }
 
+/// Those of a shape, with its parameters.
+type Drafts = (Vec<Draft>, Arc<[Param]>);
+
 /// A SELECT whose names and types are known.
 struct Draft {
     /// Its place in the shape.
@@ -284,7 +287,7 @@ impl Source {
         }
     }
 
-    fn compile(&self, tables: &[Arc<Table>]) -> Result<(Vec<Draft>, Arc<[Param]>), Vec<Refused>> {
+    fn compile(&self, tables: &[Arc<Table>]) -> Result<Drafts, Vec<Refused>> {
         let mut refused = Vec::new();
         let mut statements = Vec::new();
         for (index, sql) in self.tables.iter().enumerate() {

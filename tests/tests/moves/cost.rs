@@ -275,3 +275,40 @@ fn a_change_is_evaluated_for_those_only_whose_range_holds_the_value() {
             .is_empty()
     );
 }
+
+#[test]
+fn what_one_transaction_tells_many_is_held_up_to_a_limit_and_the_others_catch_up() {
+    let mut scene = Scene::new(
+        &[
+            "SELECT * FROM tasks",
+            "SELECT * FROM tasks WHERE person = $me",
+        ],
+        &[("tasks", Vec::new())],
+    );
+    for id in 0..10 {
+        scene.join(id, 0, 0);
+        scene.join(100 + id, 1, id as i64);
+    }
+    scene.router.limits.ops_max = 50;
+    let changes: Vec<_> = (0..10)
+        .map(|id| scene.insert("tasks", [id, 0, id, 0]))
+        .collect();
+    let (routed, _) = scene.commit(changes);
+    let whole: Vec<usize> = (routed.ops.iter())
+        .filter(|(session, _)| !routed.behind.contains(session))
+        .map(|(session, ops)| {
+            if *session < 100 {
+                ops.len() - 9
+            } else {
+                ops.len()
+            }
+        })
+        .collect();
+    assert_eq!(whole.len() + routed.behind.len(), 20);
+    assert!(
+        whole.iter().all(|ops| *ops == 1) && whole.len() > 5,
+        "{whole:?}"
+    );
+    assert!(routed.ops.values().map(Vec::len).sum::<usize>() <= 50);
+    assert!(!routed.behind.is_empty());
+}

@@ -55,6 +55,8 @@ pub struct Counts {
     pub given_up_reading: usize,
     /// Too many bound SELECTs were to be asked.
     pub given_up_asking: usize,
+    /// Too much was to be told.
+    pub given_up_telling: usize,
     /// Views of which all was sent again, as the change index did not reach them.
     pub reset: usize,
     /// Tables that were copied anew.
@@ -78,6 +80,7 @@ impl Counts {
         self.given_up += other.given_up;
         self.given_up_reading += other.given_up_reading;
         self.given_up_asking += other.given_up_asking;
+        self.given_up_telling += other.given_up_telling;
         self.reset += other.reset;
         self.copied += other.copied;
         self.early += other.early;
@@ -190,6 +193,7 @@ impl Driver {
             0 | 1 => router.limits.steps_max = rng.random_range(0..30),
             2 | 3 => router.limits.reads_max = rng.random_range(0..300),
             4 => router.limits.scans_max = rng.random_range(0..5),
+            5 => router.limits.ops_max = rng.random_range(0..20),
             _ => {}
         }
         if rng.random_bool(0.5) {
@@ -368,6 +372,8 @@ impl Driver {
                 &mut self.counts.given_up_reading
             } else if limits.scans_max < 1_000 {
                 &mut self.counts.given_up_asking
+            } else if limits.ops_max < 1_000 {
+                &mut self.counts.given_up_telling
             } else {
                 assert!(limits.steps_max < 1_000, "it was given up too early");
                 &mut self.counts.given_up

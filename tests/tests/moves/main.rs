@@ -53,6 +53,7 @@ fn whoever_is_told_of_moves_has_what_the_shapes_mean() {
         counts.given_up,
         counts.given_up_reading,
         counts.given_up_asking,
+        counts.given_up_telling,
     ];
     assert!(!given_up.contains(&0) || seeds.len() < 20, "{given_up:?}");
 }
