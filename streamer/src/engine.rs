@@ -331,6 +331,7 @@ impl Engine {
         let Routed {
             ops: mut routed,
             behind,
+            ..
         } = self.route(&applied.nets)?;
         // First: who got a part of it would take it for all.
         for session in behind
