@@ -255,7 +255,9 @@ async fn keep(shared: Arc<Shared>, own: Vec<usize>) {
             pause(failures, None).await;
         }
         failures += 1;
+        let tasks = Tasks::default();
         let endpoint = Endpoint::from_shared(shared.settings.url.clone()).expect("a URL");
+        let endpoint = endpoint.executor(tasks.clone());
         let channel = match endpoint.connect().await {
             Ok(channel) => channel,
             Err(error) => {
@@ -273,6 +275,7 @@ async fn keep(shared: Arc<Shared>, own: Vec<usize>) {
             return;
         }
         streams.shutdown().await;
+        tasks.stop().await;
         failures = 1;
     }
 }
@@ -353,6 +356,23 @@ async fn stream(shared: &Arc<Shared>, number: usize, channel: Channel) -> Ended 
             }
             Err(status) => return status.into(),
         }
+    }
+}
+
+/// What tonic spawns for a connection. Some of it would keep the connection open as long as there are Acks to say.
+#[derive(Clone, Default)]
+struct Tasks(Arc<Mutex<JoinSet<()>>>);
+
+impl Tasks {
+    async fn stop(&self) {
+        let mut tasks = std::mem::take(&mut *lock(&self.0));
+        tasks.shutdown().await;
+    }
+}
+
+impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Tasks {
+    fn execute(&self, future: F) {
+        lock(&self.0).spawn(future);
     }
 }
 

@@ -161,11 +161,12 @@ impl Session {
     async fn stream(&mut self) -> Result<(), Ended> {
         let mut encoder = Encoder::default();
         let mut standing = self.standing();
-        self.wait_for_mirror(&standing, &mut encoder).await?;
+        // Boxed, as all that follows: a session is live nearly all the time, and should not hold the room that the others need.
+        Box::pin(self.wait_for_mirror(&standing, &mut encoder)).await?;
         loop {
             self.metrics.catch_ups.inc();
-            if !self.catch_up_together(&mut standing, &mut encoder).await? {
-                self.catch_up(&mut standing, &mut encoder).await?;
+            if !Box::pin(self.catch_up_together(&mut standing, &mut encoder)).await? {
+                Box::pin(self.catch_up(&mut standing, &mut encoder)).await?;
             }
             self.live(&mut standing, &mut encoder).await?;
         }
@@ -226,10 +227,10 @@ impl Session {
         encoder: &mut Encoder,
     ) -> Result<bool, Ended> {
         let looks_into_others = |bound: &Bound| !bound.select.subqueries().is_empty();
-        let Some(Some(from)) = standing.from.first().copied() else {
+        let Some(from) = standing.from.first().copied() else {
             return Ok(false);
         };
-        if standing.from.iter().any(|other| *other != Some(from))
+        if standing.from.iter().any(|other| *other != from)
             || self.bounds.iter().any(looks_into_others)
         {
             return Ok(false);
@@ -259,7 +260,11 @@ impl Session {
             self.handle.fall_behind();
             return Ok(false);
         };
-        self.begin(standing, encoder, Vec::new());
+        let count = match from {
+            Some(_) => 0,
+            None => self.views.len() as u32,
+        };
+        self.begin(standing, encoder, (1..=count).collect());
         for (at, op) in &ops {
             encoder.op(*at as u32 + 1, op);
         }

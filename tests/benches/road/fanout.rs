@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Rows of each replica.
-const ROWS: usize = 10;
+const ROWS: usize = 4;
 
 /// Transactions a second, and rows of each.
 const RATE: usize = 500;

@@ -516,38 +516,45 @@ impl Driver {
         let mut members = Vec::new();
         let mut stands = Vec::new();
         for _ in 0..self.rng.random_range(1..6) {
-            let from = self.history.choose(&mut self.rng).unwrap();
+            let from = match self.rng.random_range(0..4) {
+                0 => None,
+                _ => self.history.choose(&mut self.rng),
+            };
             let views: Vec<_> = (self.source.tables.iter())
                 .map(|table| Arc::new(Filter::any(&mut self.rng, table)))
                 .collect();
             let mut views: Vec<_> = views.into_iter().filter(|_| self.rng.random()).collect();
             views.sort_by_key(|view| view.table.oid);
-            stands.push(from.clone());
+            stands.push(from.cloned());
             members.push(Member {
                 views,
-                from: Position {
+                from: from.map(|from| Position {
                     epoch: EPOCH,
                     lsn: from.lsn,
-                },
+                }),
             });
         }
         let mut reader = self.mirror().reader().unwrap();
         reader.begin().unwrap();
         let bytes_max = *[members.len() * 60, 1 << 20].choose(&mut self.rng).unwrap();
-        let entries_max = *[5, 1 << 20].choose(&mut self.rng).unwrap();
+        let most = *[5, 1 << 20].choose(&mut self.rng).unwrap();
+        let limits = together::Limits {
+            entries_max: most,
+            scanned_max: most,
+        };
         let all = |_: Oid, _: &[u8], found: &mut Vec<u64>| {
             found.extend(0..members.len() as u64);
             Ok(())
         };
-        let told = together::pass_limited(&mut reader, &members, &all, bytes_max, entries_max);
+        let told = together::pass_limited(&mut reader, &members, &all, bytes_max, limits);
         for ((member, from), told) in members.iter().zip(&stands).zip(told.unwrap()) {
             let reached = member.views.iter().all(|view| {
                 let oid = view.table.oid;
                 self.durable.floors[&oid] <= self.durable.lsn
-                    && reader.reaches(oid, member.from).unwrap()
+                    && (member.from).is_none_or(|from| reader.reaches(oid, from).unwrap())
             });
             let Told::All(ops) = told else {
-                assert!(!reached || bytes_max < 1 << 20 || entries_max == 5);
+                assert!(!reached || bytes_max < 1 << 20 || most == 5);
                 continue;
             };
             assert!(reached, "told although nothing is known of what was before");
@@ -558,7 +565,8 @@ impl Driver {
                     .map(|view| view.of(&state.tables[&view.table.oid]))
                     .collect()
             };
-            let (was, is) = (shape(from), shape(&self.durable));
+            let is = shape(&self.durable);
+            let was = (from.as_ref()).map_or_else(|| vec![Content::new(); is.len()], shape);
             let mut has = was.clone();
             for (at, op) in ops {
                 let view = &member.views[at];
