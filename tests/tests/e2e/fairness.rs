@@ -84,8 +84,6 @@ async fn a_tenant_that_gets_much_and_reads_nothing_delays_another_ones_commits()
     // The others hold as much as they may, and have not got it all: else nothing was tried.
     let there = stormy.at(database.lsn().await);
     assert_eq!(there, 0, "some have all of it");
-    let queued = metric("anabranch_streamer_queue_bytes").await;
-    assert!(queued > 0, "the queues of the others are empty");
     // They did not keep the quiet one from its queue, and it was never away.
     let log = streamer.log();
     assert_eq!(
