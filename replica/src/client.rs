@@ -57,6 +57,8 @@ struct Failure {
     cause: &'static str,
     what: String,
     pace: Pace,
+    /// The streamer says when to come back.
+    pushback: Option<Duration>,
 }
 
 impl Failure {
@@ -65,6 +67,7 @@ impl Failure {
             cause,
             what: what.into(),
             pace: Pace::Soon,
+            pushback: None,
         }
     }
 
@@ -73,6 +76,7 @@ impl Failure {
             cause,
             what: what.into(),
             pace: Pace::Slow,
+            pushback: None,
         }
     }
 
@@ -110,7 +114,14 @@ impl Failure {
             cause,
             what: format!("{}: {text}", cause.to_uppercase()),
             pace,
+            pushback: pushback(status),
         }
+    }
+
+    /// How long to wait now.
+    fn pause(&self, retry: &mut Retry) -> Duration {
+        let own = retry.pause(self.pace, random());
+        (self.pushback).map_or(own, |asked| retry::pushed_back(asked, random()))
     }
 }
 
@@ -171,7 +182,7 @@ impl Client {
                 retry.reset();
                 last_what.clear();
             }
-            let pause = retry.pause(failure.pace, random());
+            let pause = failure.pause(&mut retry);
             // One line for each change of state, not for each attempt.
             if failure.what != last_what {
                 let ms = pause.as_millis() as u64;
@@ -371,6 +382,13 @@ impl Client {
             tokio::time::sleep_until(end.min(Instant::now() + self.config.timing.token_poll)).await;
         }
     }
+}
+
+/// What a status says about when to come back. Anything but a number says nothing.
+fn pushback(status: &Status) -> Option<Duration> {
+    let asked = status.metadata().get(anabranch_proto::PUSHBACK)?;
+    let ms = asked.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_millis(ms))
 }
 
 /// A page of a proxy or portal is not a stream, whatever its status.

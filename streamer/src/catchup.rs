@@ -23,6 +23,7 @@
 //! Nothing here waits, looks at a clock, or writes to the mirror.
 
 mod affected;
+pub mod together;
 
 use std::{
     collections::HashMap,
@@ -550,12 +551,11 @@ impl Catchup {
             .map(|item| item.view.table().oid)
             .collect();
         let mut collected = walk.collected.take().unwrap_or_else(|| {
-            static LISTS: AtomicU64 = AtomicU64::new(0);
             let oldest = walk.ranges.iter().filter_map(Ranges::oldest).min();
             // From here on ranges only get newer.
             let ordinal = oldest.unwrap_or(turn.now);
             Collected {
-                list: LISTS.fetch_add(1, Ordering::Relaxed),
+                list: new_list(),
                 upto: Place {
                     ordinal,
                     entry: None,
@@ -594,6 +594,12 @@ impl Catchup {
             .iter()
             .any(|bound| !bound.select.subqueries().is_empty())
     }
+}
+
+/// A number for a list of the change index by key.
+fn new_list() -> u64 {
+    static LISTS: AtomicU64 = AtomicU64::new(0);
+    LISTS.fetch_add(1, Ordering::Relaxed)
 }
 
 /// By which rows of inner tables are found.

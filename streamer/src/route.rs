@@ -145,6 +145,23 @@ impl Router {
         sessions
     }
 
+    /// Adds the sessions that may see this row of a table, in order: too many, never too few. Only for SELECTs that do not look
+    /// into other tables.
+    pub fn may_see(&self, table: Oid, row: &[u8], found: &mut Vec<SessionId>) -> Result<(), Error> {
+        let mut bindings = Vec::new();
+        for routes in self.tables.get(&table).into_iter().flatten() {
+            if !routes.find(Some(row), &crate::lookup::Nothing, &mut bindings)? {
+                bindings.extend(routes.all.iter());
+            }
+        }
+        for id in bindings {
+            found.extend(self.slots[id].as_ref().expect("indexed").sessions.iter());
+        }
+        found.sort_unstable();
+        found.dedup();
+        Ok(())
+    }
+
     /// Whether any condition looks into other tables, so that [`Router::route`] looks for their rows.
     pub fn looks_into_others(&self) -> bool {
         !self.inner.is_empty()

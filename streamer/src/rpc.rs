@@ -13,10 +13,12 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
-use anabranch_proto::{MESSAGE_BYTES_MAX, PROTOCOL_VERSION, SILENCE_MAX, SUBSCRIPTIONS_MAX, v1};
+use anabranch_proto::{
+    MESSAGE_BYTES_MAX, PROTOCOL_VERSION, PUSHBACK, SILENCE_MAX, SUBSCRIPTIONS_MAX, v1,
+};
 use prost::Message;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -38,7 +40,11 @@ use crate::{
     policy::Policies,
     postgres::writer::{Replica, Rules},
     receipts,
-    session::{Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total},
+    session::{
+        Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total,
+        admission::{Admission, Admitted},
+        gathering::Requests,
+    },
     shape::{BindError, Bound, Shape},
     table::Defaults,
     token,
@@ -75,6 +81,10 @@ pub struct Core {
     pub defaults: watch::Receiver<Arc<Defaults>>,
     /// For catch-ups.
     pub readers: Arc<Readers>,
+    /// Where sessions are served together.
+    pub gathering: Requests,
+    /// Who may wait to be served.
+    pub admission: Arc<Admission>,
     /// Counts what the initial copy brings, if one is under way.
     pub copied: watch::Receiver<u64>,
     /// Bytes of one queue at most.
@@ -124,6 +134,7 @@ impl Service {
         &self,
         principal: &Principal,
         hello: v1::Hello,
+        admitted: Admitted,
         out: mpsc::Sender<v1::Down>,
     ) -> Result<Session, Status> {
         let core = &self.core;
@@ -173,6 +184,9 @@ impl Service {
             progress: core.progress.clone(),
             defaults: core.defaults.clone(),
             readers: core.readers.clone(),
+            owner: principal.subject.as_ref().unwrap_or(&hello.replica_id)[..].into(),
+            gathering: core.gathering.clone(),
+            admitted: Some(admitted),
             copied: core.copied.clone(),
             zstd: hello.zstd,
             out,
@@ -237,6 +251,7 @@ impl v1::anabranch_server::Anabranch for Service {
                 "too many replicas are connected; try again later",
             ));
         }
+        let admitted = (self.core.admission.enter(Instant::now())).map_err(come_back)?;
         let mut up = request.into_inner();
         let hello = match timeout(HELLO_TIME, up.next()).await {
             Ok(Some(Ok(v1::Up {
@@ -247,7 +262,7 @@ impl v1::anabranch_server::Anabranch for Service {
         };
         let (out, messages) = mpsc::channel(MESSAGES_AHEAD);
         let replica = hello.replica_id.clone();
-        let session = self.open(&principal, hello, out)?;
+        let session = self.open(&principal, hello, admitted, out)?;
 
         let (over, ended) = oneshot::channel();
         let metrics = self.core.metrics.clone();
@@ -409,6 +424,16 @@ fn role_of(principal: &Principal, role: Option<&Role>) -> Result<Option<String>,
         Some(_) => Err(denied("writes are not allowed for the role in claim")),
         None => Err(denied("writes need a role, and the token has no claim")),
     }
+}
+
+/// Too many wait already.
+fn come_back(after: Duration) -> Status {
+    let mut status = Status::resource_exhausted(
+        "too many replicas wait to be served; this one is told when to come back",
+    );
+    let ms = after.as_millis() as u64;
+    status.metadata_mut().insert(PUSHBACK, ms.into());
+    status
 }
 
 fn expired() -> Status {

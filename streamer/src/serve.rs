@@ -179,9 +179,10 @@ async fn connection(
     // Latency before packet count: a message is written at once, whole.
     let _ = stream.set_nodelay(true);
     let ended = match tls {
-        None => drive(stream, peer, stage, stopping).await,
-        Some(tls) => match timeout(GREETING_TIME, tls.accept(stream)).await {
-            Ok(Ok(stream)) => drive(stream, peer, stage, stopping).await,
+        // Boxed, each for itself: neither needs the other's room.
+        None => Box::pin(drive(stream, peer, stage, stopping)).await,
+        Some(tls) => match timeout(GREETING_TIME, Box::pin(tls.accept(stream))).await {
+            Ok(Ok(stream)) => Box::pin(drive(stream, peer, stage, stopping)).await,
             Ok(Err(error)) => return tracing::debug!(%peer, %error, "TLS handshake failed"),
             Err(_) => return,
         },
@@ -202,10 +203,11 @@ async fn drive(
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(peer);
         let (stage, stopping) = (stage.clone(), called.clone());
-        async move {
+        // Boxed: what answers a call is done with as the stream begins, which then lives for days.
+        Box::pin(async move {
             let routes = stage.routes(&request, &stopping).await;
             routes.oneshot(request.map(Body::new)).await
-        }
+        })
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder

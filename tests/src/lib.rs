@@ -3,6 +3,7 @@
 //! - [`postgres`]: a real Postgres server, and a database of one's own, each in a line of code.
 //! - [`peers`]: the real programs as processes: started, killed, stopped, started again.
 //! - [`proxy`]: a TCP connection that breaks in the ways that networks break.
+//! - [`light`]: thousands of replicas in one process, without files.
 //! - [`authority`]: certificates that only a test trusts.
 //! - [`wait`]: waiting for a condition, never for time. [`seed`]: chance that can be had again.
 //! - [`nested`]: random shapes with subqueries, and what they mean.
@@ -17,6 +18,7 @@ use tokio::runtime::{Builder, Runtime};
 
 pub mod authority;
 pub mod http;
+pub mod light;
 pub mod nested;
 pub mod oracle;
 pub mod peers;

@@ -21,10 +21,7 @@ use tokio::sync::mpsc;
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Streaming, metadata::MetadataValue, transport::Channel};
 
-use super::{
-    Client, Failure, check_content_type,
-    retry::{Retry, random},
-};
+use super::{Client, Failure, check_content_type, retry::Retry};
 use crate::{
     file::{Claim, Judged, Judgement, Local},
     keeper::{Outgoing, Start, Unsent},
@@ -92,7 +89,7 @@ impl Client {
             }
             self.board.metrics.failed(failure.cause);
             self.board.writes_wait(Some(&failure.what));
-            let pause = retry.pause(failure.pace, random());
+            let pause = failure.pause(&mut retry);
             if failure.what != last_what {
                 let pause_ms = pause.as_millis() as u64;
                 tracing::warn!(pause_ms, "local writes wait: {}", failure.what);
