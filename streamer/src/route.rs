@@ -527,12 +527,6 @@ mod tests {
                 writable: Vec::new(),
             },
             Source {
-                name: "part".into(),
-                params: BTreeMap::from([("team".into(), ParamSource::Claim("team".into()))]),
-                tables: vec!["SELECT id, team FROM t WHERE team = $team".into()],
-                writable: Vec::new(),
-            },
-            Source {
                 name: "large".into(),
                 params: BTreeMap::new(),
                 tables: vec!["SELECT * FROM t WHERE v > 10".into()],
@@ -605,50 +599,6 @@ mod tests {
             told(&router, net(&table, one, none)),
             [(1, Op::Delete(key))]
         );
-    }
-
-    #[test]
-    fn a_row_is_encoded_anew_for_each_session_that_gets_it() {
-        let table = table();
-        let mut router = Router::default();
-        for session in 0..1000 {
-            router.add(session, &[bound(&table, "part", 1)]);
-        }
-        let told = told(&router, net(&table, None, row([1, 1, 0])));
-        let records: Vec<_> = (told.iter())
-            .map(|(_, op)| match op {
-                Op::Upsert(record) | Op::Delete(record) => record,
-            })
-            .collect();
-        assert_eq!(records.len(), 1000);
-        assert_eq!(
-            *records[0],
-            record::build([1, 1].map(ValueRef::Integer)),
-            "it is not made of the row's own bytes"
-        );
-        assert!(
-            records
-                .iter()
-                .all(|record| record.as_ptr() == records[0].as_ptr())
-        );
-    }
-
-    #[test]
-    fn a_row_may_be_seen_by_those_whose_values_it_has() {
-        let table = table();
-        let mut router = Router::default();
-        router.add(1, &[bound(&table, "team", 1)]);
-        router.add(2, &[bound(&table, "team", 2), bound(&table, "large", 0)]);
-        router.add(3, &[bound(&table, "part", 1), bound(&table, "team", 1)]);
-        let may_see = |team: i64| {
-            let mut found = Vec::new();
-            let row = row([1, team, 0]).unwrap();
-            router.may_see(7, &row, &mut found).unwrap();
-            found
-        };
-        // Who has a SELECT that no value leads to may see any row.
-        assert_eq!(may_see(1), [1, 2, 3]);
-        assert_eq!(may_see(9), [2]);
     }
 
     #[test]
