@@ -16,7 +16,7 @@ use std::sync::Arc;
 use anabranch_proto::Position;
 use bytes::Bytes;
 
-use super::{COLLECTED_MAX, OP_BYTES, View, new_list, told};
+use super::{COLLECTED_MAX, OP_BYTES, View, new_list, of_rows, told};
 use crate::{
     delta::Op,
     lookup::Nothing,
@@ -324,7 +324,8 @@ impl<'a, V: View> Served<'a, V> {
         let Ok(at) = views.binary_search_by_key(&table.oid, |view| view.table().oid) else {
             return Ok(());
         };
-        let Some(op) = told(&*views[at], (was, &Nothing), (is, &Nothing))? else {
+        let op = told(&*views[at], (was, &Nothing), (is, &Nothing));
+        let Some(op) = op.map_err(|error| of_rows(table, error))? else {
             return Ok(());
         };
         let (Op::Upsert(record) | Op::Delete(record)) = &op;

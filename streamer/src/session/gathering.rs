@@ -158,6 +158,7 @@ fn pass(
             lookup::Error::Malformed(error) => {
                 mirror::Error::Damaged(format!("a row of table {table}: {error}"))
             }
+            lookup::Error::TooMuch => mirror::Error::Misused("nothing is looked up here"),
         })
     };
     let bytes_max = TOLD_BYTES_MAX.min(members.len() * ROUND_BYTES);
