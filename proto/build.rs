@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(out.join("anabranch.bin"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure()
         .bytes(".")
+        .codec_path("crate::codec::SmallBuffers")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -3,11 +3,12 @@
 //! - [`v1`]: the messages, generated from `anabranch/v1/anabranch.proto`, which is the reference.
 //! - [`position`]: [`Lsn`], [`Epoch`], [`Position`]: places in the history of a source.
 //! - [`record`]: rows as packed records, and [`ops`]: runs of row operations made of them.
-//! - [`packed`]: messages in zstd.
+//! - [`packed`]: messages in zstd. [`codec`]: how gRPC carries them.
 //! - [`local`]: what both sides must spell alike of local transactions.
 //!
 //! This crate knows neither side: it has no I/O, and no opinion on what is streamed.
 
+pub mod codec;
 pub mod local;
 pub mod ops;
 pub mod packed;
@@ -61,6 +62,10 @@ pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// How often an idle replica says [`v1::Ack`].
 pub const ACK_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// Where a status says when to come back: its metadata has this, in milliseconds, as gRPC's own retries know it
+/// (<https://github.com/grpc/proposal/blob/master/A6-client-retries.md>, "server pushback").
+pub const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 /// How often an idle streamer says [`v1::Heartbeat`].
 pub const HEARTBEAT_EVERY: std::time::Duration = std::time::Duration::from_secs(1);

@@ -23,7 +23,7 @@ mod write;
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
-use anabranch_proto::{PROTOCOL_VERSION, PUSHBACK, Position, packed, v1};
+use anabranch_proto::{PROTOCOL_VERSION, Position, packed, v1};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, MissedTickBehavior},
@@ -50,9 +50,6 @@ const PROGRESS_BYTES_MIN: u64 = 1_024;
 /// Longest text of a streamer that is repeated in status and log.
 const REASON_CHARS_MAX: usize = 1_000;
 
-/// The longest pause that a streamer may ask for.
-const PUSHBACK_MAX: Duration = Duration::from_secs(300);
-
 /// A stream that lived so long was no mistake, whatever it ended with.
 const LIVED_MIN: Duration = Duration::from_secs(60);
 
@@ -63,7 +60,7 @@ struct Failure {
     cause: &'static str,
     what: String,
     pace: Pace,
-    /// The streamer asked not to come before.
+    /// The streamer says when to come back.
     pushback: Option<Duration>,
 }
 
@@ -124,21 +121,11 @@ impl Failure {
         }
     }
 
-    /// How long to wait: our own pause, or what the streamer asked for, and then by a random part of it longer, so that all who
-    /// were asked do not come together.
-    fn pause(&self, retry: &mut Retry, random: u64) -> Duration {
-        let own = retry.pause(self.pace, random);
-        match self.pushback {
-            None => own,
-            Some(asked) => own.max(asked.mul_f64(1.0 + random as f64 / u64::MAX as f64)),
-        }
+    /// How long to wait now.
+    fn pause(&self, retry: &mut Retry) -> Duration {
+        let own = retry.pause(self.pace, random());
+        (self.pushback).map_or(own, |asked| retry::pushed_back(asked, random()))
     }
-}
-
-/// What a streamer asks for by the metadata of its status.
-fn pushback(status: &Status) -> Option<Duration> {
-    let millis = status.metadata().get(PUSHBACK)?.to_str().ok()?;
-    Some(Duration::from_millis(millis.parse().ok()?).min(PUSHBACK_MAX))
 }
 
 /// Keeps a stream open until it is told to end, or the file's thread has ended.
@@ -198,7 +185,7 @@ impl Client {
                 retry.reset();
                 last_what.clear();
             }
-            let pause = failure.pause(&mut retry, random());
+            let pause = failure.pause(&mut retry);
             // One line for each change of state, not for each attempt.
             if failure.what != last_what {
                 let ms = pause.as_millis() as u64;
@@ -386,6 +373,13 @@ impl Client {
             tokio::time::sleep_until(end.min(Instant::now() + self.config.timing.token_poll)).await;
         }
     }
+}
+
+/// What a status says about when to come back. Anything but a number says nothing.
+fn pushback(status: &Status) -> Option<Duration> {
+    let asked = status.metadata().get(anabranch_proto::PUSHBACK)?;
+    let ms = asked.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_millis(ms))
 }
 
 /// A page of a proxy or portal is not a stream, whatever its status.

@@ -25,7 +25,7 @@ use bytes::Bytes;
 use prost::Message;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
-    time::MissedTickBehavior,
+    time::{MissedTickBehavior, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -48,6 +48,17 @@ const QUEUE_UNIT_BYTES: usize = 1_024;
 /// The file is looked at at least this often: what nobody told, and so that our reader of the WAL gets out of the way of a
 /// program's checkpoint.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// From so many local transactions without an answer on the file is *crowded*. A commit of the file for each answer, and another
+/// for each write, would be most of the work then: commits that come within some time are applied together, and the WAL is looked
+/// at no more often.
+const CROWD: u64 = 128;
+
+/// That time, for each of those that have no answer: a fifth of what their answers take at the very least, so nobody notices.
+const GATHER_EACH: Duration = Duration::from_micros(40);
+
+/// And at most.
+const GATHER_MAX: Duration = Duration::from_millis(80);
 
 /// From where a stream goes on.
 #[derive(Clone, Debug)]
@@ -399,6 +410,7 @@ fn keep(
             cancel,
             generation: None,
             refused: None,
+            gathered: None,
             tables_changed: false,
             collecting: false,
             caught_up_told: false,
@@ -443,6 +455,22 @@ async fn stopped_within(cancel: &CancellationToken, pause: Duration) -> bool {
         .is_ok()
 }
 
+/// Messages that each end with a commit, as the one that the streamer might have sent instead.
+struct Gathered {
+    message: v1::Down,
+    /// What they take in the channel.
+    queued: Vec<Queued>,
+    due: Instant,
+}
+
+impl Gathered {
+    fn add(&mut self, message: v1::Down, queued: Queued) {
+        self.message.elements.extend(message.elements);
+        self.message.resume_token = message.resume_token;
+        self.queued.push(queued);
+    }
+}
+
 struct Keeping {
     file: File,
     /// Tells when a program may have written.
@@ -454,6 +482,8 @@ struct Keeping {
     generation: Option<u64>,
     /// Tells that stream that it can't go on.
     refused: Option<oneshot::Sender<String>>,
+    /// Commits of that stream that are applied together with the next ones, or soon.
+    gathered: Option<Gathered>,
     /// The transaction at hand declares a table, or changes the state of one.
     tables_changed: bool,
     /// Whether the file collects keys of what changes.
@@ -474,15 +504,25 @@ impl Keeping {
         self.look()?;
         self.tell_local()?;
         loop {
+            let due = self.gathered.as_ref().map(|gathered| gathered.due);
             // The end first, then the heartbeat: neither waits for messages, which may never pause. Ticks are seconds
-            // apart, so messages are not starved either.
+            // apart, so messages are not starved either. What is gathered at the end comes again.
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
                 _ = tick.tick() => self.report()?,
                 () = self.watch.changed() => { self.look()?; }
+                () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {
+                    if self.apply_gathered().await?.is_break() {
+                        break;
+                    }
+                }
                 command = inbox.recv() => match command {
                     Some(command) => {
+                        let may_pass = matches!(command, Command::Message { .. } | Command::Outgoing { .. });
+                        if !may_pass && self.apply_gathered().await?.is_break() {
+                            break;
+                        }
                         if self.take(command).await?.is_break() {
                             break;
                         }
@@ -524,13 +564,30 @@ impl Keeping {
                 message,
                 queued,
             } => {
-                let flow = if self.generation == Some(generation) {
-                    self.apply(&message).await
-                } else {
-                    Ok(ControlFlow::Continue(()))
-                };
-                drop(queued);
-                flow
+                if self.generation != Some(generation) {
+                    return Ok(ControlFlow::Continue(()));
+                }
+                if let Some(time) = self.gathers_for().filter(|_| ends_with_commit(&message)) {
+                    match &mut self.gathered {
+                        Some(gathered) => gathered.add(*message, queued),
+                        None => {
+                            self.gathered = Some(Gathered {
+                                message: *message,
+                                queued: vec![queued],
+                                due: Instant::now() + time,
+                            });
+                        }
+                    }
+                    return Ok(ControlFlow::Continue(()));
+                }
+                if self.apply_gathered().await?.is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+                // It may have ended the stream.
+                match self.generation {
+                    Some(_) => self.apply(&message).await,
+                    None => Ok(ControlFlow::Continue(())),
+                }
             }
             Command::Ended => {
                 self.report()?;
@@ -605,6 +662,19 @@ impl Keeping {
         }
     }
 
+    async fn apply_gathered(&mut self) -> Result<ControlFlow<()>, Error> {
+        match self.gathered.take() {
+            Some(gathered) => self.apply(&gathered.message).await,
+            None => Ok(ControlFlow::Continue(())),
+        }
+    }
+
+    /// How long commits are gathered; `None`: the file is not crowded.
+    fn gathers_for(&self) -> Option<Duration> {
+        let local = self.board.local.borrow();
+        gathers_for(local.assigned.saturating_sub(local.answered))
+    }
+
     /// Looks for local transactions, and tells that there are some. What is not possible just now is tried at the next look;
     /// true if all was.
     fn look(&mut self) -> Result<bool, Error> {
@@ -616,6 +686,9 @@ impl Keeping {
             self.watch.found_nothing();
         }
         let is_told = !found || self.tell_local()?;
+        if let Some(pace) = self.gathers_for() {
+            self.watch.found_crowd(pace);
+        }
         Ok(is_told && !self.file.has_found_more())
     }
 
@@ -839,6 +912,16 @@ fn unless_definite<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
     }
 }
 
+fn gathers_for(unanswered: u64) -> Option<Duration> {
+    let each = u32::try_from(unanswered).unwrap_or(u32::MAX);
+    (unanswered >= CROWD).then(|| GATHER_EACH.saturating_mul(each).min(GATHER_MAX))
+}
+
+fn ends_with_commit(message: &v1::Down) -> bool {
+    let last = message.elements.last();
+    last.is_some_and(|last| matches!(last.kind, Some(Kind::Commit(_))))
+}
+
 /// What a message that ends with a commit or heartbeat says about the source.
 fn heard(message: &v1::Down) -> Option<Heard> {
     if message.resume_token.is_empty() {
@@ -877,6 +960,33 @@ mod tests {
         v1::Element { kind: Some(kind) }
     }
 
+    fn position(lsn: u64) -> Position {
+        Position {
+            epoch: anabranch_proto::Epoch(7),
+            lsn: Lsn(lsn),
+        }
+    }
+
+    /// A file of its own, and what ends it.
+    async fn opened(path: &std::path::Path) -> (Keeper, Arc<Board>, Thread, CancellationToken) {
+        let settings = Settings {
+            path: path.to_owned(),
+            mode: 0o600,
+            cache_bytes: 1 << 20,
+            hold_bytes_max: 1 << 20,
+        };
+        let cancel = CancellationToken::new();
+        let opened = Keeper::open(
+            settings,
+            Timing::default(),
+            1 << 20,
+            1 << 20,
+            cancel.clone(),
+        );
+        let (keeper, board, thread) = opened.await.unwrap().unwrap();
+        (keeper, board, thread, cancel)
+    }
+
     /// The first transaction, with an empty table `t(id, v)` that programs may write.
     fn first() -> v1::Down {
         let column = |name: &str, storage: v1::Storage, key_position| v1::Column {
@@ -897,10 +1007,6 @@ mod tests {
             writable: true,
             ..v1::Table::default()
         };
-        let position = Position {
-            epoch: anabranch_proto::Epoch(7),
-            lsn: Lsn(10),
-        };
         v1::Down {
             elements: vec![
                 element(Kind::Begin(v1::Begin {
@@ -909,7 +1015,7 @@ mod tests {
                 })),
                 element(Kind::Table(table)),
                 element(Kind::Commit(v1::Commit {
-                    position: Some(position.into()),
+                    position: Some(position(10).into()),
                     commit_time: 1,
                     source_lsn: 10,
                 })),
@@ -923,19 +1029,7 @@ mod tests {
     async fn what_can_not_be_looked_for_passes_for_answered() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("app.db");
-        let settings = Settings {
-            path: path.clone(),
-            mode: 0o600,
-            cache_bytes: 1 << 20,
-            hold_bytes_max: 1 << 20,
-        };
-        let cancel = CancellationToken::new();
-        let timing = Timing::default();
-        let (keeper, _board, thread) =
-            Keeper::open(settings, timing, 1 << 20, 1 << 20, cancel.clone())
-                .await
-                .unwrap()
-                .unwrap();
+        let (keeper, _board, thread, cancel) = opened(&path).await;
         keeper.begin(1).await.unwrap();
         keeper.message(1, first()).await.unwrap();
         assert_eq!(keeper.look().await.unwrap().unwrap().assigned, 0);
@@ -949,6 +1043,111 @@ mod tests {
         assert!(looked.is_none_or(|local| local.assigned == 1), "{looked:?}");
         program.execute_batch("COMMIT").unwrap();
         assert_eq!(keeper.look().await.unwrap().unwrap().assigned, 1);
+        cancel.cancel();
+        thread.join().await.unwrap().unwrap();
+    }
+
+    /// A commit with one row of the table of [`first`].
+    fn row_at(lsn: u64, id: u64, value: &str) -> v1::Down {
+        let mut record = anabranch_proto::record::Builder::new();
+        record.push_integer(id as i64);
+        record.push_text(value);
+        let mut ops = bytes::BytesMut::new();
+        anabranch_proto::ops::push(
+            &mut ops,
+            anabranch_proto::ops::Kind::Upsert,
+            &record.finish(),
+        );
+        let rows = v1::Rows {
+            table: 1,
+            ops: ops.freeze(),
+            continued: false,
+        };
+        let commit = v1::Commit {
+            position: Some(position(lsn).into()),
+            commit_time: 1,
+            source_lsn: lsn,
+        };
+        v1::Down {
+            elements: vec![
+                element(Kind::Begin(v1::Begin::default())),
+                element(Kind::Rows(rows)),
+                element(Kind::Commit(commit)),
+            ],
+            resume_token: b"token".as_slice().into(),
+            ..v1::Down::default()
+        }
+    }
+
+    fn heartbeat_at(lsn: u64) -> v1::Down {
+        let heartbeat = v1::Heartbeat {
+            position: Some(position(lsn).into()),
+            source_lsn: lsn,
+            ..v1::Heartbeat::default()
+        };
+        v1::Down {
+            elements: vec![element(Kind::Heartbeat(heartbeat))],
+            resume_token: b"token".as_slice().into(),
+            ..v1::Down::default()
+        }
+    }
+
+    #[test]
+    fn a_write_waits_for_others_where_few_wait() {
+        assert_eq!(gathers_for(CROWD - 1), None);
+        assert_eq!(gathers_for(CROWD), Some(GATHER_EACH * CROWD as u32));
+        assert_eq!(gathers_for(u64::MAX), Some(GATHER_MAX));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_gathered_comes_after_what_came_later() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let (keeper, board, thread, cancel) = opened(&path).await;
+        keeper.begin(1).await.unwrap();
+        keeper.message(1, first()).await.unwrap();
+        keeper.look().await.unwrap();
+        let program = Connection::open(&path).unwrap();
+        for id in 0..2 * CROWD as i64 {
+            program
+                .execute("INSERT INTO t VALUES(?1, 'a')", [id])
+                .unwrap();
+        }
+        let looked = keeper.look().await.unwrap().unwrap();
+        assert_eq!(looked.assigned, 2 * CROWD);
+        let is_there = |id: u64| {
+            let id = id as i64;
+            let sql = "SELECT v FROM t WHERE id = ?1";
+            program
+                .query_row(sql, [id], |row| row.get::<_, String>(0))
+                .ok()
+        };
+        // Two that are gathered, and a heartbeat, which is not.
+        for (lsn, value) in [(20, "b"), (30, "c")] {
+            keeper
+                .message(1, row_at(lsn, 5 * CROWD, value))
+                .await
+                .unwrap();
+        }
+        keeper.message(1, heartbeat_at(40)).await.unwrap();
+        keeper.look().await.unwrap();
+        assert_eq!(
+            board.watch().borrow().position.map(|at| at.lsn),
+            Some(Lsn(30))
+        );
+        assert_eq!(is_there(5 * CROWD).as_deref(), Some("c"));
+        // One of an older stream, behind the beginning of a new one.
+        keeper.message(1, row_at(50, 6 * CROWD, "d")).await.unwrap();
+        let (start, _) = keeper.begin(2).await.unwrap();
+        assert_eq!(start.position.map(|at| at.lsn), Some(Lsn(50)));
+        keeper.message(1, row_at(60, 7 * CROWD, "e")).await.unwrap();
+        keeper.look().await.unwrap();
+        assert_eq!(
+            (is_there(6 * CROWD).as_deref(), is_there(7 * CROWD)),
+            (Some("d"), None)
+        );
+        // And one that nothing follows.
+        keeper.begin(3).await.unwrap();
         cancel.cancel();
         thread.join().await.unwrap().unwrap();
     }

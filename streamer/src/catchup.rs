@@ -23,6 +23,7 @@
 //! Nothing here waits, looks at a clock, or writes to the mirror.
 
 mod affected;
+pub mod together;
 
 use std::{
     collections::HashMap,
@@ -38,7 +39,7 @@ use bytes::Bytes;
 use self::affected::Noted;
 use crate::{
     delta::{self, Op},
-    lookup::{self, Index, Lookup, Nothing},
+    lookup::{self, ANSWERS_BYTES_MAX, Answers, Index, Lookup, Moment, Nothing, Reads},
     mirror::{Error, Key, Keys, Place, Reader},
     shape::Bound,
     table::{Oid, Table},
@@ -59,6 +60,9 @@ const COLLECTED_MAX: usize = 200_000;
 
 /// The same where old rows of tables that conditions look into are listed with them.
 const COLLECTED_WITH_ROWS_MAX: usize = 50_000;
+
+/// Rows of other tables that conditions read in one round, at most: less than a second's work.
+const READS_MAX: usize = 50_000;
 
 /// What one replica sees of one table: the union of its subscriptions.
 pub trait View: Send + Sync {
@@ -119,6 +123,10 @@ pub struct Limits {
     pub collected_with_rows_max: usize,
     /// Rows that one round looks at at most, for what changes of inner tables concern.
     pub looked_max: usize,
+    /// Rows that conditions read in one round at most, but for its first row.
+    pub reads_max: usize,
+    /// What the answers of subqueries hold, in each of the two states of a round.
+    pub answers_bytes_max: usize,
 }
 
 impl Default for Limits {
@@ -128,6 +136,8 @@ impl Default for Limits {
             collected_max: COLLECTED_MAX,
             collected_with_rows_max: COLLECTED_WITH_ROWS_MAX,
             looked_max: affected::LOOKED_MAX,
+            reads_max: READS_MAX,
+            answers_bytes_max: ANSWERS_BYTES_MAX,
         }
     }
 }
@@ -175,6 +185,12 @@ struct Turn<'a> {
     now: i64,
     budget: Budget,
     sink: &'a mut dyn FnMut(usize, Op),
+    /// Rows that conditions may still read.
+    reads: Reads,
+    /// What subqueries say in its snapshot.
+    answers: Answers,
+    /// And said after a transaction, the one that ranges are as of which are brought on now.
+    past_answers: (Option<i64>, Answers),
 }
 
 /// As of which transaction the replica has the keys of a table.
@@ -237,6 +253,9 @@ impl Catchup {
             now,
             budget: Budget { bytes_max, used: 0 },
             sink,
+            reads: Reads::new(self.limits.reads_max),
+            answers: Answers::new(self.limits.answers_bytes_max),
+            past_answers: (None, Answers::new(self.limits.answers_bytes_max)),
         };
         let complete = self.turn(&mut walk, &mut round)?;
         if complete {
@@ -434,8 +453,14 @@ impl Catchup {
             now,
             budget,
             sink,
+            reads,
+            answers,
+            past_answers,
         } = turn;
         let reader: &Reader = reader;
+        if past_answers.0 != as_of {
+            *past_answers = (as_of, Answers::new(self.limits.answers_bytes_max));
+        }
         // What conditions are asked in: the state that the replica has, and that of the snapshot.
         let (at, there);
         let (before, after): (&dyn Lookup, &dyn Lookup) = if looks_into_others {
@@ -450,6 +475,9 @@ impl Catchup {
         } else {
             (&Nothing, &Nothing)
         };
+        let reads: &Reads = reads;
+        let moment = |of, answers| Moment { of, answers, reads };
+        let (before, after) = (moment(before, &past_answers.1), moment(after, answers));
         let mut behind = None;
         let mut stopped = false;
         let mut look = |key: Key, was: Option<Bytes>, is: Option<Bytes>| {
@@ -458,9 +486,26 @@ impl Catchup {
                 stopped = true;
                 return Ok(false);
             }
+            // The first row is looked at whatever it takes, or a dear one would never get by.
+            let is_first = budget.used == 0;
+            if is_first {
+                reads.set(usize::MAX);
+            }
+            let found = told(view, (was.as_ref(), &before), (is.as_ref(), &after));
+            if is_first {
+                let read = usize::MAX - reads.left();
+                reads.set(self.limits.reads_max.saturating_sub(read));
+            }
+            let op = match found {
+                Err(lookup::Error::TooMuch) => {
+                    stopped = true;
+                    return Ok(false);
+                }
+                found => found.map_err(|error| of_rows(table, error))?,
+            };
             budget.look(was.as_ref());
             budget.look(is.as_ref());
-            if let Some(op) = told(view, (was.as_ref(), before), (is.as_ref(), after))? {
+            if let Some(op) = op {
                 budget.give(&op);
                 sink(item, op);
             }
@@ -506,12 +551,11 @@ impl Catchup {
             .map(|item| item.view.table().oid)
             .collect();
         let mut collected = walk.collected.take().unwrap_or_else(|| {
-            static LISTS: AtomicU64 = AtomicU64::new(0);
             let oldest = walk.ranges.iter().filter_map(Ranges::oldest).min();
             // From here on ranges only get newer.
             let ordinal = oldest.unwrap_or(turn.now);
             Collected {
-                list: LISTS.fetch_add(1, Ordering::Relaxed),
+                list: new_list(),
                 upto: Place {
                     ordinal,
                     entry: None,
@@ -552,6 +596,12 @@ impl Catchup {
     }
 }
 
+/// A number for a list of the change index by key.
+fn new_list() -> u64 {
+    static LISTS: AtomicU64 = AtomicU64::new(0);
+    LISTS.fetch_add(1, Ordering::Relaxed)
+}
+
 /// By which rows of inner tables are found.
 fn inner_indexes(bounds: &[&[Bound]]) -> Vec<Index> {
     let mut indexes: Vec<Index> = Vec::new();
@@ -575,19 +625,16 @@ fn told(
     view: &dyn View,
     (was, before): (Option<&Bytes>, &dyn Lookup),
     (is, after): (Option<&Bytes>, &dyn Lookup),
-) -> Result<Option<Op>, Error> {
-    let told = || {
-        let seen = |row: Option<&Bytes>, lookup| match row {
-            Some(row) => view.contains(row, lookup),
-            None => Ok(false),
-        };
-        let (was_seen, is_seen) = (seen(was, before)?, seen(is, after)?);
-        let (was, is) = (was.filter(|_| was_seen), is.filter(|_| is_seen));
-        Ok(delta::decide(view.table(), was, is, |row| {
-            view.project(row)
-        })?)
+) -> Result<Option<Op>, lookup::Error> {
+    let seen = |row: Option<&Bytes>, lookup| match row {
+        Some(row) => view.contains(row, lookup),
+        None => Ok(false),
     };
-    told().map_err(|error| of_rows(view.table(), error))
+    let (was_seen, is_seen) = (seen(was, before)?, seen(is, after)?);
+    let (was, is) = (was.filter(|_| was_seen), is.filter(|_| is_seen));
+    Ok(delta::decide(view.table(), was, is, |row| {
+        view.project(row)
+    })?)
 }
 
 fn of_rows(table: &Table, error: lookup::Error) -> Error {
@@ -597,6 +644,7 @@ fn of_rows(table: &Table, error: lookup::Error) -> Error {
             "a row of {}, or one that goes with it: {error}",
             table.full_name()
         )),
+        lookup::Error::TooMuch => Error::Misused("too much is read where nothing ends it"),
     }
 }
 

@@ -82,25 +82,31 @@ pub struct Source {
     pub connected: bool,
 }
 
-/// A session asks to join.
+/// Sessions ask to join, together.
 pub struct Join {
-    /// Its queue, which is filled from here on.
-    pub session: Arc<Handle>,
-    /// What it may see.
-    pub bounds: Arc<Vec<Bound>>,
+    /// Those that do.
+    pub sessions: Vec<Joining>,
     /// Comes back with a snapshot open.
     pub reader: Lease,
     /// Where the answer goes.
     pub answer: oneshot::Sender<Joined>,
 }
 
+/// A session that joins.
+pub struct Joining {
+    /// Its queue, which is filled from here on.
+    pub session: Arc<Handle>,
+    /// What it may see.
+    pub bounds: Arc<Vec<Bound>>,
+}
+
 /// The answer to a [`Join`].
 pub struct Joined {
     /// Its snapshot is at `position`.
     pub reader: Lease,
-    /// The queue has everything after it.
+    /// The queues have everything after it.
     pub position: Position,
-    /// Tables that are not followed any more, and why.
+    /// All tables that are not followed any more, and why.
     pub stopped: Vec<(Oid, String)>,
 }
 
@@ -236,7 +242,9 @@ impl Engine {
                 self.serve_waiting()?;
             }
             Input::Leave(session) => {
-                self.joins.retain(|join| join.session.id() != session);
+                for join in &mut self.joins {
+                    (join.sessions).retain(|joining| joining.session.id() != session);
+                }
                 self.leave(session);
             }
             Input::Stop(table, reason) => self.stop(table, &reason)?,
@@ -331,6 +339,7 @@ impl Engine {
         let Routed {
             ops: mut routed,
             behind,
+            ..
         } = self.route(&applied.nets)?;
         // First: who got a part of it would take it for all.
         for session in behind
@@ -414,27 +423,30 @@ impl Engine {
         }
         for mut join in std::mem::take(&mut self.joins) {
             let position = join.reader.begin()?;
-            let id = join.session.id();
-            join.session.open();
-            self.router.add(id, &join.bounds);
-            self.sessions.insert(id, join.session);
-            let stopped = self
-                .mirror
-                .tables()
-                .into_iter()
-                .filter_map(|entry| match entry.state {
-                    State::Stopped { reason, .. } => Some((entry.table.oid, reason)),
-                    _ => None,
-                })
-                .filter(|(oid, _)| join.bounds.iter().any(|b| b.select.table.oid == *oid))
-                .collect();
+            let mut ids = Vec::with_capacity(join.sessions.len());
+            for Joining { session, bounds } in join.sessions {
+                let id = session.id();
+                if session.is_closed() {
+                    // It has left already: nobody would tell again.
+                    continue;
+                }
+                session.open();
+                self.router.add(id, &bounds);
+                self.sessions.insert(id, session);
+                ids.push(id);
+            }
+            let tables = self.mirror.tables().into_iter();
+            let stopped = tables.filter_map(|entry| match entry.state {
+                State::Stopped { reason, .. } => Some((entry.table.oid, reason)),
+                _ => None,
+            });
             let answer = Joined {
                 reader: join.reader,
                 position,
-                stopped,
+                stopped: stopped.collect(),
             };
             if join.answer.send(answer).is_err() {
-                self.leave(id);
+                ids.into_iter().for_each(|id| self.leave(id));
             }
         }
         Ok(())

@@ -5,9 +5,15 @@
 //! An [`Index`] says by which columns; its keys are the same for values that are equal in Postgres, and for no others. A key
 //! is made of one part for each column, none of which begins as another ends, so that rows are found by the first parts
 //! of their keys as well.
+//!
+//! Whoever asks the same conditions of many rows in one state puts a [`Moment`] around it: what a subquery said is remembered
+//! then, and what is read is counted.
+
+mod moment;
 
 use anabranch_proto::record::{self, Malformed};
 
+pub use self::moment::{ANSWERS_BYTES_MAX, Answers, Moment, Reads};
 use crate::{
     mirror,
     shape::{Reading, Value, Zone},
@@ -41,6 +47,9 @@ pub enum Error {
     /// The mirror failed.
     #[error(transparent)]
     Mirror(#[from] mirror::Error),
+    /// A [`Moment`] has given as many rows as it may. What was asked has no answer; later, or with more rows, it may have.
+    #[error("a condition reads more rows of other tables than may be read at once")]
+    TooMuch,
 }
 
 /// Takes rows until it says that it is enough.
@@ -51,6 +60,11 @@ pub trait Lookup {
     /// Gives the rows whose key in `index` begins with `prefix`, in any order, until `each` says false. `each` may ask for
     /// rows itself, of the same index too: subqueries are nested.
     fn rows(&self, index: &Index, prefix: &[u8], each: Each<'_>) -> Result<(), Error>;
+
+    /// What subqueries said in this very state, if that is remembered.
+    fn answers(&self) -> Option<&Answers> {
+        None
+    }
 }
 
 /// For conditions that have no subquery: there is nothing to be found.

@@ -50,7 +50,11 @@ use crate::{
     policy::Policies,
     postgres::writer::{Replica, Rules},
     receipts,
-    session::{Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total},
+    session::{
+        Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total,
+        admission::{Admission, Admitted},
+        gathering::Requests,
+    },
     shape::{BindError, Bound, Shape},
     table::Defaults,
     token,
@@ -92,6 +96,10 @@ pub struct Core {
     pub defaults: watch::Receiver<Arc<Defaults>>,
     /// For catch-ups.
     pub readers: Arc<Readers>,
+    /// Where sessions are served together.
+    pub gathering: Requests,
+    /// Who may wait to be served.
+    pub admission: Arc<Admission>,
     /// Counts what the initial copy brings, if one is under way.
     pub copied: watch::Receiver<u64>,
     /// Bytes of one queue at most.
@@ -141,6 +149,7 @@ impl Service {
         &self,
         principal: &Principal,
         hello: v1::Hello,
+        admitted: Admitted,
         out: mpsc::Sender<v1::Down>,
     ) -> Result<Session, Status> {
         let core = &self.core;
@@ -190,6 +199,9 @@ impl Service {
             progress: core.progress.clone(),
             defaults: core.defaults.clone(),
             readers: core.readers.clone(),
+            owner: principal.subject.as_ref().unwrap_or(&hello.replica_id)[..].into(),
+            gathering: core.gathering.clone(),
+            admitted: Some(admitted),
             copied: core.copied.clone(),
             zstd: hello.zstd,
             out,
@@ -272,6 +284,8 @@ impl v1::anabranch_server::Anabranch for Service {
         request: Request<Streaming<v1::Up>>,
     ) -> Result<Response<Self::ReplicateStream>, Status> {
         let (principal, entered) = self.enter(&request, Kind::Stream).await?;
+        let admitted = (self.core.admission.enter(Instant::now()))
+            .map_err(|after| exhausted("too many replicas wait to be served", after))?;
         let mut up = request.into_inner();
         let hello = match timeout(HELLO_TIME, up.next()).await {
             Ok(Some(Ok(v1::Up {
@@ -282,7 +296,7 @@ impl v1::anabranch_server::Anabranch for Service {
         };
         let (out, messages) = mpsc::channel(MESSAGES_AHEAD);
         let replica = hello.replica_id.clone();
-        let session = self.open(&principal, hello, out)?;
+        let session = self.open(&principal, hello, admitted, out)?;
         let permit = Permit::new(self.core.verifier.clone(), principal);
 
         let (over, ended) = oneshot::channel();

@@ -27,7 +27,11 @@ use crate::{
     postgres::{copy, sql, stream},
     rpc::{self, Quotas},
     serve::{self, Stage},
-    session::{self, Readers, Total},
+    session::{
+        self, Readers, Total,
+        admission::{Admission, WAITING_MAX},
+        gathering,
+    },
     source::{Retained, Source},
     start::{self, Opening},
     table::Defaults,
@@ -296,6 +300,9 @@ impl Parts<'_> {
 
     fn grpc(&self, opening: Opening) -> Result<axum::Router, start::Error> {
         self.defaults.send_replace(Arc::new(opening.defaults));
+        let readers = Readers::new(opening.readers);
+        let (inputs, here) = (self.inputs.clone(), self.here.clone());
+        let gathering = gathering::start(readers.clone(), inputs, &self.tasks, here);
         let core = rpc::Core {
             verifier: self.shared.verifier.clone(),
             quotas: self.shared.quotas.clone(),
@@ -312,7 +319,9 @@ impl Parts<'_> {
             inputs: self.inputs.clone(),
             progress: self.progress.clone(),
             defaults: self.defaults.subscribe(),
-            readers: Readers::new(opening.readers),
+            readers,
+            gathering,
+            admission: Admission::new(WAITING_MAX),
             copied: self.copied.clone(),
             queue_bytes_max: self.config.memory().queue_bytes_max,
             queues: self.queues.clone(),

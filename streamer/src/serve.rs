@@ -196,13 +196,14 @@ async fn connection(
     // Latency before packet count: a message is written at once, whole.
     let _ = stream.set_nodelay(true);
     let ended = match tls {
-        None => drive(stream, peer, None, stage, stopping).await,
-        Some(tls) => match timeout(GREETING_TIME, tls.accept(stream)).await {
+        // Boxed, each for itself: neither needs the other's room.
+        None => Box::pin(drive(stream, peer, None, stage, stopping)).await,
+        Some(tls) => match timeout(GREETING_TIME, Box::pin(tls.accept(stream))).await {
             Ok(Ok(stream)) => {
                 let shown = stream.get_ref().1.peer_certificates();
                 let certificate = shown.and_then(|chain| Certificate::parse(chain.first()?));
                 let certificate = certificate.map(Arc::new);
-                drive(stream, peer, certificate, stage, stopping).await
+                Box::pin(drive(stream, peer, certificate, stage, stopping)).await
             }
             Ok(Err(error)) => return tracing::debug!(%peer, %error, "TLS handshake failed"),
             Err(_) => return,
@@ -231,7 +232,8 @@ async fn drive(
         }
         let (stage, stopping) = (stage.clone(), called.clone());
         let one = asked.begin();
-        async move {
+        // Boxed: what answers a call is done with as the stream begins, which then lives for days.
+        Box::pin(async move {
             let routes = stage.routes(&request, &stopping).await;
             let answer = routes.oneshot(request.map(Body::new)).await;
             // It is being answered until the last byte of its body.
@@ -243,7 +245,7 @@ async fn drive(
                     }))
                 })
             })
-        }
+        })
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder

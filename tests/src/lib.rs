@@ -3,6 +3,7 @@
 //! - [`postgres`]: a real Postgres server, and a database of one's own, each in a line of code.
 //! - [`peers`]: the real programs as processes: started, killed, stopped, started again.
 //! - [`proxy`]: a TCP connection that breaks in the ways that networks break.
+//! - [`light`]: thousands of replicas in one process, without files.
 //! - [`authority`]: certificates that only a test trusts.
 //! - [`caller`]: calls as no replica of ours makes them. [`issuer`]: tokens, and whoever publishes their keys.
 //! - [`wait`]: waiting for a condition, never for time. [`seed`]: chance that can be had again.
@@ -20,6 +21,7 @@ pub mod authority;
 pub mod caller;
 pub mod http;
 pub mod issuer;
+pub mod light;
 pub mod nested;
 pub mod oracle;
 pub mod peers;

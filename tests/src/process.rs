@@ -28,6 +28,17 @@ fn stat(pid: Pid) -> Option<(char, RawPid)> {
     Some((state, fields.next()?.parse().ok()?))
 }
 
+/// The memory that a process has resident now, in bytes.
+pub fn memory_bytes(pid: Pid) -> Option<u64> {
+    status_bytes(pid, "VmRSS:")
+}
+
+/// Forgets the peak of [`memory_peak_bytes`]: from here on it is counted anew.
+pub fn forget_memory_peak(pid: Pid) {
+    let file = format!("/proc/{}/clear_refs", pid.as_raw_nonzero());
+    fs::write(file, "5").expect("a process of our own");
+}
+
 /// The most memory that a process has ever had resident, in bytes.
 pub fn memory_peak_bytes(pid: Pid) -> Option<u64> {
     status_bytes(pid, "VmHWM:")
@@ -53,14 +64,32 @@ fn status_bytes(pid: Pid, name: &str) -> Option<u64> {
 
 /// CPU seconds that a process has used, of its ended and awaited children too.
 pub fn cpu_seconds(pid: Pid) -> f64 {
-    let stat =
-        fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    cpu_seconds_in(&format!("/proc/{}/stat", pid.as_raw_nonzero()), 4)
+}
+
+/// CPU seconds of the threads of this process that have this name.
+pub fn cpu_seconds_of_threads(name: &str) -> f64 {
+    let threads = fs::read_dir("/proc/self/task")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let paths = threads.map(|entry| entry.path());
+    let named = paths.filter(|path| {
+        fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+    });
+    named
+        .map(|path| cpu_seconds_in(&path.join("stat").to_string_lossy(), 2))
+        .sum()
+}
+
+/// utime, stime, cutime, cstime, as many of them as are wanted: fields 14 to 17 of a line.
+fn cpu_seconds_in(file: &str, fields_wanted: usize) -> f64 {
+    let stat = fs::read_to_string(file).unwrap_or_default();
     let fields = stat.rfind(')').map_or("", |at| &stat[at + 1..]);
-    // utime, stime, cutime, cstime: fields 14 to 17 of the whole line.
     let ticks: u64 = fields
         .split_ascii_whitespace()
         .skip(11)
-        .take(4)
+        .take(fields_wanted)
         .filter_map(|field| field.parse::<u64>().ok())
         .sum();
     ticks as f64 / rustix::param::clock_ticks_per_second() as f64

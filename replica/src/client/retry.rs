@@ -55,6 +55,16 @@ impl Retry {
     }
 }
 
+/// What a streamer asks for is obeyed up to here: beyond, somebody is mistaken, and a replica must not stay away for that.
+pub const PUSHBACK_MAX: Duration = Duration::from_secs(60);
+
+/// The pause that a streamer asked for, and at random up to as long again: others were told the same.
+pub fn pushed_back(asked: Duration, random: u64) -> Duration {
+    let asked = asked.min(PUSHBACK_MAX);
+    let range = u64::try_from(asked.as_micros()).unwrap_or(u64::MAX);
+    asked + Duration::from_micros(random % range.saturating_add(1).max(1))
+}
+
 /// Any number, different on each machine and at each call.
 pub fn random() -> u64 {
     uuid::Uuid::new_v4().as_u64_pair().1.rotate_left(8)
@@ -77,6 +87,24 @@ mod tests {
                 prop_assert!(slow >= Duration::from_secs(15) && slow <= Duration::from_secs(60), "{slow:?}");
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn a_replica_comes_before_it_was_told_to_or_stays_away(asked_ms: u64, random: u64) {
+            let asked = Duration::from_millis(asked_ms);
+            let pause = pushed_back(asked, random);
+            let obeyed = asked.min(PUSHBACK_MAX);
+            prop_assert!(pause >= obeyed && pause <= 2 * obeyed, "{pause:?}");
+        }
+    }
+
+    #[test]
+    fn replicas_that_were_told_the_same_come_at_the_same_moment() {
+        let asked = Duration::from_secs(2);
+        let pauses = (0..64).map(|_| pushed_back(asked, random()));
+        let pauses: std::collections::HashSet<_> = pauses.collect();
+        assert!(pauses.len() > 32, "{pauses:?}");
     }
 
     #[test]

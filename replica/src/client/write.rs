@@ -21,11 +21,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Streaming, transport::Channel};
 
-use super::{
-    Client, Failure, check_content_type,
-    renewal::Access,
-    retry::{Retry, random},
-};
+use super::{Client, Failure, check_content_type, renewal::Access, retry::Retry};
 use crate::{
     config::Secret,
     file::{Claim, Judged, Judgement, Local},
@@ -92,7 +88,7 @@ impl Client {
             }
             self.board.metrics.failed(failure.cause);
             self.board.writes_wait(Some(&failure.what));
-            let pause = failure.pause(&mut retry, random());
+            let pause = failure.pause(&mut retry);
             if failure.what != last_what {
                 let pause_ms = pause.as_millis() as u64;
                 tracing::warn!(pause_ms, "local writes wait: {}", failure.what);

@@ -181,7 +181,7 @@ fn climb(
     let found = &steps[step];
     if let Some(path) = found.path.as_ref().filter(|path| path.is_direct()) {
         let mut keys = Vec::new();
-        path.keys_of(row, &Nothing, &mut keys)?;
+        path.keys_of(row, &Nothing, &mut keys, usize::MAX)?;
         if !keys.iter().any(|key| bound.has_route_key(key)) {
             return Ok(());
         }

@@ -41,6 +41,9 @@ pub const CHANGE_INDEX_BYTES_MAX_DEFAULT: u64 = 4 * GIB;
 pub const CHANGE_INDEX_HOURS_MAX_DEFAULT: u32 = 7 * 24;
 /// What the slot may hold back on the server before it is called a danger.
 pub const WAL_RETAINED_MAX_DEFAULT: u64 = 10 * GIB;
+/// Subqueries within subqueries, so many levels at most: each row is looked at with rows of so many tables, each once for
+/// those of the one before, and by then few people know what a shape means.
+pub const SUBQUERY_DEPTH_MAX_DEFAULT: u32 = 4;
 /// Publication and slot bear the program's name: whoever finds them on the server knows whose they are.
 pub const PUBLICATION_DEFAULT: &str = "anabranch";
 /// See [`PUBLICATION_DEFAULT`].
@@ -63,6 +66,8 @@ pub struct Config {
     pub change_index_hours_max: u32,
     /// WAL that the slot may hold back before a warning.
     pub wal_retained_max: u64,
+    /// How deep subqueries may be nested.
+    pub subquery_depth_max: u32,
     /// TLS of `listen`.
     pub tls: Option<Tls>,
     /// Where the data comes from.
@@ -277,8 +282,10 @@ impl Config {
             reason,
         })?;
         let config = Config::read(path, &text, std::env::vars())?;
-        match shape::tables_named(&config.shapes) {
-            Ok(_) => Ok(config),
+        let named = shape::tables_named(&config.shapes).map(drop);
+        let depth_max = config.subquery_depth_max as usize;
+        match named.and_then(|()| shape::check_depth(&config.shapes, depth_max)) {
+            Ok(()) => Ok(config),
             Err(refused) => Err(config.refused_sql(refused)),
         }
     }
@@ -368,6 +375,7 @@ impl Config {
             ("memory_max", size(self.memory_max)),
             ("row_bytes_max", size(self.row_bytes_max)),
             ("change_index_bytes_max", size(self.change_index_bytes_max)),
+            ("subquery_depth_max", self.subquery_depth_max.to_string()),
             (
                 "change_index_hours_max",
                 self.change_index_hours_max.to_string(),

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
 };
 
@@ -17,7 +18,7 @@ use crate::{
     shape::{self, ParamSource, Source},
 };
 
-const ROOTS: [&str; 12] = [
+const ROOTS: [&str; 13] = [
     "listen",
     "data_dir",
     "memory_max",
@@ -25,6 +26,7 @@ const ROOTS: [&str; 12] = [
     "change_index_bytes_max",
     "change_index_hours_max",
     "wal_retained_max",
+    "subquery_depth_max",
     "tls",
     "postgres",
     "auth",
@@ -90,7 +92,23 @@ pub(super) fn config(
         64 * super::MIB..=1 << 50,
         "must be at least \"64MiB\"",
     );
-    let change_index_hours_max = hours(&mut root);
+    let change_index_hours_max = count(
+        &mut root,
+        "change_index_hours_max",
+        super::CHANGE_INDEX_HOURS_MAX_DEFAULT,
+        1..=87600,
+        "a number of hours from 1 to 87600",
+    );
+    let subquery_depth_max = count(
+        &mut root,
+        "subquery_depth_max",
+        super::SUBQUERY_DEPTH_MAX_DEFAULT,
+        1..=shape::SUBQUERIES_MAX as u32,
+        &format!(
+            "a number of levels from 1 to {}, as many as a SELECT has subqueries at most",
+            shape::SUBQUERIES_MAX
+        ),
+    );
     let tls = root.section("tls").and_then(access::tls);
     let postgres = match root.section("postgres") {
         Some(section) => postgres(section),
@@ -132,6 +150,7 @@ pub(super) fn config(
         change_index_bytes_max,
         change_index_hours_max,
         wal_retained_max,
+        subquery_depth_max,
         tls,
         postgres: postgres?,
         auth,
@@ -176,16 +195,20 @@ fn sized(
     }
 }
 
-fn hours(root: &mut Section<'_>) -> u32 {
-    let key = "change_index_hours_max";
-    let example = "a number of hours from 1 to 87600";
+fn count(
+    root: &mut Section<'_>,
+    key: &'static str,
+    default: u32,
+    range: RangeInclusive<u32>,
+    example: &str,
+) -> u32 {
     match root.number(key, example) {
-        None => super::CHANGE_INDEX_HOURS_MAX_DEFAULT,
-        Some((hours, origin)) => match u32::try_from(hours) {
-            Ok(hours @ 1..=87600) => hours,
+        None => default,
+        Some((count, origin)) => match u32::try_from(count) {
+            Ok(count) if range.contains(&count) => count,
             _ => {
                 root.complain(&origin, key, format!("must be {example}"));
-                super::CHANGE_INDEX_HOURS_MAX_DEFAULT
+                default
             }
         },
     }

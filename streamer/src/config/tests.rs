@@ -391,3 +391,35 @@ fn a_file_that_cannot_be_used_is_named_with_its_place() {
         "environment variable ANABRANCH_AUTH__JWT: auth.jwt.hs256_file: a.x: no such file"
     );
 }
+
+#[test]
+fn subqueries_are_nested_as_deep_as_the_config_says_and_the_refusal_names_the_key() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("streamer.toml");
+    let load = |depth_max: &str, depth: usize| {
+        let begin = "EXISTS (SELECT 1 FROM a WHERE ".repeat(depth);
+        let sql = format!("SELECT * FROM a WHERE {begin}id = 1{}", ")".repeat(depth));
+        let text = format!("{depth_max}\n{MINIMAL}[shape.deep]\ntables = [\"{sql}\"]\n");
+        std::fs::write(&path, text).unwrap();
+        Config::load(&path)
+            .map(drop)
+            .map_err(|error| error.to_string())
+    };
+    for (depth_max, levels) in [
+        ("", 4),
+        ("subquery_depth_max = 1", 1),
+        ("subquery_depth_max = 7", 7),
+    ] {
+        assert_eq!(load(depth_max, levels), Ok(()));
+        let error = load(depth_max, levels + 1).unwrap_err();
+        assert!(error.contains("`subquery_depth_max`"), "{error}");
+        assert!(error.contains("streamer.toml:"), "{error}");
+    }
+    for wrong in ["0", "17", "-1"] {
+        let error = load(&format!("subquery_depth_max = {wrong}"), 1).unwrap_err();
+        assert!(
+            error.contains("subquery_depth_max: must be a number of levels from 1 to 16"),
+            "{error}"
+        );
+    }
+}

@@ -136,10 +136,13 @@ async fn with_server(
         }
     }
     // A shape over a table that was refused would be refused too, for no reason of its own.
-    if tables.len() == names.len()
-        && let Err(refused) = shape::compile(&config.shapes, &tables)
-    {
-        findings.extend(refused.iter().map(|refused| of_shape(config, refused)));
+    if tables.len() == names.len() {
+        match shape::compile(&config.shapes, &tables) {
+            Ok(shapes) => findings.extend(scanned(config, &shapes)),
+            Err(refused) => {
+                findings.extend(refused.iter().map(|refused| of_shape(config, refused)));
+            }
+        }
     }
     findings.extend(row_security(&client, &usable).await?);
     findings.extend(publication(&client, &postgres.publication, &usable).await?);
@@ -196,6 +199,30 @@ pub fn of_shape(config: &Config, refused: &shape::Refused) -> Finding {
         what,
         remedy: None,
     }
+}
+
+/// What each change of a table costs, where that grows with the sessions.
+pub fn scanned(config: &Config, shapes: &[shape::Shape]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for shape in shapes {
+        for (index, select) in shape.selects.iter().enumerate() {
+            let Some(reason) = select.scan_reason() else {
+                continue;
+            };
+            let place = config.place_in_sql(&shape.name, index, 1, 1);
+            let place = place.map_or_else(String::new, |place| format!("{place}: "));
+            findings.push(Finding::warning(
+                format!(
+                    "{place}shape {}, table {}: this condition is evaluated for every change of the table, for each of its \
+                     sessions: {reason}",
+                    shape.name,
+                    select.table.full_name()
+                ),
+                "Where sessions are many, join to it with AND a comparison of a column with a parameter",
+            ));
+        }
+    }
+    findings
 }
 
 /// A table that was refused.

@@ -11,9 +11,14 @@ use std::{
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 
-use super::{BindingId, Inner, Router, Routes, WALK_BYTES_MAX};
+use super::{
+    BindingId, Inner, Router,
+    limits::WALK_BYTES_MAX,
+    routes::{Routes, is_known},
+    tell::States,
+};
 use crate::{
-    lookup::{Error, Lookup},
+    lookup::Error,
     mirror::{Key, Net},
     shape::{Select, Subquery},
     table::{Oid, Table},
@@ -30,8 +35,7 @@ pub(super) struct Found {
 /// The walks of one transaction.
 pub(super) struct Walk<'a> {
     router: &'a Router,
-    before: &'a dyn Lookup,
-    now: &'a dyn Lookup,
+    states: &'a States<'a>,
     /// Rows that changed: they are candidates by themselves, and their own walks begin at them, where they changed in anything
     /// that the subquery reads.
     changed: HashMap<(Oid, &'a Key), &'a Net, RandomState>,
@@ -50,16 +54,10 @@ struct Way<'a> {
 }
 
 impl<'a> Walk<'a> {
-    pub fn new(
-        router: &'a Router,
-        nets: &'a [Net],
-        before: &'a dyn Lookup,
-        now: &'a dyn Lookup,
-    ) -> Walk<'a> {
+    pub fn new(router: &'a Router, nets: &'a [Net], states: &'a States<'a>) -> Walk<'a> {
         Walk {
             router,
-            before,
-            now,
+            states,
             changed: (nets.iter().map(|net| ((net.table.oid, &net.key), net))).collect(),
             found: BTreeMap::new(),
             behind: BTreeSet::new(),
@@ -77,6 +75,7 @@ impl<'a> Walk<'a> {
         if is_same(subquery, net)? {
             return Ok(());
         }
+        self.states.shares.begin(&inner.select);
         let way = Way {
             routes,
             bindings: None,
@@ -104,15 +103,20 @@ impl<'a> Walk<'a> {
             && let Some(path) = &found.path
         {
             let mut keys = Vec::new();
-            for (row, lookup) in [(was, self.before), (is, self.now)] {
-                if let Some(row) = row {
-                    path.keys_of(row, lookup, &mut keys)?;
+            let mut all = true;
+            for (row, state) in [(was, &self.states.before), (is, &self.states.now)] {
+                if let (Some(row), true) = (row, all) {
+                    all = is_known(path.keys_of(row, state, &mut keys, way.routes.keys_max()))?;
                 }
             }
             let mut led_to = Vec::new();
-            way.routes.add_keyed(&keys, &mut led_to);
-            led_to.sort_unstable();
-            led_to.dedup();
+            if all {
+                way.routes.add_keyed(&keys, &mut led_to);
+                led_to.sort_unstable();
+                led_to.dedup();
+            } else {
+                led_to.extend(&way.routes.all);
+            }
             bindings = Some(led_to);
         }
         if bindings.as_ref().is_some_and(Vec::is_empty) {
@@ -129,21 +133,24 @@ impl<'a> Walk<'a> {
         let mut rows: HashMap<Key, Bytes, RandomState> = HashMap::default();
         let (mut steps, mut bytes) = (self.steps, self.bytes);
         for row in [was, is.filter(|_| was != is)].into_iter().flatten() {
-            found.subquery.outer_rows(row, self.now, &mut |row| {
-                steps += 1;
-                let key = Key::of_row(outer, row)?;
-                let begins = match (self.changed.get(&(outer.oid, &key)), around) {
-                    (None, _) => false,
-                    (Some(_), None) => true,
-                    (Some(net), Some(around)) => !is_same(around, net)?,
-                };
-                if !begins {
-                    bytes += row.len();
-                    rows.entry(key)
-                        .or_insert_with(|| Bytes::copy_from_slice(row));
-                }
-                Ok(steps <= self.router.steps_max && bytes <= WALK_BYTES_MAX)
-            })?;
+            // Counted as steps.
+            found
+                .subquery
+                .outer_rows(row, self.states.now.of, &mut |row| {
+                    steps += 1;
+                    let key = Key::of_row(outer, row)?;
+                    let begins = match (self.changed.get(&(outer.oid, &key)), around) {
+                        (None, _) => false,
+                        (Some(_), None) => true,
+                        (Some(net), Some(around)) => !is_same(around, net)?,
+                    };
+                    if !begins {
+                        bytes += row.len();
+                        rows.entry(key)
+                            .or_insert_with(|| Bytes::copy_from_slice(row));
+                    }
+                    Ok(steps <= self.router.limits.steps_max && bytes <= WALK_BYTES_MAX)
+                })?;
         }
         (self.steps, self.bytes) = (steps, bytes);
         if self.is_too_much() {
@@ -162,6 +169,10 @@ impl<'a> Walk<'a> {
             }
             None => {
                 for (key, row) in rows {
+                    if self.is_too_much() {
+                        self.give_up(way, bindings.as_deref());
+                        return Ok(());
+                    }
                     self.arrive(way.routes, key, row, bindings.as_deref())?;
                 }
             }
@@ -181,8 +192,11 @@ impl<'a> Walk<'a> {
             Some(bindings) => bindings.to_vec(),
             None => {
                 let mut all = Vec::new();
-                routes.find(Some(&row), self.before, &mut all)?;
-                routes.find(Some(&row), self.now, &mut all)?;
+                let led = routes.find(Some(&row), &self.states.before, &mut all)?
+                    && routes.find(Some(&row), &self.states.now, &mut all)?;
+                if !led {
+                    all.extend(&routes.all);
+                }
                 all
             }
         };
@@ -200,11 +214,14 @@ impl<'a> Walk<'a> {
     }
 
     fn is_too_much(&self) -> bool {
-        self.steps > self.router.steps_max || self.bytes > WALK_BYTES_MAX
+        self.steps > self.router.limits.steps_max || self.bytes > WALK_BYTES_MAX
     }
 
     fn give_up(&mut self, way: &Way<'_>, bindings: Option<&[BindingId]>) {
-        self.behind.extend(bindings.unwrap_or(&way.routes.all));
+        match bindings {
+            Some(bindings) => self.behind.extend(bindings),
+            None => self.behind.extend(&way.routes.all),
+        }
     }
 }
 

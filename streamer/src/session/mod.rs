@@ -6,10 +6,14 @@
 //! queue. A join is a catch-up from nothing, so there is no other mode, and a slow replica costs a position.
 //!
 //! [`queue`] is what the engine pushes to, [`view`] what the replica may see, and [`Session::run`] turns both into
-//! messages.
+//! messages. Thousands of sessions share a few [`readers`], in [`turns`]; those that are only a little behind are served
+//! together ([`gathering`]), and who comes while too many wait is sent away for a while ([`admission`]).
 
+pub mod admission;
+pub mod gathering;
 mod queue;
 mod readers;
+mod turns;
 mod view;
 
 use std::{sync::Arc, time::Duration};
@@ -22,15 +26,19 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::{
+    admission::Admitted,
+    gathering::{Answer, Request, Requests},
+};
 pub use self::{
     queue::{Delivery, Handle, Taken, Total},
-    readers::{Lease, Readers},
+    readers::{Lease, Owner, Readers},
     view::{ColumnsDiffer, TableView},
 };
 use crate::{
-    catchup::{Catchup, Item, Round, View, tables_of},
+    catchup::{Catchup, Item, Round, View, tables_of, together::Member},
     encode::Encoder,
-    engine::{Input, Inputs, Join, Joined, Progress},
+    engine::{Input, Inputs, Join, Joined, Joining, Progress},
     metrics::Metrics,
     mirror,
     shape::Bound,
@@ -44,6 +52,13 @@ pub const ROUND_BYTES: usize = 1024 * 1024;
 /// While Postgres is ahead of the replica, what comes within this time travels together: a message, and a commit of the
 /// replica, for each transaction of a backlog would be most of the work. What is live goes at once.
 const GATHER: Duration = Duration::from_millis(5);
+
+/// The same for each so many bytes of WAL that it is behind: what comes that late may as well come a tenth of a second later,
+/// in fewer messages.
+const GATHER_WAL_BYTES: u64 = 256 * 1024;
+
+/// The longest.
+const GATHER_MAX: Duration = Duration::from_millis(100);
 
 /// Messages on their way into the connection of one session.
 pub const MESSAGES_AHEAD: usize = 2;
@@ -99,6 +114,12 @@ pub struct Session {
     pub defaults: watch::Receiver<Arc<Defaults>>,
     /// For catch-ups.
     pub readers: Arc<Readers>,
+    /// Whose turn it takes for them.
+    pub owner: Owner,
+    /// Where it is served together with others.
+    pub gathering: Requests,
+    /// Its place in the line, until it is served.
+    pub admitted: Option<Admitted>,
     /// Counts what the initial copy brings, if one is under way.
     pub copied: watch::Receiver<u64>,
     /// Messages may be packed.
@@ -123,6 +144,8 @@ struct Standing {
     stopped: Vec<Oid>,
     /// What its tables were declared with.
     defaults: Arc<Defaults>,
+    /// Bytes of WAL that the last transaction from its queue was behind Postgres.
+    lag_bytes: u64,
 }
 
 impl Session {
@@ -138,10 +161,13 @@ impl Session {
     async fn stream(&mut self) -> Result<(), Ended> {
         let mut encoder = Encoder::default();
         let mut standing = self.standing();
-        self.wait_for_mirror(&standing, &mut encoder).await?;
+        // Boxed, as all that follows: a session is live nearly all the time, and should not hold the room that the others need.
+        Box::pin(self.wait_for_mirror(&standing, &mut encoder)).await?;
         loop {
             self.metrics.catch_ups.inc();
-            self.catch_up(&mut standing, &mut encoder).await?;
+            if !Box::pin(self.catch_up_together(&mut standing, &mut encoder)).await? {
+                Box::pin(self.catch_up(&mut standing, &mut encoder)).await?;
+            }
             self.live(&mut standing, &mut encoder).await?;
         }
     }
@@ -164,6 +190,7 @@ impl Session {
             last: proof.map(|proof| proof.position),
             stopped: Vec::new(),
             defaults: Arc::default(),
+            lag_bytes: 0,
         }
     }
 
@@ -192,6 +219,90 @@ impl Session {
         }
     }
 
+    /// The same as [`catch_up`](Self::catch_up), together with others who have all of their tables as of one position. False:
+    /// it must be done alone, and nothing was sent.
+    async fn catch_up_together(
+        &mut self,
+        standing: &mut Standing,
+        encoder: &mut Encoder,
+    ) -> Result<bool, Ended> {
+        let looks_into_others = |bound: &Bound| !bound.select.subqueries().is_empty();
+        let Some(from) = standing.from.first().copied() else {
+            return Ok(false);
+        };
+        if standing.from.iter().any(|other| *other != from)
+            || self.bounds.iter().any(looks_into_others)
+        {
+            return Ok(false);
+        }
+        let (answer, answered) = oneshot::channel();
+        let request = Request {
+            joining: self.joining(),
+            member: Member {
+                views: self.views.clone(),
+                from,
+            },
+            answer,
+        };
+        let asked = async {
+            // Without an answer the streamer stops.
+            let _ = self.gathering.send(request).await;
+            answered.await.map_err(|_| Ended::Stopping)
+        };
+        let told = self.alive(encoder, asked).await??;
+        self.admitted = None;
+        let Answer {
+            ops: Some(ops),
+            position,
+            stopped,
+        } = told
+        else {
+            self.handle.fall_behind();
+            return Ok(false);
+        };
+        let count = match from {
+            Some(_) => 0,
+            None => self.views.len() as u32,
+        };
+        self.begin(standing, encoder, (1..=count).collect());
+        for (at, op) in &ops {
+            encoder.op(*at as u32 + 1, op);
+        }
+        drop(ops);
+        self.complete(standing, encoder, position, &stopped).await?;
+        Ok(true)
+    }
+
+    /// Begins a transaction of a catch-up.
+    fn begin(&mut self, standing: &mut Standing, encoder: &mut Encoder, reset: Vec<u32>) {
+        encoder.begin(standing.first, reset);
+        if standing.first {
+            standing.defaults = self.defaults.borrow_and_update().clone();
+            self.declare(encoder, &standing.defaults, |_| true);
+        }
+    }
+
+    /// Ends it, and sends it.
+    async fn complete(
+        &self,
+        standing: &mut Standing,
+        encoder: &mut Encoder,
+        position: Position,
+        stopped: &[(Oid, String)],
+    ) -> Result<(), Ended> {
+        for (table, reason) in stopped {
+            self.tell_stopped(standing, encoder, *table, reason);
+        }
+        let now = *self.progress.borrow();
+        encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
+        encoder.end_message((self.issue)(position));
+        self.send(encoder).await?;
+        standing.from.fill(Some(position));
+        standing.first = false;
+        standing.last = Some(position);
+        Ok(())
+    }
+
     /// Sends the difference between where the replica stands and now as one transaction. If that is so little that it
     /// fits in one round it joins the queue there; else the queue stays closed, and the next catch-up has less to bring.
     async fn catch_up(
@@ -199,17 +310,15 @@ impl Session {
         standing: &mut Standing,
         encoder: &mut Encoder,
     ) -> Result<(), Ended> {
-        let mut reader = self.alive(encoder, self.readers.take()).await?;
+        let taken = self.readers.take(&self.owner);
+        let mut reader = self.alive(encoder, taken).await?;
+        self.admitted = None;
         let reset = self.unreachable(standing, &mut reader).await?;
         for at in &reset {
             standing.from[*at] = None;
         }
         let ids = reset.iter().map(|at| *at as u32 + 1).collect();
-        encoder.begin(standing.first, ids);
-        if standing.first {
-            standing.defaults = self.defaults.borrow_and_update().clone();
-            self.declare(encoder, &standing.defaults, |_| true);
-        }
+        self.begin(standing, encoder, ids);
         let items = self.views.iter().zip(&standing.from);
         let items = items.map(|(view, from)| Item {
             view: view.clone(),
@@ -271,20 +380,10 @@ impl Session {
             if round == Round::Filling {
                 self.wait_for_copy(encoder).await?;
             }
-            reader = self.alive(encoder, self.readers.take()).await?;
+            reader = self.alive(encoder, self.readers.take(&self.owner)).await?;
         };
         drop(reader);
-        for (table, reason) in stopped {
-            self.tell_stopped(standing, encoder, table, &reason);
-        }
-        let now = *self.progress.borrow();
-        encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
-        encoder.end_message((self.issue)(position));
-        self.send(encoder).await?;
-        standing.from.fill(Some(position));
-        standing.first = false;
-        standing.last = Some(position);
-        Ok(())
+        self.complete(standing, encoder, position, &stopped).await
     }
 
     /// Declares tables.
@@ -327,16 +426,17 @@ impl Session {
             // Read before the queue is taken: whatever lies at or below it was pushed before it was told.
             let now = *self.progress.borrow_and_update();
             if standing.last.is_some_and(|last| last.lsn < now.source.lsn) {
-                tokio::time::sleep_until(said + GATHER).await;
+                tokio::time::sleep_until(said + gather(standing.lag_bytes)).await;
             }
-            let taken = self.handle.take();
+            let mut taken = self.handle.take();
             let something = !taken.deliveries.is_empty() || !taken.stopped.is_empty();
             let behind = taken.behind;
             if something {
-                self.encode(standing, encoder, taken, now);
+                self.encode(standing, encoder, &mut taken, now);
                 self.send(encoder).await?;
                 said = Instant::now();
             }
+            drop(taken);
             if behind {
                 return Ok(());
             }
@@ -374,11 +474,11 @@ impl Session {
         &mut self,
         standing: &mut Standing,
         encoder: &mut Encoder,
-        taken: Taken,
+        taken: &mut Taken,
         now: Progress,
     ) {
-        let mut stopped = taken.stopped;
-        for delivery in taken.deliveries {
+        let mut stopped = std::mem::take(&mut taken.stopped);
+        for delivery in std::mem::take(&mut taken.deliveries) {
             encoder.begin(false, Vec::new());
             for (oid, op) in &delivery.ops {
                 if let Some(id) = self.id_of(*oid) {
@@ -391,6 +491,7 @@ impl Session {
             let position = delivery.position;
             encoder.commit(position, delivery.commit_time, delivery.source_lsn.0);
             standing.last = Some(position);
+            standing.lag_bytes = delivery.source_lsn.0.saturating_sub(position.lsn.0);
             if encoder.is_full() {
                 encoder.end_message((self.issue)(position));
             }
@@ -475,11 +576,17 @@ impl Session {
         Ok(reset)
     }
 
+    fn joining(&self) -> Joining {
+        Joining {
+            session: self.handle.clone(),
+            bounds: self.bounds.clone(),
+        }
+    }
+
     async fn join(&self, reader: Lease) -> Result<Joined, Ended> {
         let (answer, answered) = oneshot::channel();
         let join = Join {
-            session: self.handle.clone(),
-            bounds: self.bounds.clone(),
+            sessions: vec![self.joining()],
             reader,
             answer,
         };
@@ -527,6 +634,14 @@ impl Drop for Session {
         // If the engine is busy now, it notices by the closed queue.
         let _ = self.inputs.try_send(Input::Leave(self.handle.id()));
     }
+}
+
+/// How long to wait for more that travels along.
+fn gather(lag_bytes: u64) -> Duration {
+    let times = u32::try_from(lag_bytes / GATHER_WAL_BYTES).unwrap_or(u32::MAX);
+    GATHER
+        .saturating_mul(times.saturating_add(1))
+        .min(GATHER_MAX)
 }
 
 /// Gives the engine an input. It waits while the engine is busy, so the runtime's other tasks are moved away first.

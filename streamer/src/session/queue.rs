@@ -1,4 +1,9 @@
 //! The queue between the engine and one session. Pushing never waits: what does not fit makes the session fall behind.
+//!
+//! *Fairness.* All queues together are bounded. Half of that is for whoever needs it; the other half is shared out equally: what a
+//! session has within its share fits, however much the others have. So those who are slow, or get much, fall behind when
+//! memory is short, and those that get little stay live beside them. What was taken counts until it is on its way: or else a
+//! thousand replicas that do not read would hold a thousand times what they took.
 
 use std::{
     collections::VecDeque,
@@ -55,6 +60,8 @@ pub struct Handle {
 pub struct Total {
     bytes: AtomicUsize,
     bytes_max: usize,
+    /// Queues that are open.
+    open: AtomicUsize,
 }
 
 impl Total {
@@ -63,7 +70,23 @@ impl Total {
         Arc::new(Total {
             bytes: AtomicUsize::new(0),
             bytes_max,
+            open: AtomicUsize::new(0),
         })
+    }
+
+    /// Adds bytes to what a session has (`own`, those included), if they fit.
+    fn add(&self, bytes: usize, own: usize) -> bool {
+        let total = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let share = self.bytes_max / 2 / self.open.load(Ordering::Relaxed).max(1);
+        let fits = total <= self.bytes_max && (own <= share || total <= self.bytes_max / 2);
+        if !fits {
+            self.remove(bytes);
+        }
+        fits
+    }
+
+    fn remove(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Bytes in all queues.
@@ -76,6 +99,8 @@ impl Total {
 struct Queue {
     deliveries: VecDeque<Delivery>,
     bytes: usize,
+    /// Bytes that were taken, and are not on their way yet.
+    taken: usize,
     /// Joined, and not fallen behind since.
     open: bool,
     /// The session is over.
@@ -85,7 +110,6 @@ struct Queue {
 }
 
 /// What was taken from a queue.
-#[derive(Default)]
 pub struct Taken {
     /// In commit order.
     pub deliveries: VecDeque<Delivery>,
@@ -93,6 +117,21 @@ pub struct Taken {
     pub stopped: Vec<(Oid, String)>,
     /// There is more to know than the queue had: catch up.
     pub behind: bool,
+    /// Kept until all of it is on its way.
+    pub charge: Charge,
+}
+
+/// Bytes that were taken, and count until this is dropped.
+pub struct Charge {
+    handle: Arc<Handle>,
+    bytes: usize,
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.handle.lock().taken -= self.bytes;
+        self.handle.total.remove(self.bytes);
+    }
 }
 
 impl Handle {
@@ -112,11 +151,17 @@ impl Handle {
         self.id
     }
 
+    /// The session is over.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// From here on everything is pushed. What was in the queue is older, and dropped.
     pub fn open(&self) {
         let mut queue = self.lock();
         self.empty(&mut queue);
-        queue.open = !queue.closed;
+        let open = !queue.closed;
+        self.set_open(&mut queue, open);
     }
 
     /// Adds a transaction, or notices that the session is too slow for its queue. False once the session is over.
@@ -126,13 +171,13 @@ impl Handle {
             return !queue.closed;
         }
         let bytes = delivery.bytes();
-        let total = self.total.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        queue.bytes += bytes;
-        if queue.bytes > self.bytes_max || total > self.total.bytes_max {
-            self.empty(&mut queue);
-            queue.open = false;
-        } else {
+        let held = queue.bytes + bytes;
+        if held <= self.bytes_max && self.total.add(bytes, held + queue.taken) {
+            queue.bytes = held;
             queue.deliveries.push_back(delivery);
+        } else {
+            self.empty(&mut queue);
+            self.set_open(&mut queue, false);
         }
         drop(queue);
         self.wake.notify_one();
@@ -143,7 +188,7 @@ impl Handle {
     pub fn close(&self) {
         let mut queue = self.lock();
         self.empty(&mut queue);
-        queue.open = false;
+        self.set_open(&mut queue, false);
         queue.closed = true;
     }
 
@@ -151,7 +196,7 @@ impl Handle {
     pub fn fall_behind(&self) {
         let mut queue = self.lock();
         self.empty(&mut queue);
-        queue.open = false;
+        self.set_open(&mut queue, false);
         drop(queue);
         self.wake.notify_one();
     }
@@ -172,20 +217,32 @@ impl Handle {
     }
 
     /// Takes all that is there.
-    pub fn take(&self) -> Taken {
+    pub fn take(self: &Arc<Self>) -> Taken {
         let mut queue = self.lock();
-        self.total.bytes.fetch_sub(queue.bytes, Ordering::Relaxed);
-        queue.bytes = 0;
+        let bytes = std::mem::take(&mut queue.bytes);
+        queue.taken += bytes;
         Taken {
             deliveries: std::mem::take(&mut queue.deliveries),
             stopped: std::mem::take(&mut queue.stopped),
             behind: !queue.open,
+            charge: Charge {
+                handle: self.clone(),
+                bytes,
+            },
         }
     }
 
+    fn set_open(&self, queue: &mut Queue, open: bool) {
+        match (queue.open, open) {
+            (false, true) => self.total.open.fetch_add(1, Ordering::Relaxed),
+            (true, false) => self.total.open.fetch_sub(1, Ordering::Relaxed),
+            _ => 0,
+        };
+        queue.open = open;
+    }
+
     fn empty(&self, queue: &mut Queue) {
-        self.total.bytes.fetch_sub(queue.bytes, Ordering::Relaxed);
-        queue.bytes = 0;
+        self.total.remove(std::mem::take(&mut queue.bytes));
         queue.deliveries = VecDeque::new();
     }
 
@@ -197,7 +254,84 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        let mut queue = std::mem::take(&mut *self.lock());
-        self.empty(&mut queue);
+        self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    const ROW_BYTES: usize = 1_000;
+
+    fn delivery() -> Delivery {
+        Delivery {
+            position: Position::default(),
+            commit_time: 0,
+            source_lsn: Lsn(0),
+            ops: vec![(1, Op::Upsert(Bytes::from(vec![7; ROW_BYTES])))],
+        }
+    }
+
+    fn open(total: &Arc<Total>, count: u64) -> Vec<Arc<Handle>> {
+        let handles = (0..count).map(|id| Handle::new(id, 1 << 20, total.clone()));
+        handles.inspect(|handle| handle.open()).collect()
+    }
+
+    #[test]
+    fn those_with_much_make_one_with_little_fall_behind() {
+        let total = Total::new(20 * 2 * ROW_BYTES * 2);
+        let (quiet, stormy) = (open(&total, 1), open(&total, 19));
+        // As full as it gets before anybody has too much.
+        for handle in (0..100).flat_map(|_| &stormy) {
+            if total.bytes() + delivery().bytes() <= total.bytes_max {
+                handle.push(delivery());
+            }
+        }
+        let behind = stormy.iter().filter(|handle| !handle.lock().open).count();
+        assert!(behind > 0, "nothing was tried: all of it fitted");
+        quiet[0].push(delivery());
+        let taken = quiet[0].take();
+        assert!(!taken.behind && taken.deliveries.len() == 1);
+    }
+
+    #[test]
+    fn what_was_taken_and_is_not_sent_counts_no_more() {
+        let total = Total::new(100 * ROW_BYTES);
+        let handles = open(&total, 2);
+        let mut held = Vec::new();
+        for _ in 0..200 {
+            handles[0].push(delivery());
+            held.push(handles[0].take());
+        }
+        assert!(total.bytes() <= 100 * ROW_BYTES && total.bytes() > 40 * ROW_BYTES);
+        assert!(held.last().unwrap().behind, "it holds all it likes");
+        // The other one has its share.
+        handles[1].push(delivery());
+        assert!(!handles[1].take().behind);
+        held.clear();
+        assert_eq!(total.bytes(), 0);
+    }
+
+    #[test]
+    fn whatever_happens_nothing_stays_counted() {
+        let total = Total::new(50 * ROW_BYTES);
+        for round in 0..3 {
+            let handles = open(&total, 5);
+            for (place, handle) in handles.iter().enumerate() {
+                (0..10 * place).for_each(|_| _ = handle.push(delivery()));
+                let taken = handle.take();
+                match (place + round) % 3 {
+                    0 => handle.fall_behind(),
+                    1 => handle.open(),
+                    _ => handle.close(),
+                }
+                handle.push(delivery());
+                drop(taken);
+            }
+        }
+        assert_eq!((total.bytes(), total.open.load(Ordering::Relaxed)), (0, 0));
     }
 }

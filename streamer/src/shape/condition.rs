@@ -130,12 +130,104 @@ impl Condition {
                 }
             }
             Condition::Subquery(subquery) => {
-                found.extend(subquery.outer.parts.iter().map(|part| part.column));
+                found.extend(subquery.outer_parts().iter().map(|part| part.column));
             }
             Condition::Is(inner, _) | Condition::Not(inner) => inner.columns(found),
             Condition::And(parts) | Condition::Or(parts) => {
                 parts.iter().for_each(|part| part.columns(found));
             }
+        }
+    }
+
+    /// The columns that must be equal to a parameter for it to be true, each with that.
+    pub fn wanted(&self) -> Vec<(usize, &Operand, &Domain)> {
+        match self {
+            Condition::And(parts) => parts.iter().flat_map(Condition::wanted).collect(),
+            Condition::Is(inner, Truth::True) => inner.wanted(),
+            Condition::Compare {
+                comparison: Comparison::Equal,
+                left: Operand::Column(column),
+                right: param @ Operand::Param(_),
+                domain,
+            }
+            | Condition::Compare {
+                comparison: Comparison::Equal,
+                left: param @ Operand::Param(_),
+                right: Operand::Column(column),
+                domain,
+            } => vec![(*column, param, domain)],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether what it says depends on a parameter, also in its subqueries.
+    pub fn has_params(&self) -> bool {
+        let is_param = |operand: &Operand| matches!(operand, Operand::Param(_));
+        match self {
+            Condition::Fixed(_) => false,
+            Condition::Flag(one) | Condition::IsNull(one) | Condition::IsNothing(one) => {
+                is_param(one)
+            }
+            Condition::Compare { left, right, .. } | Condition::Same { left, right, .. } => {
+                is_param(left) || is_param(right)
+            }
+            Condition::Like { left, pattern, .. } => is_param(left) || is_param(pattern),
+            Condition::Quantified { left, list, .. } => {
+                is_param(left)
+                    || match list {
+                        List::Of(elements, _) => elements.iter().any(is_param),
+                        List::Param(_) => true,
+                    }
+            }
+            Condition::Subquery(subquery) => {
+                subquery
+                    .test
+                    .pairs()
+                    .iter()
+                    .any(|pair| is_param(&pair.left))
+                    || subquery
+                        .condition
+                        .as_ref()
+                        .is_some_and(Condition::has_params)
+            }
+            Condition::Is(inner, _) | Condition::Not(inner) => inner.has_params(),
+            Condition::And(parts) | Condition::Or(parts) => parts.iter().any(Condition::has_params),
+        }
+    }
+
+    /// Why nothing leads from a row's values to the parameters for which it may be true.
+    pub fn scan_reason(&self) -> &'static str {
+        match self {
+            Condition::Or(_) => {
+                "one side of its OR compares no column with a parameter by =, = ANY, <, <=, > or >="
+            }
+            Condition::Not(_) => {
+                "it says with NOT for whom a row is not meant, and that leads to nobody for whom it is"
+            }
+            Condition::Is(inner, Truth::True) => inner.scan_reason(),
+            _ => {
+                "no part of it that AND joins compares a column with a parameter by =, = ANY, <, <=, > or >="
+            }
+        }
+    }
+
+    /// Changes the subqueries that stand in it, and those in them. Only before anybody else has any of them.
+    pub fn change_subqueries(&mut self, change: &mut dyn FnMut(&mut Subquery)) {
+        match self {
+            Condition::Subquery(subquery) => {
+                let subquery = Arc::get_mut(subquery).expect("nobody else has it yet");
+                change(subquery);
+                if let Some(condition) = &mut subquery.condition {
+                    condition.change_subqueries(change);
+                }
+            }
+            Condition::Is(inner, _) | Condition::Not(inner) => inner.change_subqueries(change),
+            Condition::And(parts) | Condition::Or(parts) => {
+                parts
+                    .iter_mut()
+                    .for_each(|part| part.change_subqueries(change));
+            }
+            _ => {}
         }
     }
 

@@ -5,10 +5,6 @@ use super::{
     syntax::{Fault, Name, Place},
 };
 
-/// Deepest nesting of subqueries, within the SELECT of a shape. A row is looked at with rows of so many tables, each once
-/// for those of the one before: by then few people know what a shape means.
-pub const SUBQUERY_DEPTH_MAX: usize = 4;
-
 /// Most subqueries of one SELECT. Each may need two indexes in the mirror, which every change of their tables keeps up.
 pub const SUBQUERIES_MAX: usize = 16;
 
@@ -21,7 +17,6 @@ pub struct Cursor {
     next: usize,
     depth: usize,
     subqueries: usize,
-    subquery_depth: usize,
 }
 
 impl Cursor {
@@ -32,7 +27,6 @@ impl Cursor {
             next: 0,
             depth: 0,
             subqueries: 0,
-            subquery_depth: 0,
         })
     }
 
@@ -142,24 +136,17 @@ impl Cursor {
         result
     }
 
-    /// Runs `parse`, which reads a subquery, one SELECT deeper.
+    /// Runs `parse`, which reads a subquery.
     pub fn subquery<T>(
         &mut self,
         parse: impl FnOnce(&mut Self) -> Result<T, Fault>,
     ) -> Result<T, Fault> {
-        if self.subquery_depth == SUBQUERY_DEPTH_MAX {
-            let reason = format!("subqueries are nested deeper than {SUBQUERY_DEPTH_MAX} levels");
-            return Err(self.place().fault(reason));
-        }
         if self.subqueries == SUBQUERIES_MAX {
             let reason = format!("one SELECT has more than {SUBQUERIES_MAX} subqueries");
             return Err(self.place().fault(reason));
         }
         self.subqueries += 1;
-        self.subquery_depth += 1;
-        let result = parse(self);
-        self.subquery_depth -= 1;
-        result
+        parse(self)
     }
 
     /// Whether a subquery begins here, in parentheses.

@@ -3,6 +3,8 @@
 
 use std::cell::Cell;
 
+use aws_lc_rs::digest;
+
 use super::{
     condition::{Condition, List, Operand},
     datatype::DataType,
@@ -45,6 +47,25 @@ pub fn condition(
         named: &Cell::new(0),
     };
     writer.condition(condition)
+}
+
+/// The same for subqueries that say the same of each row of `table`: of 128 bits of SHA-256, as what replicas choose is in it.
+pub fn identity(subquery: &Subquery, table: &Table, arguments: &[Argument]) -> u128 {
+    let writer = Writer {
+        table,
+        name: "t",
+        qualified: true,
+        params: &[],
+        arguments: Some(arguments),
+        named: &Cell::new(0),
+    };
+    let sql = writer.subquery(subquery);
+    // Where unknown may be taken for false, it is.
+    let whole = format!("{} {} {sql}", table.oid, subquery.exact);
+    let digest = digest::digest(&digest::SHA256, whole.as_bytes());
+    let mut first = [0; 16];
+    first.copy_from_slice(&digest.as_ref()[..16]);
+    u128::from_be_bytes(first)
 }
 
 /// Quotes an identifier.

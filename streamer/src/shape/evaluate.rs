@@ -11,6 +11,7 @@ use anabranch_proto::record::{self, Malformed, ValueRef};
 use super::{
     condition::{Condition, List, Operand},
     datatype::Domain,
+    deparse,
     inner::{Fixed, Inner},
     literal::Constant,
     pattern::Pattern,
@@ -19,7 +20,7 @@ use super::{
     value::{Comparable, Reading, Value},
 };
 use crate::{
-    lookup::{Error, Lookup},
+    lookup::{self, Error, Lookup},
     table::Table,
 };
 
@@ -215,15 +216,13 @@ impl Builder<'_> {
     }
 
     fn inner(&self, subquery: &Arc<Subquery>) -> Result<Inner, Unfit> {
-        let key = subquery
-            .outer
-            .parts
-            .iter()
+        let key = (subquery.outer_parts().iter())
             .map(|part| (self.slot(part.column), part.reading.clone()));
         let mut fixed = Vec::new();
         for pair in subquery.test.pairs() {
             let value = match &pair.left {
                 Operand::Column(_) => continue,
+                _ if pair.is_given() => continue,
                 Operand::Null(_) => None,
                 left => Some(self.comparable(left, &pair.domain)?),
             };
@@ -234,12 +233,21 @@ impl Builder<'_> {
                 value,
             });
         }
+        let given = (subquery.given.iter()).map(|(left, domain)| self.comparable(left, domain));
+        let mut wanted = Vec::new();
+        for (left, domain) in &subquery.wanted {
+            let value = self.comparable(left, domain)?;
+            lookup::push(&mut wanted, Some(value.value()));
+        }
         let condition = subquery.condition.as_ref();
         let condition =
             condition.map(|condition| Program::new(condition, &subquery.table, self.arguments));
         Ok(Inner {
             of: Arc::clone(subquery),
+            identity: deparse::identity(subquery, self.table, self.arguments),
             key: key.collect(),
+            given: given.collect::<Result<_, _>>()?,
+            wanted,
             fixed,
             condition: condition.transpose()?,
         })
@@ -388,7 +396,7 @@ fn collect_columns(condition: &Condition, columns: &mut Vec<usize>) {
         }
         Condition::Quantified { left, .. } => add(left),
         Condition::Subquery(subquery) => {
-            columns.extend(subquery.outer.parts.iter().map(|part| part.column));
+            columns.extend(subquery.outer_parts().iter().map(|part| part.column));
         }
         Condition::Is(inner, _) | Condition::Not(inner) => collect_columns(inner, columns),
         Condition::And(parts) | Condition::Or(parts) => {

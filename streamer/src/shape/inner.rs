@@ -1,4 +1,7 @@
 //! A subquery with its parameters bound, ready to be asked of rows of the outer table.
+//!
+//! What it says depends on the state, on what its parameters are bound to, and on the values of the outer row that tie it to
+//! that row: a state that [remembers](crate::lookup::Moment) is asked first.
 
 use std::sync::Arc;
 
@@ -9,16 +12,22 @@ use super::{
     subquery::{Subquery, key_of, probe},
     value::{Comparable, Reading, Value},
 };
-use crate::lookup::{Error, Lookup};
+use crate::lookup::{self, Error, Lookup};
 
 /// A [`Subquery`], built.
 #[derive(Clone)]
 pub struct Inner {
     /// What it is built of.
     pub of: Arc<Subquery>,
+    /// The same for those that say the same of the same row: made of all that it says, with what parameters are bound to.
+    pub identity: u128,
     /// Where the outer row's values are that make its key: slots, and how they are read.
     pub key: Vec<(usize, Reading)>,
-    /// What IN compares columns of the inner rows with that is no column.
+    /// What IN compares columns of the inner rows with that is no column, by the index.
+    pub given: Vec<Comparable>,
+    /// The end of the keys of inner rows that meet the condition.
+    pub wanted: Vec<u8>,
+    /// What else IN compares columns of the inner rows with that is no column.
     pub fixed: Vec<Fixed>,
     /// What else inner rows must meet.
     pub condition: Option<Program>,
@@ -46,7 +55,30 @@ impl Inner {
         for (slot, reading) in &self.key {
             values.push(reading.read(slots[*slot])?);
         }
-        let (correlated, compared) = values.split_at(self.of.correlated());
+        let Some(answers) = lookup.answers() else {
+            return self.find(&values, lookup);
+        };
+        let mut asked = Vec::with_capacity(16 * values.len());
+        for value in &values {
+            lookup::push(&mut asked, *value);
+        }
+        if let Some(known) = answers.get(self.identity, &asked) {
+            return Ok(known);
+        }
+        let answer = self.find(&values, lookup)?;
+        answers.put(self.identity, asked, answer);
+        Ok(answer)
+    }
+
+    /// What it says of a row with these values.
+    fn find(
+        &self,
+        values: &[Option<Value<'_>>],
+        lookup: &dyn Lookup,
+    ) -> Result<Option<bool>, Failure> {
+        let (correlated, tied) = values.split_at(self.of.correlated());
+        let given = self.given.iter().map(|value| Some(value.value()));
+        let compared: Vec<_> = tied.iter().copied().chain(given).collect();
         let Some(mut key) = key_of(correlated) else {
             return Ok(Some(false));
         };
@@ -56,15 +88,25 @@ impl Inner {
             return Ok(Some(false));
         }
         let mut answer = Some(false);
-        probe(&mut key, compared, exact, &mut |probe| {
+        probe(&mut key, &compared, exact, &mut |probe| {
+            let first = correlated.len() + probe.fixed;
             let compared = &compared[probe.fixed..];
             let may_be_true = probe.may_be_equal && !has_null;
-            lookup.rows(&self.of.inner, probe.prefix, &mut |row| {
+            // What the condition wants comes behind all that is compared.
+            let whole;
+            let prefix = match compared.is_empty() {
+                true => {
+                    whole = [probe.prefix, &self.wanted].concat();
+                    &whole
+                }
+                false => probe.prefix,
+            };
+            lookup.rows(&self.of.inner, prefix, &mut |row| {
                 let equal = match probe.may_be_equal {
                     true => Some(true),
                     false => None,
                 };
-                let truth = self.compare(equal, compared, row)?;
+                let truth = self.compare(equal, first, compared, row)?;
                 // Another unknown one adds nothing.
                 let adds = truth == Some(true) || (truth.is_none() && exact && answer.is_some());
                 if !adds || !self.meets(row, lookup)? {
@@ -78,17 +120,16 @@ impl Inner {
         Ok(answer)
     }
 
-    /// The comparison by IN: `equal`, of the parts that the key has, and those of `compared`, which come behind them,
-    /// and of what is fixed. False as soon as one is.
+    /// The comparison by IN: `equal`, of the parts that the key has, and those of `compared`, which come behind them from
+    /// part `first` on, and of what is fixed. False as soon as one is.
     fn compare(
         &self,
         mut equal: Option<bool>,
+        first: usize,
         compared: &[Option<Value<'_>>],
         row: &[u8],
     ) -> Result<Option<bool>, Error> {
-        let parts = &self.of.inner.parts;
-        let behind = &parts[parts.len() - compared.len()..];
-        let compared = behind
+        let compared = self.of.inner.parts[first..]
             .iter()
             .zip(compared)
             .map(|(part, value)| (part.column, &part.reading, *value));

@@ -52,11 +52,11 @@ use std::{
 };
 
 pub use bind::PARAM_BYTES_MAX;
-pub use cursor::{DEPTH_MAX, SUBQUERIES_MAX, SUBQUERY_DEPTH_MAX};
+pub use cursor::{DEPTH_MAX, SUBQUERIES_MAX};
 pub use lex::SQL_BYTES_MAX;
 pub use literal::ARRAY_ELEMENTS_MAX;
 pub use moment::Zone;
-pub use path::{Path, RouteKey};
+pub use path::{Path, RouteKey, RouteRange};
 pub use select::{Bound, Select, Step};
 pub use subquery::{IN_COLUMNS_MAX, Subquery};
 pub use value::{Reading, Value};
@@ -69,7 +69,7 @@ use self::{
     syntax::{Columns, Fault, Name, Place, Statement},
     term::Scope,
 };
-use crate::table::Table;
+use crate::{lookup::Index, table::Table};
 
 /// A shape as the config has it.
 #[derive(Clone, Debug, Default)]
@@ -161,6 +161,29 @@ pub fn tables_named(sources: &[Source]) -> Result<Vec<(String, String)>, Vec<Ref
     }
 }
 
+/// Refuses subqueries that are nested deeper than `levels`.
+pub fn check_depth(sources: &[Source], levels: usize) -> Result<(), Vec<Refused>> {
+    let mut refused = Vec::new();
+    for source in sources {
+        for (index, sql) in source.tables.iter().enumerate() {
+            let Ok(statement) = parse::statement(sql) else {
+                continue;
+            };
+            if let Some(deep) = statement.deeper_than(levels) {
+                let reason = format!(
+                    "subqueries are nested deeper than {levels} levels, which is what `subquery_depth_max` allows: write \
+                     the condition with fewer, or allow more (up to {SUBQUERIES_MAX})"
+                );
+                refused.push(source.refused(index, deep.table.place.fault(reason)));
+            }
+        }
+    }
+    match refused.is_empty() {
+        true => Ok(()),
+        false => Err(refused),
+    }
+}
+
 /// The tables (schema, name) that replicas may write.
 pub fn tables_writable(sources: &[Source]) -> BTreeSet<(String, String)> {
     let of_source = |source: &Source| -> Vec<_> {
@@ -179,24 +202,75 @@ pub fn table_named(sql: &str) -> Option<(String, String)> {
 
 /// Compiles all shapes against the tables that they name. Says all that is wrong, not only the first.
 pub fn compile(sources: &[Source], tables: &[Arc<Table>]) -> Result<Vec<Shape>, Vec<Refused>> {
-    let mut shapes = Vec::new();
+    let mut compiled = Vec::new();
     let mut refused = Vec::new();
-    let mut next_id = 0;
     for source in sources {
-        match source.compile(tables, &mut next_id) {
-            Ok(shape) => shapes.push(shape),
+        match source.compile(tables) {
+            Ok(drafts) => compiled.push((source, drafts)),
             Err(faults) => refused.extend(faults),
         }
     }
-    if refused.is_empty() {
-        Ok(shapes)
-    } else {
-        Err(refused)
+    if !refused.is_empty() {
+        return Err(refused);
+    }
+    share_indexes(compiled.iter_mut().flat_map(|(_, (drafts, _))| drafts));
+    let mut next_id = 0;
+    let shape = |(source, (drafts, params)): (&Source, Drafts)| {
+        let selects = drafts.into_iter().map(|draft| {
+            let id = next_id;
+            next_id += 1;
+            Arc::new(Select::new(
+                id,
+                draft.table,
+                draft.columns,
+                draft.condition,
+                Arc::clone(&params),
+                source.writable.get(draft.index) == Some(&true),
+            ))
+        });
+        Shape {
+            name: source.name.clone(),
+            selects: selects.collect(),
+            params: Arc::clone(&params),
+        }
+    };
+    Ok(compiled.into_iter().map(shape).collect())
+}
+
+/// By the first parts of an index rows are found too: who needs an index that begins another one takes that.
+fn share_indexes<'a>(drafts: impl Iterator<Item = &'a mut Draft>) {
+    let mut conditions: Vec<&mut Condition> = drafts
+        .filter_map(|draft| draft.condition.as_mut())
+        .collect();
+    let mut all: Vec<Index> = Vec::new();
+    for condition in &mut conditions {
+        condition.change_subqueries(&mut |subquery| {
+            all.extend([&subquery.inner, &subquery.outer].map(Clone::clone));
+        });
+    }
+    // The longest first, of those the first that was needed.
+    all.sort_by_key(|index| std::cmp::Reverse(index.parts.len()));
+    for condition in &mut conditions {
+        condition.change_subqueries(&mut |subquery| {
+            for index in [&mut subquery.inner, &mut subquery.outer] {
+                let begins = |longer: &&Index| {
+                    longer.table == index.table && longer.parts.starts_with(&index.parts)
+                };
+                if let Some(longer) = all.iter().find(begins).filter(|_| !index.parts.is_empty()) {
+                    *index = longer.clone();
+                }
+            }
+        });
     }
 }
 
+/// Those of a shape, with its parameters.
+type Drafts = (Vec<Draft>, Arc<[Param]>);
+
 /// A SELECT whose names and types are known.
 struct Draft {
+    /// Its place in the shape.
+    index: usize,
     table: Arc<Table>,
     columns: Vec<usize>,
     condition: Option<Condition>,
@@ -213,7 +287,7 @@ impl Source {
         }
     }
 
-    fn compile(&self, tables: &[Arc<Table>], next_id: &mut u32) -> Result<Shape, Vec<Refused>> {
+    fn compile(&self, tables: &[Arc<Table>]) -> Result<Drafts, Vec<Refused>> {
         let mut refused = Vec::new();
         let mut statements = Vec::new();
         for (index, sql) in self.tables.iter().enumerate() {
@@ -257,8 +331,8 @@ impl Source {
         };
         let mut drafts = Vec::new();
         for (index, statement, table) in &statements {
-            match draft(statement, table, tables, &mut params) {
-                Ok(draft) => drafts.push((*index, draft)),
+            match draft(*index, statement, table, tables, &mut params) {
+                Ok(draft) => drafts.push(draft),
                 Err(fault) => refused.push(self.refused(*index, fault)),
             }
         }
@@ -271,29 +345,7 @@ impl Source {
         if !refused.is_empty() {
             return Err(refused);
         }
-        let params: Arc<[Param]> = params.0.into();
-        let selects = drafts.into_iter().map(|(index, draft)| {
-            let id = *next_id;
-            *next_id += 1;
-            let Draft {
-                table,
-                columns,
-                condition,
-            } = draft;
-            Arc::new(Select::new(
-                id,
-                table,
-                columns,
-                condition,
-                Arc::clone(&params),
-                self.writable.get(index) == Some(&true),
-            ))
-        });
-        Ok(Shape {
-            name: self.name.clone(),
-            selects: selects.collect(),
-            params: Arc::clone(&params),
-        })
+        Ok((drafts, params.0.into()))
     }
 }
 
@@ -311,6 +363,7 @@ fn find_table(statement: &Statement, tables: &[Arc<Table>]) -> Result<Arc<Table>
 }
 
 fn draft(
+    index: usize,
     statement: &Statement,
     table: &Arc<Table>,
     tables: &[Arc<Table>],
@@ -335,6 +388,7 @@ fn draft(
         None => None,
     };
     Ok(Draft {
+        index,
         table: Arc::clone(table),
         columns,
         condition,

@@ -119,6 +119,37 @@ impl<'a> Decimal<'a> {
         }
     }
 
+    /// Bytes in the order of the numbers, the same for equal ones.
+    pub fn order_bytes(self) -> Vec<u8> {
+        let Decimal::Finite {
+            negative,
+            integer,
+            fraction,
+        } = self
+        else {
+            return vec![2 * self.rank()];
+        };
+        if integer.is_empty() && fraction.is_empty() {
+            // Between what is below and what is above.
+            return vec![3];
+        }
+        // 0.d × 10^e: the exponent decides, then the digits, which end below all others.
+        let zeros = fraction.iter().take_while(|&&digit| digit == b'0').count();
+        let (exponent, fraction) = match integer.len() {
+            0 => (-(zeros as i32), &fraction[zeros..]),
+            digits => (digits as i32, fraction),
+        };
+        let mut bytes = vec![2 * self.rank()];
+        bytes.extend_from_slice(&(exponent ^ i32::MIN).to_be_bytes());
+        bytes.extend_from_slice(integer);
+        bytes.extend_from_slice(fraction);
+        bytes.push(0);
+        if negative {
+            bytes[1..].iter_mut().for_each(|byte| *byte = !*byte);
+        }
+        bytes
+    }
+
     fn rank(&self) -> u8 {
         match self {
             Decimal::NegativeInfinity => 0,

@@ -1,7 +1,8 @@
 //! A compiled SELECT, and one that is bound to a principal's parameters.
 //!
 //! **From a row to those who may have it.** [`Select::route_keys_of`] gives, for a row of the SELECT's own table, keys
-//! among which every bound SELECT that has the row has one of its [`Bound::route_keys`]; unless the SELECT is not
+//! among which every bound SELECT that has the row has one of its [`Bound::route_keys`], or one that lies in one of its
+//! [`Bound::route_ranges`]; unless the SELECT is not
 //! [`Select::is_routable`]: then all of them must be asked.
 //!
 //! **From a row of an inner table.** [`Select::subqueries`] are the steps between tables. A row of the inner table of a step
@@ -21,7 +22,7 @@ use super::{
     deparse,
     evaluate::{Argument, Program, Unfit},
     params::Param,
-    path::{Leaves, Path, RouteKey},
+    path::{Leaves, Path, RouteKey, RouteRange},
     subquery::Subquery,
 };
 use crate::{
@@ -55,6 +56,7 @@ pub struct Bound {
     arguments: Arc<[Argument]>,
     program: Option<Arc<Program>>,
     route_keys: Arc<[RouteKey]>,
+    route_ranges: Arc<[RouteRange]>,
     fingerprint: [u8; 16],
 }
 
@@ -112,20 +114,30 @@ impl Select {
         self.path.is_some()
     }
 
+    /// Why each change of the table must be looked at for each of the bound SELECTs; `None`: it need not, as they are found by
+    /// the row's values, or there is only one for all, as nothing in it depends on who asks.
+    pub fn scan_reason(&self) -> Option<&'static str> {
+        let condition = self.condition.as_ref()?;
+        (!self.is_routable() && condition.has_params()).then(|| condition.scan_reason())
+    }
+
     /// Adds keys, none twice, for `row` of the SELECT's table in the state that `lookup` shows: every bound SELECT that has
-    /// the row then has one of them among its [`Bound::route_keys`]. None where the SELECT is not routable.
+    /// the row then [has](Bound::has_route_key) one of them. None where the SELECT is not routable. False: there are
+    /// more than `max`, and some are missing.
     pub fn route_keys_of(
         &self,
         row: &[u8],
         lookup: &dyn Lookup,
         keys: &mut Vec<RouteKey>,
-    ) -> Result<(), Error> {
-        if let Some(path) = &self.path {
-            path.keys_of(row, lookup, keys)?;
-            keys.sort_unstable();
-            keys.dedup();
-        }
-        Ok(())
+        max: usize,
+    ) -> Result<bool, Error> {
+        let Some(path) = &self.path else {
+            return Ok(true);
+        };
+        let all = path.keys_of(row, lookup, keys, max)?;
+        keys.sort_unstable();
+        keys.dedup();
+        Ok(all)
     }
 
     /// The subqueries, those further out first: so parents come before their children.
@@ -183,11 +195,13 @@ impl Select {
             Some(condition) => Some(Arc::new(Program::new(condition, &self.table, arguments)?)),
             None => None,
         };
+        let (route_keys, route_ranges) = self.leaves.bind(arguments)?;
         Ok(Bound {
             select: Arc::clone(self),
             arguments: Arc::clone(arguments),
             program,
-            route_keys: self.leaves.keys(arguments)?.into(),
+            route_keys: route_keys.into(),
+            route_ranges: route_ranges.into(),
             fingerprint: self.fingerprint(arguments),
         })
     }
@@ -243,9 +257,15 @@ impl Bound {
         self.route_keys.to_vec()
     }
 
-    /// Whether it is among these.
+    /// The same for paths that end at a range.
+    pub fn route_ranges(&self) -> &[RouteRange] {
+        &self.route_ranges
+    }
+
+    /// Whether it is found under this key of a row.
     pub fn has_route_key(&self, key: &RouteKey) -> bool {
-        self.route_keys.contains(key)
+        let mut ranges = self.route_ranges.iter();
+        self.route_keys.contains(key) || ranges.any(|range| range.holds(key))
     }
 
     /// Tells definition, bound parameters and schema version apart: 16 bytes of SHA-256. The shape's name is no part

@@ -5,6 +5,9 @@
 //! indexes: [`Subquery::outer`] on the outer table and [`Subquery::inner`] on the inner one, with parts that are made to
 //! be compared with each other. So the inner rows of an outer one are found by its key, and, when an inner row
 //! changes, the outer rows that it may concern by the inner row's key: [`Subquery::outer_rows`].
+//!
+//! Behind these parts the inner index has those of which the values are known once parameters are bound: where `person =
+//! $me` must hold, only rows of one person are read, and not all of a project to look for it.
 
 use std::sync::Arc;
 
@@ -23,21 +26,31 @@ use crate::{
 /// Most columns that one IN compares. Where NULLs may be among them, there are two keys to look for by each.
 pub const IN_COLUMNS_MAX: usize = 8;
 
+/// Most conditions `column = $param` that find inner rows: more would hardly leave fewer of them.
+const BOUND_MAX: usize = 4;
+
 /// A subquery: its inner table, and how rows of it go with rows of the outer one.
 #[derive(Debug)]
 pub struct Subquery {
     /// The inner table.
     pub table: Arc<Table>,
-    /// Of the inner table: the columns of the correlations, then those that IN compares with columns. Without parts it is the
-    /// whole table.
+    /// Of the inner table: the columns of the correlations, then those that IN compares with columns; those that it compares
+    /// with something else; those that the condition wants equal to a parameter. There may be more of another subquery behind
+    /// them. Without parts it is the whole table.
     pub inner: Index,
-    /// Of the outer table: the columns that those of `inner` are compared with, in the same order.
+    /// Of the outer table: the columns that the first of `inner` are compared with, in the same order; and maybe more.
     pub outer: Index,
     /// Whether false and unknown must be told apart where it stands: below NOT, IS FALSE, IS UNKNOWN. Elsewhere a row is
     /// only asked whether the subquery is true of it, and what is unknown may be taken for false.
     pub exact: bool,
     /// The columns of the inner table whose values decide anything, ascending.
     reads: Vec<usize>,
+    /// How many parts of the two indexes are compared with each other.
+    tied: usize,
+    /// What the next parts of `inner` are equal to, or not different from, by IN.
+    pub(super) given: Vec<(Operand, Domain)>,
+    /// What those behind are equal to.
+    pub(super) wanted: Vec<(Operand, Domain)>,
     pub(super) correlations: Vec<Correlation>,
     pub(super) test: Test,
     /// What else inner rows must meet; of the inner table, with the subqueries in it.
@@ -100,6 +113,18 @@ impl Subquery {
             inner_parts.push(part(&table, inner, domain));
             outer_parts.push(part(outer, of_outer, domain));
         }
+        let (mut given, mut wanted) = (Vec::new(), Vec::new());
+        for pair in test.pairs().iter().filter(|pair| pair.is_given()) {
+            inner_parts.push(part(&table, pair.column, &pair.domain));
+            given.push((pair.left.clone(), pair.domain.clone()));
+        }
+        for (column, operand, domain) in condition.iter().flat_map(Condition::wanted) {
+            let is_there = inner_parts.iter().any(|part| part.column == column);
+            if !is_there && is_indexed(domain) && wanted.len() < BOUND_MAX {
+                inner_parts.push(part(&table, column, domain));
+                wanted.push((operand.clone(), domain.clone()));
+            }
+        }
         let mut reads: Vec<usize> = (correlations.iter().map(|correlation| correlation.inner))
             .chain(test.pairs().iter().map(|pair| pair.column))
             .collect();
@@ -110,6 +135,9 @@ impl Subquery {
         reads.dedup();
         Subquery {
             reads,
+            tied: outer_parts.len(),
+            given,
+            wanted,
             inner: Index {
                 table: table.oid,
                 parts: inner_parts,
@@ -124,6 +152,11 @@ impl Subquery {
             test,
             condition,
         }
+    }
+
+    /// The parts of the outer index that make the key of an outer row.
+    pub fn outer_parts(&self) -> &[Part] {
+        &self.outer.parts[..self.tied]
     }
 
     /// Of how many parts of the two indexes an inner row must have the outer row's values to be looked at; the others are
@@ -151,8 +184,8 @@ impl Subquery {
     /// The inner rows, in the state that `lookup` shows, that are equal to `row` of the outer table in the parts of the
     /// indexes, until `each` says that it is enough. What the condition says of them is not asked.
     pub fn inner_rows(&self, row: &[u8], lookup: &dyn Lookup, each: Each<'_>) -> Result<(), Error> {
-        let mut values = Vec::with_capacity(self.outer.parts.len());
-        for part in &self.outer.parts {
+        let mut values = Vec::with_capacity(self.tied);
+        for part in self.outer_parts() {
             values.push(part.reading.read(record::value(row, part.column)?)?);
         }
         match key_of(&values) {
@@ -166,8 +199,8 @@ impl Subquery {
     /// the comparison by IN is unknown, as one side is NULL. What the condition says of `row` is not asked. Each is given
     /// once, until `each` says that it is enough.
     pub fn outer_rows(&self, row: &[u8], lookup: &dyn Lookup, each: Each<'_>) -> Result<(), Error> {
-        let mut values = Vec::with_capacity(self.inner.parts.len());
-        for part in &self.inner.parts {
+        let mut values = Vec::with_capacity(self.tied);
+        for part in &self.inner.parts[..self.tied] {
             values.push(part.reading.read(record::value(row, part.column)?)?);
         }
         let (correlated, compared) = values.split_at(self.correlated());
@@ -184,6 +217,19 @@ impl Subquery {
         })?;
         Ok(())
     }
+}
+
+impl Pair {
+    /// It is compared with a constant or a parameter, and an index finds it.
+    pub fn is_given(&self) -> bool {
+        let is_fixed = matches!(self.left, Operand::Constant(_) | Operand::Param(_));
+        is_fixed && is_indexed(&self.domain)
+    }
+}
+
+/// Whether equal values have one form, so that an index finds them.
+fn is_indexed(domain: &Domain) -> bool {
+    !matches!(domain, Domain::Float | Domain::Rank(_))
 }
 
 impl Test {

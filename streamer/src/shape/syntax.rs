@@ -245,6 +245,24 @@ impl Statement {
     /// This SELECT, and the subqueries of its condition.
     pub fn all(&self) -> Vec<&Statement> {
         let mut found = vec![self];
+        for subquery in self.subqueries() {
+            found.extend(subquery.all());
+        }
+        found
+    }
+
+    /// A subquery that is nested deeper than so many levels.
+    pub fn deeper_than(&self, levels: usize) -> Option<&Statement> {
+        let mut subqueries = self.subqueries().into_iter();
+        match levels.checked_sub(1) {
+            None => subqueries.next(),
+            Some(levels) => subqueries.find_map(|subquery| subquery.deeper_than(levels)),
+        }
+    }
+
+    /// Those of its condition, not those in them.
+    fn subqueries(&self) -> Vec<&Statement> {
+        let mut found = Vec::new();
         if let Some(condition) = &self.condition {
             condition.subqueries(&mut found);
         }
@@ -263,7 +281,7 @@ impl Expression {
 
     fn subqueries<'a>(&'a self, found: &mut Vec<&'a Statement>) {
         match &self.node {
-            Node::InSelect { select, .. } | Node::Exists(select) => found.extend(select.all()),
+            Node::InSelect { select, .. } | Node::Exists(select) => found.push(select),
             Node::And(parts) | Node::Or(parts) => {
                 parts.iter().for_each(|part| part.subqueries(found));
             }
@@ -293,6 +311,17 @@ impl Comparison {
     /// Whether it asks for more than equality.
     pub fn needs_order(self) -> bool {
         !matches!(self, Comparison::Equal | Comparison::NotEqual)
+    }
+
+    /// The one that says the same with its sides exchanged.
+    pub fn turned(self) -> Comparison {
+        match self {
+            Comparison::Equal | Comparison::NotEqual => self,
+            Comparison::Less => Comparison::Greater,
+            Comparison::LessOrEqual => Comparison::GreaterOrEqual,
+            Comparison::Greater => Comparison::Less,
+            Comparison::GreaterOrEqual => Comparison::LessOrEqual,
+        }
     }
 
     /// As Postgres writes it.

@@ -138,7 +138,7 @@ fn is_in(condition: &str, row: &Bytes) -> bool {
 
 fn keys_of(select: &Select, row: &[u8], lookup: &dyn Lookup) -> Result<Vec<RouteKey>, Error> {
     let mut keys = Vec::new();
-    select.route_keys_of(row, lookup, &mut keys)?;
+    select.route_keys_of(row, lookup, &mut keys, usize::MAX)?;
     Ok(keys)
 }
 
@@ -732,16 +732,23 @@ fn routing_takes_the_best_conjunct() {
         ("(team_id = $team) IS TRUE", true),
         ("team_id = $team OR archived", false),
         ("NOT team_id = $team", false),
-        ("team_id > $team", false),
+        ("team_id >= $team", true),
+        ("$team::numeric <= price", true),
+        (
+            "(price BETWEEN $team::numeric AND $team::numeric) IS TRUE",
+            true,
+        ),
+        ("team_id <> $team", false),
+        ("team_id > $team OR archived", false),
         ("team_id <> ALL ($teams)", false),
-        ("ratio = $team", false),
-        ("team_id = $team::float8", false),
+        ("team_id = $team::float8", true),
+        ("ratio = ANY ($teams)", false),
         ("team_id = 7", false),
     ] {
         let bound = bound(&format!("SELECT * FROM issues WHERE {condition}"));
         assert_eq!(bound.select.is_routable(), routable, "{condition}");
         let keys = keys_of(&bound.select, &seven, &Nothing).unwrap();
-        let is_found = keys.iter().any(|key| bound.route_keys().contains(key));
+        let is_found = keys.iter().any(|key| bound.has_route_key(key));
         assert_eq!(is_found, routable, "{condition}");
         assert_eq!(keys_of(&bound.select, &row(&[]), &Nothing).unwrap(), []);
     }
@@ -750,6 +757,104 @@ fn routing_takes_the_best_conjunct() {
         both.route_keys(),
         keys_of(&both.select, &seven, &Nothing).unwrap()
     );
+}
+
+#[test]
+fn a_value_leads_to_the_ranges_that_hold_it_and_to_no_others() {
+    let shape = |condition: &str| {
+        let params = [("low", client("numeric")), ("high", client("numeric"))];
+        let params = params
+            .into_iter()
+            .filter(|(name, _)| condition.contains(&format!("${name}")));
+        let sql = format!("SELECT * FROM issues WHERE {condition}");
+        try_compile(source(&params.collect::<Vec<_>>(), &[&sql]))
+            .unwrap_or_else(|r| panic!("{r:?}"))
+    };
+    let ends = [
+        "-Infinity",
+        "-7.25",
+        "0",
+        "6.999",
+        "7",
+        "7.00",
+        "7.5",
+        "100",
+        "NaN",
+    ];
+    for condition in [
+        "team_id > $low::numeric",
+        "team_id < $high::numeric AND NOT archived",
+        "price >= $low",
+        "$low <= price AND price < $high AND NOT archived",
+        "price > $low AND (archived OR price <= $high)",
+        "team_id BETWEEN $low::numeric AND $high::numeric",
+        "(team_id > $low::numeric AND (price >= $low) IS TRUE) AND team_id <= $high::numeric",
+        "price > $low OR team_id < $high::numeric",
+    ] {
+        let shape = shape(condition);
+        let (mut shown, mut hidden) = (0, 0);
+        for low in ends {
+            for high in ends {
+                let chosen = [("low", low), ("high", high)]
+                    .map(|(name, value)| (name.to_owned(), format!("\"{value}\"")));
+                let chosen = chosen
+                    .into_iter()
+                    .filter(|(name, _)| condition.contains(&format!("${name}")));
+                let bound = shape
+                    .bind(&Map::new(), &chosen.collect())
+                    .unwrap()
+                    .remove(0);
+                assert!(bound.select.is_routable(), "{condition}");
+                for (team, price) in [(7, "7.00"), (-7, "-7.250"), (0, "1e0"), (8, "99.9")] {
+                    let price = if price == "1e0" { "NaN" } else { price };
+                    let row = row(&[
+                        (1, ValueRef::Integer(team)),
+                        (4, ValueRef::Text(price)),
+                        (3, ValueRef::Integer(0)),
+                    ]);
+                    let keys = keys_of(&bound.select, &row, &Nothing).unwrap();
+                    let is_found = keys.iter().any(|key| bound.has_route_key(key));
+                    if bound.contains(&row, &Nothing).unwrap() {
+                        assert!(is_found, "{condition} {low} {high} {team} {price}");
+                        shown += 1;
+                    } else {
+                        hidden += usize::from(!is_found);
+                    }
+                }
+            }
+        }
+        assert!(shown > 20 && hidden > 20, "{condition}: {shown} {hidden}");
+    }
+}
+
+#[test]
+fn what_is_looked_at_for_each_session_says_why() {
+    let reason = |condition: &str| {
+        bound(&format!("SELECT * FROM issues WHERE {condition}"))
+            .select
+            .scan_reason()
+    };
+    for fine in [
+        "team_id = $team",
+        "team_id >= $team",
+        "team_id = 7",
+        "archived OR id = 3",
+        "id IN (SELECT id FROM issues)",
+    ] {
+        assert_eq!(reason(fine), None, "{fine}");
+    }
+    for (condition, expected) in [
+        ("team_id <> $team", "no part of it"),
+        ("archived AND title LIKE $text", "no part of it"),
+        (
+            "id NOT IN (SELECT id FROM issues WHERE team_id = $team)",
+            "with NOT",
+        ),
+        ("archived OR team_id = $team", "one side of its OR"),
+    ] {
+        let reason = reason(condition).unwrap_or_default();
+        assert!(reason.contains(expected), "{condition}: {reason}");
+    }
 }
 
 #[test]

@@ -98,6 +98,24 @@ impl Value<'_> {
             Value::Instant(instant) => tagged(b't', &instant.to_be_bytes()),
         }
     }
+
+    /// Bytes in the order of the values of a domain, the same for equal ones.
+    pub fn order_bytes(self) -> Vec<u8> {
+        match self {
+            Value::Integer(value) => Decimal::from_integer(value, &mut [0; 20]).order_bytes(),
+            Value::Decimal(value) => value.order_bytes(),
+            Value::Bytes(bytes) => bytes.to_vec(),
+            Value::Instant(instant) => (instant ^ Instant::MIN).to_be_bytes().to_vec(),
+            Value::Float(value) if value.is_nan() => vec![0xff; 8],
+            Value::Float(value) => {
+                // -0 is 0. Of negative ones, those further from zero come first.
+                let bits = (value + 0.0).to_bits();
+                let negative = bits >> 63 == 1;
+                let bits = if negative { !bits } else { bits | 1 << 63 };
+                bits.to_be_bytes().to_vec()
+            }
+        }
+    }
 }
 
 fn tagged(tag: u8, bytes: &[u8]) -> Vec<u8> {
@@ -247,6 +265,83 @@ mod tests {
             }
         }
         assert_eq!(compare_floats(-0.0, 0.0), Ordering::Equal);
+    }
+
+    #[test]
+    fn bytes_are_in_the_order_of_the_values() {
+        let mut rng = <rand::rngs::StdRng as rand::SeedableRng>::seed_from_u64(1);
+        let mut numbers: Vec<String> = [
+            "NaN",
+            "Infinity",
+            "-Infinity",
+            "0",
+            "0.00",
+            "-0.0",
+            "10",
+            "9.99",
+            "100",
+            "1000.0",
+        ]
+        .map(str::to_owned)
+        .into();
+        for _ in 0..300 {
+            let part = |rng: &mut _, digits| {
+                let digits = rand::Rng::random_range(rng, 0..digits);
+                (0..digits)
+                    .map(|_| ["0", "0", "1", "5", "9"][rand::Rng::random_range(rng, 0..5)])
+                    .collect::<String>()
+            };
+            let sign = ["", "-"][rand::Rng::random_range(&mut rng, 0..2)];
+            let (integer, fraction) = (part(&mut rng, 6), part(&mut rng, 6));
+            numbers.push(format!("{sign}0{integer}.{fraction}0"));
+        }
+        let mut domains: Vec<Vec<Value<'_>>> = vec![
+            numbers
+                .iter()
+                .map(|text| Value::Decimal(Decimal::parse(text).unwrap()))
+                .collect(),
+            [
+                -5.0,
+                -0.0,
+                0.0,
+                1e-300,
+                -1e-300,
+                7.5,
+                f64::NAN,
+                -f64::NAN,
+                f64::INFINITY,
+                f64::NEG_INFINITY,
+            ]
+            .map(Value::Float)
+            .into(),
+            [
+                moment::INFINITY,
+                moment::NEGATIVE_INFINITY,
+                0,
+                -1,
+                1,
+                1 << 70,
+            ]
+            .map(Value::Instant)
+            .into(),
+            [&b""[..], b"a", b"ab", b"b", b"\0", b"\xff"]
+                .map(Value::Bytes)
+                .into(),
+        ];
+        domains[0].extend([i64::MIN, -10, -9, -1, 0, 1, 9, 10, 100, i64::MAX].map(Value::Integer));
+        for values in domains {
+            for (one, other) in values
+                .iter()
+                .flat_map(|one| values.iter().map(move |other| (one, other)))
+            {
+                let order = one.compare(*other).unwrap();
+                assert_eq!(
+                    one.order_bytes().cmp(&other.order_bytes()),
+                    order,
+                    "{one:?} {other:?}"
+                );
+            }
+        }
     }
 
     #[test]

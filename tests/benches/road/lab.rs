@@ -148,7 +148,7 @@ impl Lab {
     pub async fn backlog(&mut self, report: &mut Report, work: &str) {
         self.stop_ours().await;
         for limit in &limits::DRAINS {
-            limit.create(self).await;
+            limit.create(&self.database).await;
         }
         if work == "W2a" {
             self.many_transactions().await;
@@ -165,7 +165,7 @@ impl Lab {
         self.settle().await;
 
         for limit in &limits::DRAINS {
-            let took = limit.drain(self).await;
+            let took = limit.drain(self, &self.database, "bench").await;
             report.add(work, limit.name, took, None);
         }
 

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use anabranch_tests::postgres::Database;
+
 use crate::lab::Lab;
 
 /// COPY of the table to nowhere.
@@ -48,8 +50,8 @@ pub const DRAINS: [Drain; 3] = [
 
 impl Drain {
     /// Before the backlog comes to be.
-    pub async fn create(&self, lab: &Lab) {
-        lab.database
+    pub async fn create(&self, database: &Database) {
+        database
             .execute(&format!(
                 "SELECT pg_create_logical_replication_slot('{}', 'pgoutput')",
                 self.slot
@@ -57,14 +59,15 @@ impl Drain {
             .await;
     }
 
-    /// Takes the backlog, and drops the slot.
-    pub async fn drain(&self, lab: &Lab) -> Duration {
-        let end = lab.database.lsn().await.to_string();
+    /// Takes the backlog of a publication, and drops the slot.
+    pub async fn drain(&self, lab: &Lab, database: &Database, publication: &str) -> Duration {
+        let end = database.lsn().await.to_string();
         let connection = format!(
             "--dbname=dbname={} options='-c logical_decoding_work_mem={}'",
-            lab.database.name(),
+            database.name(),
             self.memory
         );
+        let publication = format!("publication_names={publication}");
         let slot = format!("--slot={}", self.slot);
         let began = Instant::now();
         let arguments = [
@@ -78,15 +81,15 @@ impl Drain {
             "-o",
             "proto_version=2",
             "-o",
-            "publication_names=bench",
+            &publication,
             "-o",
             self.streaming,
         ];
         lab.source
-            .tool("pg_recvlogical", lab.database.name(), &arguments)
+            .tool("pg_recvlogical", database.name(), &arguments)
             .await;
         let took = began.elapsed();
-        lab.database
+        database
             .execute(&format!("SELECT pg_drop_replication_slot('{}')", self.slot))
             .await;
         took

@@ -10,6 +10,9 @@
 //! | X2 | 30,000 one-row local transactions of one replica, until the last receipt | the same statements by pgbench | |
 //! | X3 | 100,000 of 20 replicas | the same, by as many connections | |
 //! | X4 | the cost of the capture triggers to a program that writes | the same without them | |
+//! | F1 | row changes a second with 1 to 100,000 distinct parameter values subscribed by light replicas: 100 rows a transaction, each another session's; one row | `pg_recvlogical` to nowhere |
+//! | F2 | 5,000 connected light replicas, each with its own shape, at 2,000 row changes a second; 1,000 that share one shape | |
+//! | F3 | the same 5,000 lose their connections at once, and return | |
 //! | M1 | memory peaks of the initial copy and of W2b's transaction, with `memory_max` of 256 and 128 MiB | the caps | |
 //! | M2 | latency and the streamer's memory beside a replica that gets 2 kB/s | the same without that one | |
 //! | M3 | memory peaks of one local transaction of 100,000 rows with the caps of M1, and of a local value of 64 MB | the caps | |
@@ -17,9 +20,12 @@
 //! Each consumer works alone: the others are stopped meanwhile. Wall times are noisy, so medians of several rounds are
 //! what counts. Environment: `ANABRANCH_BENCH_ROUNDS` (3), `ANABRANCH_BENCH_ROWS` (1000000),
 //! `ANABRANCH_BENCH_TRANSACTIONS` (100000, of W2a), `ANABRANCH_BENCH_SECONDS` (30, of W3, X1 and M2), `ANABRANCH_BENCH_WRITES`
-//! (100000, of X3; X2 has three tenths of them), `ANABRANCH_BENCH_ONLY` (a list such as `W1,W3`), `ANABRANCH_BENCH_MEMORY` (the streamer's `memory_max`; the replica gets half).
+//! (100000, of X3; X2 has three tenths of them), `ANABRANCH_BENCH_REPLICAS` (5000, of F2 and F3), `ANABRANCH_BENCH_CONNECTIONS` (as
+//! many as replicas), `ANABRANCH_BENCH_FANOUT_SECONDS` (30; 600 shows whether memory grows), `ANABRANCH_BENCH_ONLY` (a list such as `W1,W3`), `ANABRANCH_BENCH_MEMORY` (the streamer's `memory_max`; the replica gets half).
 
 mod capture;
+mod fanout;
+mod flat;
 mod lab;
 mod latency;
 mod limits;
@@ -41,6 +47,9 @@ pub struct Sizes {
     transactions: u64,
     latency: Duration,
     writes: u64,
+    replicas: usize,
+    connections: usize,
+    fanout: Duration,
     memory: String,
 }
 
@@ -51,12 +60,16 @@ fn main() {
                 .unwrap_or_else(|_| panic!("{name} must be a number, not {text}"))
         })
     };
+    let replicas = number("ANABRANCH_BENCH_REPLICAS", 5_000);
     let sizes = Sizes {
         rounds: number("ANABRANCH_BENCH_ROUNDS", 3) as usize,
         rows: number("ANABRANCH_BENCH_ROWS", 1_000_000),
         transactions: number("ANABRANCH_BENCH_TRANSACTIONS", 100_000),
         latency: Duration::from_secs(number("ANABRANCH_BENCH_SECONDS", 30)),
         writes: number("ANABRANCH_BENCH_WRITES", 100_000),
+        replicas: replicas as usize,
+        connections: number("ANABRANCH_BENCH_CONNECTIONS", replicas) as usize,
+        fanout: Duration::from_secs(number("ANABRANCH_BENCH_FANOUT_SECONDS", 30)),
         memory: std::env::var("ANABRANCH_BENCH_MEMORY").unwrap_or_else(|_| "768MiB".into()),
     };
     let only = std::env::var("ANABRANCH_BENCH_ONLY").unwrap_or_default();
@@ -89,6 +102,12 @@ fn main() {
             0
         } {
             writes(&lab, &sizes, &wanted, &mut report).await;
+        }
+        if wanted("F1") {
+            flat::measure(&lab, &sizes, &mut report).await;
+        }
+        if wanted("F2") || wanted("F3") {
+            fanout::measure(&lab, &sizes, &wanted, &mut report).await;
         }
         if wanted("M1") || wanted("M2") {
             lab.fill().await;

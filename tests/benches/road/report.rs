@@ -45,10 +45,12 @@ struct Latency {
     costs: Vec<Cost>,
 }
 
-/// Transactions a second, of each round.
+/// So many of something a second, of each round.
 struct Rate {
     work: &'static str,
     who: String,
+    /// Of what.
+    what: &'static str,
     rounds: Vec<f64>,
     costs: Vec<Cost>,
 }
@@ -121,9 +123,21 @@ impl Report {
 
     /// So many transactions took that long.
     pub fn rate(&mut self, work: &'static str, who: &str, count: u64, took: Duration, cost: Cost) {
+        self.rate_of("transactions", (work, who), count, took, cost);
+    }
+
+    /// So many of `what` took that long. Returns the rate.
+    pub fn rate_of(
+        &mut self,
+        what: &'static str,
+        (work, who): (&'static str, &str),
+        count: u64,
+        took: Duration,
+        cost: Cost,
+    ) -> f64 {
         let rate = count as f64 / took.as_secs_f64();
         eprintln!(
-            "  {work} {who}: {rate:.0} transactions a second, {count} in {:.2} s {}",
+            "  {work} {who}: {rate:.0} {what} a second, {count} in {:.2} s {}",
             took.as_secs_f64(),
             show(&cost)
         );
@@ -132,6 +146,7 @@ impl Report {
             self.rates.push(Rate {
                 work,
                 who: who.into(),
+                what,
                 rounds: Vec::new(),
                 costs: Vec::new(),
             });
@@ -139,6 +154,7 @@ impl Report {
         });
         self.rates[at].rounds.push(rate);
         self.rates[at].costs.push(cost);
+        rate
     }
 
     /// A figure that is not compared.
@@ -183,10 +199,11 @@ impl Report {
         }
         for rate in &self.rates {
             println!(
-                "{:4} {:34} {:7.0} transactions a second, median of {}  {}",
+                "{:4} {:34} {:7.0} {} a second, median of {}  {}",
                 rate.work,
                 rate.who,
                 median(&rate.rounds),
+                rate.what,
                 rate.rounds.len(),
                 show(&Cost::median(&rate.costs))
             );
@@ -205,7 +222,7 @@ fn show(cost: &Cost) -> String {
     cost.0.iter().map(one).collect::<Vec<_>>().join("; ")
 }
 
-fn median(values: &[f64]) -> f64 {
+pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;

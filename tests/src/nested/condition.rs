@@ -47,6 +47,10 @@ pub enum Comparison {
     Unequal,
     /// <
     Less,
+    /// <=
+    NotGreater,
+    /// >
+    Greater,
     /// >=
     NotLess,
 }
@@ -60,6 +64,8 @@ pub enum Operand {
     Constant(Value),
     /// `$me`
     Me,
+    /// `$top`
+    Top,
     /// `$num`
     Num,
     /// `$name`
@@ -85,6 +91,7 @@ impl Operand {
             Operand::Column(place) => row[*place].clone(),
             Operand::Constant(value) => value.clone(),
             Operand::Me => Value::Number(principal.me, 0),
+            Operand::Top => Value::Number(principal.top, 0),
             Operand::Num => Value::Number(principal.num, 0),
             Operand::Name => Value::Text(principal.name.clone()),
         }
@@ -95,9 +102,11 @@ impl Operand {
             (Operand::Column(place), _) => columns(*place),
             (Operand::Constant(value), _) => value.sql(),
             (Operand::Me, None) => "$me".into(),
+            (Operand::Top, None) => "$top".into(),
             (Operand::Num, None) => "$num".into(),
             (Operand::Name, None) => "$name".into(),
             (Operand::Me, Some(principal)) => format!("'{}'", principal.me),
+            (Operand::Top, Some(principal)) => format!("'{}'", principal.top),
             (Operand::Num, Some(principal)) => format!("'{}'", principal.num),
             (Operand::Name, Some(principal)) => format!("'{}'", principal.name),
         }
@@ -149,6 +158,8 @@ impl Condition {
                     Comparison::Equal => order.is_eq(),
                     Comparison::Unequal => order.is_ne(),
                     Comparison::Less => order.is_lt(),
+                    Comparison::NotGreater => order.is_le(),
+                    Comparison::Greater => order.is_gt(),
                     Comparison::NotLess => order.is_ge(),
                 })
             }
@@ -222,6 +233,8 @@ impl Condition {
                     Comparison::Equal => "=",
                     Comparison::Unequal => "<>",
                     Comparison::Less => "<",
+                    Comparison::NotGreater => "<=",
+                    Comparison::Greater => ">",
                     Comparison::NotLess => ">=",
                 };
                 format!(

@@ -140,6 +140,7 @@ pub fn principal(rng: &mut StdRng, width: i64) -> Principal {
     let few = (width / 2).max(3);
     Principal {
         me: rng.random_range(0..few),
+        top: rng.random_range(0..few),
         num: rng.random_range(0..few),
         name: char::from(b'a' + (rng.random_range(0..few) % 26) as u8).to_string(),
         them: (0..rng.random_range(0..4))
@@ -225,8 +226,9 @@ impl Generator<'_> {
     fn simple(&mut self, table: usize) -> Condition {
         let place = self.column(table);
         let kind = self.kind(table, place);
-        match self.rng.random_range(0..10) {
+        match self.rng.random_range(0..12) {
             0..4 => Condition::Compare(place, Comparison::Equal, Self::param(kind)),
+            10.. => self.range(place, kind),
             4 if matches!(kind, Kind::Int4 | Kind::Int8) => Condition::IsAny(place),
             5 => Condition::IsNull(place, self.rng.random_bool(0.5)),
             _ => {
@@ -234,9 +236,11 @@ impl Generator<'_> {
                     Comparison::Equal,
                     Comparison::Unequal,
                     Comparison::Less,
+                    Comparison::NotGreater,
+                    Comparison::Greater,
                     Comparison::NotLess,
                 ];
-                let comparison = *comparison.choose(self.rng).expect("four");
+                let comparison = *comparison.choose(self.rng).expect("six");
                 let operand = match self.rng.random_range(0..5) {
                     0 => self
                         .column_for(table, kind)
@@ -246,6 +250,29 @@ impl Generator<'_> {
                 };
                 Condition::Compare(place, comparison, operand)
             }
+        }
+    }
+
+    /// Above one parameter, below another, or both.
+    fn range(&mut self, place: usize, kind: Kind) -> Condition {
+        let mut either = |one, other| {
+            if self.rng.random_bool(0.5) {
+                one
+            } else {
+                other
+            }
+        };
+        let low = either(Comparison::Greater, Comparison::NotLess);
+        let high = either(Comparison::Less, Comparison::NotGreater);
+        let low = Condition::Compare(place, low, Self::param(kind));
+        let high = match kind {
+            Kind::Int4 | Kind::Int8 => Condition::Compare(place, high, Operand::Top),
+            _ => Condition::Compare(place, high, Operand::Constant(self.constant(kind))),
+        };
+        match self.rng.random_range(0..3) {
+            0 => low,
+            1 => high,
+            _ => Condition::And(vec![low, high]),
         }
     }
 
@@ -298,6 +325,21 @@ impl Generator<'_> {
             let size = *[0, 0, 1, 1, 2].choose(self.rng).expect("five");
             self.condition(inner, levels - 1, size)
         });
+        let mut condition = condition;
+        // As memberships have it.
+        if self.rng.random_ratio(2, 5) {
+            let place = self.column(inner);
+            let param = Self::param(self.kind(inner, place));
+            let wanted = Condition::Compare(place, Comparison::Equal, param);
+            condition = Some(match condition {
+                None => wanted,
+                Some(Condition::And(mut parts)) => {
+                    parts.push(wanted);
+                    Condition::And(parts)
+                }
+                Some(other) => Condition::And(vec![other, wanted]),
+            });
+        }
         let inner = Box::new(Inner {
             table: inner,
             columns,

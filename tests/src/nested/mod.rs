@@ -103,6 +103,8 @@ pub type Data = Vec<BTreeMap<Vec<Value>, Row>>;
 pub struct Principal {
     /// `$me`, an integer.
     pub me: i64,
+    /// `$top`, another one.
+    pub top: i64,
     /// `$num`, a numeric.
     pub num: i64,
     /// `$name`, text.
@@ -228,7 +230,7 @@ impl Principal {
     /// As claims of a token, beside its subject.
     pub fn claims(&self, subject: &str) -> Map<String, serde_json::Value> {
         let claims = json!({
-            "sub": subject, "me": self.me, "num": self.num, "name": self.name, "them": self.them,
+            "sub": subject, "me": self.me, "top": self.top, "num": self.num, "name": self.name, "them": self.them,
         });
         claims.as_object().expect("an object").clone()
     }
@@ -264,7 +266,7 @@ impl Shape {
                 !sql[at + param.len()..].starts_with(|c: char| c.is_ascii_alphanumeric())
             })
         };
-        ["me", "num", "name", "them"]
+        ["me", "top", "num", "name", "them"]
             .iter()
             .filter(uses)
             .copied()

@@ -7,6 +7,7 @@ mod conditions;
 mod conflicts;
 mod copies;
 mod failover;
+mod fairness;
 mod faults;
 mod harness;
 mod history;

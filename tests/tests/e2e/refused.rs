@@ -53,6 +53,48 @@ async fn tables_that_cannot_be_replicated_are_refused_by_name_and_not_published(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn check_says_which_conditions_each_change_costs_for_each_session_and_no_others() {
+    let database = Server::shared().await.database().await;
+    database
+        .execute("CREATE TABLE t (id int PRIMARY KEY, owner int); CREATE TABLE u (id int PRIMARY KEY, v int)")
+        .await;
+    let streamer = Streamer::config(&database)
+        .toml(
+            r#"
+            [shape.dear]
+            params.me = { claim = "me" }
+            tables = [
+                "SELECT * FROM u WHERE v >= $me",
+                "SELECT * FROM t WHERE owner <> $me",
+            ]
+            [shape.cheap]
+            params.me = { claim = "me" }
+            tables = ["SELECT * FROM t WHERE owner = $me AND id NOT IN (SELECT v FROM u WHERE v > 5)", "SELECT * FROM u"]
+            "#,
+        )
+        .prepare();
+    let (_, said) = run(&streamer, "setup").await;
+    let (code, said_of_it) = run(&streamer, "check").await;
+    assert_eq!(code, 0, "{said}{said_of_it}");
+    let warned: Vec<&str> = (said_of_it.lines())
+        .filter(|line| {
+            line.contains("is evaluated for every change of the table, for each of its sessions")
+        })
+        .collect();
+    assert_eq!(warned.len(), 1, "{said_of_it}");
+    let words = [
+        "warning: ",
+        "streamer.toml:",
+        "shape dear, table public.t: this condition is",
+        "no part of it that AND joins",
+    ];
+    assert!(
+        words.iter().all(|word| warned[0].contains(word)),
+        "{said_of_it}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn shapes_that_cannot_be_exact_are_refused_with_place_and_reason() {
     let database = Server::shared().await.database().await;
     database

@@ -49,8 +49,14 @@ pub struct Counts {
     /// Ops of catch-ups.
     pub caught_up_ops: usize,
     pub kills: usize,
-    /// Transactions that were too much to be routed to somebody.
+    /// Transactions that were too much to be routed to somebody: too many rows to look at.
     pub given_up: usize,
+    /// Conditions read too much.
+    pub given_up_reading: usize,
+    /// Too many bound SELECTs were to be asked.
+    pub given_up_asking: usize,
+    /// Too much was to be told.
+    pub given_up_telling: usize,
     /// Views of which all was sent again, as the change index did not reach them.
     pub reset: usize,
     /// Tables that were copied anew.
@@ -72,6 +78,9 @@ impl Counts {
         self.caught_up_ops += other.caught_up_ops;
         self.kills += other.kills;
         self.given_up += other.given_up;
+        self.given_up_reading += other.given_up_reading;
+        self.given_up_asking += other.given_up_asking;
+        self.given_up_telling += other.given_up_telling;
         self.reset += other.reset;
         self.copied += other.copied;
         self.early += other.early;
@@ -180,8 +189,15 @@ impl Driver {
             mirror.begin_copy(table).unwrap();
         }
         let mut router = Router::default();
-        if rng.random_ratio(1, 4) {
-            router.steps_max = rng.random_range(0..30);
+        match rng.random_range(0..8) {
+            0 | 1 => router.limits.steps_max = rng.random_range(0..30),
+            2 | 3 => router.limits.reads_max = rng.random_range(0..300),
+            4 => router.limits.scans_max = rng.random_range(0..5),
+            5 => router.limits.ops_max = rng.random_range(0..20),
+            _ => {}
+        }
+        if rng.random_bool(0.5) {
+            router.limits.answers_bytes_max = rng.random_range(0..500);
         }
         let readers = (0..2).map(|_| mirror.reader().unwrap()).collect();
         let mut driver = Driver {
@@ -351,8 +367,18 @@ impl Driver {
             .unwrap();
         let position = mirror.position();
         if !routed.behind.is_empty() {
-            assert!(self.router.steps_max < 100, "it was given up too early");
-            self.counts.given_up += 1;
+            let limits = &self.router.limits;
+            let given_up = if limits.reads_max < 1_000 {
+                &mut self.counts.given_up_reading
+            } else if limits.scans_max < 1_000 {
+                &mut self.counts.given_up_asking
+            } else if limits.ops_max < 1_000 {
+                &mut self.counts.given_up_telling
+            } else {
+                assert!(limits.steps_max < 1_000, "it was given up too early");
+                &mut self.counts.given_up
+            };
+            *given_up += 1;
         }
         for which in 0..self.sessions.len() {
             // What else there is for it is only a part.
@@ -473,6 +499,8 @@ impl Driver {
                     collected_max: self.rng.random_range(1..20),
                     collected_with_rows_max: self.rng.random_range(1..20),
                     looked_max: self.rng.random_range(1..10),
+                    reads_max: *[0, 20, 1_000].choose(&mut self.rng).expect("three"),
+                    answers_bytes_max: self.rng.random_range(0..500),
                 };
             }
             session.standing = Standing::CatchingUp(Box::new(catchup), has);

@@ -147,6 +147,12 @@ impl Watch {
         self.pace = IDLE_PACE;
     }
 
+    /// Who wrote what was found waits for longer anyway: the next wake is that much later.
+    pub fn found_crowd(&mut self, pace: Duration) {
+        self.pace = pace;
+        self.due = self.due.max(self.woke + pace);
+    }
+
     fn wake(&mut self) {
         self.woke = Instant::now();
         self.pace = PACE;

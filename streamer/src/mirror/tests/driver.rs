@@ -19,7 +19,10 @@ use super::{
     probe::{self, Historian},
 };
 use crate::{
-    catchup::{Catchup, Item, Round, View},
+    catchup::{
+        Catchup, Item, Round, View,
+        together::{self, Member, Told},
+    },
     delta::Op,
     lookup::{self, Index},
     mirror::{Applied, Error, Mirror, Reader, Settings, State},
@@ -134,6 +137,8 @@ struct Driver {
     replicas: Vec<Replica>,
     completed: usize,
     reset: usize,
+    /// Replicas that were served together with others, and told something.
+    together: usize,
 }
 
 impl Driver {
@@ -185,6 +190,7 @@ impl Driver {
             replicas,
             completed: 0,
             reset: 0,
+            together: 0,
         }
     }
 
@@ -202,6 +208,7 @@ impl Driver {
             66..70 if self.replicas.len() < 3 => self.join(),
             70..82 => self.look_back(),
             82..84 => self.set_indexes(),
+            84..88 => self.serve_together(),
             _ => self.round(),
         }
         self.look(None);
@@ -502,6 +509,88 @@ impl Driver {
                 assert_eq!(entry.floor, self.now.floors[&oid]);
             }
         }
+    }
+
+    /// Replicas at any earlier positions are told, in one pass, what makes them what they should be now, and no more.
+    fn serve_together(&mut self) {
+        let mut members = Vec::new();
+        let mut stands = Vec::new();
+        for _ in 0..self.rng.random_range(1..6) {
+            let from = match self.rng.random_range(0..4) {
+                0 => None,
+                _ => self.history.choose(&mut self.rng),
+            };
+            let views: Vec<_> = (self.source.tables.iter())
+                .map(|table| Arc::new(Filter::any(&mut self.rng, table)))
+                .collect();
+            let mut views: Vec<_> = views.into_iter().filter(|_| self.rng.random()).collect();
+            views.sort_by_key(|view| view.table.oid);
+            stands.push(from.cloned());
+            members.push(Member {
+                views,
+                from: from.map(|from| Position {
+                    epoch: EPOCH,
+                    lsn: from.lsn,
+                }),
+            });
+        }
+        let mut reader = self.mirror().reader().unwrap();
+        reader.begin().unwrap();
+        let bytes_max = *[members.len() * 60, 1 << 20].choose(&mut self.rng).unwrap();
+        let most = *[5, 1 << 20].choose(&mut self.rng).unwrap();
+        let limits = together::Limits {
+            entries_max: most,
+            scanned_max: most,
+        };
+        let all = |_: Oid, _: &[u8], found: &mut Vec<u64>| {
+            found.extend(0..members.len() as u64);
+            Ok(())
+        };
+        let told = together::pass_limited(&mut reader, &members, &all, bytes_max, limits);
+        for ((member, from), told) in members.iter().zip(&stands).zip(told.unwrap()) {
+            let reached = member.views.iter().all(|view| {
+                let oid = view.table.oid;
+                self.durable.floors[&oid] <= self.durable.lsn
+                    && (member.from).is_none_or(|from| reader.reaches(oid, from).unwrap())
+            });
+            let Told::All(ops) = told else {
+                assert!(!reached || bytes_max < 1 << 20 || most == 5);
+                continue;
+            };
+            assert!(reached, "told although nothing is known of what was before");
+            self.together += usize::from(!ops.is_empty());
+            let shape = |state: &Expected| -> Vec<Content> {
+                let views = member.views.iter();
+                views
+                    .map(|view| view.of(&state.tables[&view.table.oid]))
+                    .collect()
+            };
+            let is = shape(&self.durable);
+            let was = (from.as_ref()).map_or_else(|| vec![Content::new(); is.len()], shape);
+            let mut has = was.clone();
+            for (at, op) in ops {
+                let view = &member.views[at];
+                let key = match op {
+                    Op::Upsert(record) => {
+                        let row = decode(&record);
+                        let key = view.key(&row);
+                        has[at].insert(key.clone(), row);
+                        key
+                    }
+                    Op::Delete(record) => {
+                        let key = decode(&record);
+                        has[at].remove(&key);
+                        key
+                    }
+                };
+                assert!(
+                    was[at].contains_key(&key) || is[at].contains_key(&key),
+                    "told of a key that is in the shape at neither end"
+                );
+            }
+            assert_eq!(has, is);
+        }
+        reader.end();
     }
 
     fn join(&mut self) {
@@ -806,7 +895,7 @@ fn whatever_happens_the_mirror_and_its_replicas_equal_the_source() {
             (0..histories).map(|n| first.wrapping_add(n)).collect()
         }
     };
-    let (mut completed, mut reset, mut looks) = (0, 0, 0);
+    let (mut completed, mut reset, mut looks, mut together) = (0, 0, 0, 0);
     for seed in seeds {
         println!("ANABRANCH_SEED={seed}");
         let mut driver = Driver::new(seed);
@@ -818,9 +907,11 @@ fn whatever_happens_the_mirror_and_its_replicas_equal_the_source() {
         completed += driver.completed;
         reset += driver.reset;
         looks += driver.historian.looks;
+        together += driver.together;
     }
     println!(
-        "{completed} catch-ups were completed, {reset} tables were reset, {looks} earlier states were looked at"
+        "{completed} catch-ups were completed, {reset} tables were reset, {looks} earlier states were looked at, {together} \
+         replicas were served together with others"
     );
-    assert!(completed > 0 && looks > 0);
+    assert!(completed > 0 && looks > 0 && together > 0);
 }

@@ -17,9 +17,7 @@ use serde_json::{Map, Value as Json, json};
 use super::{claim, column, source};
 use crate::{
     lookup::{Each, Error, Index, Lookup},
-    shape::{
-        Bound, Refused, SUBQUERIES_MAX, SUBQUERY_DEPTH_MAX, Shape, Step, compile, tables_named,
-    },
+    shape::{Bound, Refused, SUBQUERIES_MAX, Shape, Step, check_depth, compile, tables_named},
     table::{Collation, Column, Identity, Kind, Oid, Table},
 };
 
@@ -414,12 +412,20 @@ fn subqueries_are_bounded_in_depth_and_number() {
         let begin = "EXISTS (SELECT 1 FROM members WHERE ".repeat(depth);
         format!("{begin}person = 1{}", ")".repeat(depth))
     };
-    bound(&nested(SUBQUERY_DEPTH_MAX));
-    let reason = try_shape(&nested(SUBQUERY_DEPTH_MAX + 1))
-        .unwrap_err()
-        .remove(0)
-        .reason;
-    assert!(reason.contains("nested deeper than 4"), "{reason}");
+    for levels in [1, 4, SUBQUERIES_MAX] {
+        let sql = |depth| format!("SELECT * FROM tasks WHERE FALSE OR NOT {}", nested(depth));
+        let fits = source(&[], &["SELECT * FROM projects", &sql(levels)]);
+        assert_eq!(check_depth(&[fits], levels), Ok(()));
+        let deeper = source(&[], &["SELECT * FROM projects", &sql(levels + 1)]);
+        let refused = check_depth(&[deeper], levels);
+        if levels < SUBQUERIES_MAX {
+            let refused = refused.unwrap_err().remove(0);
+            let reason = format!("deeper than {levels} levels, which is what `subquery_depth_max`");
+            assert!(refused.reason.contains(&reason), "{refused}");
+            assert_eq!(refused.index, 1);
+        }
+        bound(&nested(levels));
+    }
     let joined = |count| vec!["EXISTS (SELECT FROM members)"; count].join(" OR ");
     bound(&joined(SUBQUERIES_MAX));
     let refused = try_shape(&joined(SUBQUERIES_MAX + 1))
@@ -670,13 +676,14 @@ fn steps_lead_from_inner_tables_to_the_selects_own() {
     assert_eq!(
         shown,
         [
-            ("projects", None, true, "3:0i".into(), "1:1i".into()),
-            ("members", None, true, "2:2i".into(), "1:2i".into()),
-            ("members", Some(0), false, "2:1n".into(), "3:0i".into()),
+            ("projects", None, true, "3:0i,1i".into(), "1:1i".into()),
+            ("members", None, true, "2:2i,0i".into(), "1:2i".into()),
+            ("members", Some(0), false, "2:1n".into(), "3:0i,1i".into()),
         ]
     );
     assert!(steps[0].subquery.is_in() && !steps[2].subquery.is_in());
     assert_eq!(steps[2].subquery.correlated(), 1);
+    // 3:0i begins another one.
     assert_eq!(bound.select.indexes().len(), 5);
     assert!(bound.select.is_routable());
     // One for each parameter, however many paths end there.
@@ -713,7 +720,7 @@ fn whoever_may_have_a_row_is_found_by_it() {
             false,
         ),
         ("NOT $me IN (SELECT person FROM members)", false),
-        ("EXISTS (SELECT 1 FROM members WHERE ratio = $me)", false),
+        ("EXISTS (SELECT 1 FROM members WHERE ratio = $me)", true),
         ("$me IN (SELECT ratio FROM members)", false),
     ] {
         assert_eq!(

@@ -1,0 +1,72 @@
+//! Messages as gRPC carries them: prost's encoding, with small buffers.
+//!
+//! tonic gives each call two buffers of 8 KiB before anything was said. Most calls here are streams that live for days and say
+//! little: a streamer that has thousands of them would hold more in these buffers than in all else that it knows of a replica.
+//! Buffers of this codec begin small, and grow with the message: what it takes is known before it is encoded.
+
+use std::marker::PhantomData;
+
+use prost::Message;
+use tonic::{
+    Status,
+    codec::{BufferSettings, Codec, EncodeBuf, Encoder},
+};
+use tonic_prost::{ProstCodec, ProstDecoder};
+
+/// A heartbeat with its token fits several times.
+const BUFFER_BYTES: usize = 512;
+
+/// What is ready together goes in one piece up to here, as tonic has it.
+const YIELD_BYTES: usize = 32 * 1024;
+
+/// The codec of all our calls.
+#[derive(Debug, Clone)]
+pub struct SmallBuffers<T, U>(PhantomData<(T, U)>);
+
+impl<T, U> Default for SmallBuffers<T, U> {
+    fn default() -> Self {
+        SmallBuffers(PhantomData)
+    }
+}
+
+impl<T, U> Codec for SmallBuffers<T, U>
+where
+    T: Message + Send + 'static,
+    U: Message + Default + Send + 'static,
+{
+    type Encode = T;
+    type Decode = U;
+    type Encoder = Exact<T>;
+    type Decoder = ProstDecoder<U>;
+
+    fn encoder(&mut self) -> Exact<T> {
+        Exact(PhantomData)
+    }
+
+    fn decoder(&mut self) -> ProstDecoder<U> {
+        ProstCodec::<T, U>::raw_decoder(settings())
+    }
+}
+
+/// Takes as much of the buffer as the message needs, at once.
+#[derive(Debug, Clone)]
+pub struct Exact<T>(PhantomData<T>);
+
+impl<T: Message> Encoder for Exact<T> {
+    type Item = T;
+    type Error = Status;
+
+    fn encode(&mut self, item: T, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.reserve(item.encoded_len());
+        item.encode(buffer)
+            .map_err(|error| Status::internal(error.to_string()))
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        settings()
+    }
+}
+
+fn settings() -> BufferSettings {
+    BufferSettings::new(BUFFER_BYTES, YIELD_BYTES)
+}
