@@ -37,9 +37,6 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 ///   RESOURCE_EXHAUSTED asks for.
 pub const PROTOCOL_VERSION: u32 = 4;
 
-/// The metadata of a status that tells how many milliseconds to wait before the next attempt (gRFC A6).
-pub const PUSHBACK: &str = "grpc-retry-pushback-ms";
-
 /// Largest gRPC message either side sends or accepts. A row above it travels in pieces, so this bounds
 /// memory per connection, not what can be streamed.
 pub const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
