@@ -33,7 +33,7 @@ pub struct Limits {
     /// Calls of both kinds that are begun; as many may come at once. After a restart of the streamer all come back, some of them
     /// more than once.
     pub calls_per_minute: u32,
-    /// Local transactions; ten times as many may come at once. Postgres makes some 5,000 a second on two cores, for all.
+    /// Local transactions; ten times as many may come at once. As many as Postgres makes on two cores: one replica may have them all.
     pub writes_per_second: u32,
     /// Their bytes; ten times as many may come at once. WAL is several times as much.
     pub write_bytes_per_second: u64,
@@ -44,7 +44,7 @@ impl Default for Limits {
         Limits {
             streams_max: 100,
             calls_per_minute: 600,
-            writes_per_second: 2_000,
+            writes_per_second: 5_000,
             write_bytes_per_second: 8 * super::MIB,
         }
     }
