@@ -169,7 +169,7 @@ async fn a_replica_that_comes_while_too_many_wait_comes_again_at_once() {
     assert!(begun <= many as u64 + told, "{begun} {told}");
     let log = replica.log();
     let told: Vec<_> = (log.lines())
-        .filter(|line| line.contains("told when to come back"))
+        .filter(|line| line.contains("too many replicas wait"))
         .collect();
     assert!(!told.is_empty(), "it was not told anything:\n{log}");
     for line in told {

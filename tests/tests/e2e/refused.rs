@@ -84,7 +84,7 @@ async fn check_says_which_conditions_each_change_costs_for_each_session_and_no_o
     assert_eq!(warned.len(), 1, "{said_of_it}");
     let words = [
         "warning: ",
-        "streamer.toml:",
+        "config.toml:",
         "shape dear, table public.t: this condition is",
         "no part of it that AND joins",
     ];
