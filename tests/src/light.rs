@@ -415,16 +415,16 @@ impl Reader {
             if kind == ops::Kind::Delete {
                 continue;
             }
-            match record::value(&record, shared.settings.made).expect("a record") {
-                ValueRef::Integer(mark) if mark < 0 => {
-                    if state.mark.fetch_min(mark, Relaxed) > mark {
-                        *lock(&shared.last_mark) = Some(Instant::now());
-                    }
-                }
-                ValueRef::Integer(made) if shared.measuring.load(Relaxed) => {
+            let value = record::value(&record, shared.settings.made).expect("a record");
+            let ValueRef::Integer(made) = value else {
+                continue;
+            };
+            if made >= 0 {
+                if shared.measuring.load(Relaxed) {
                     lock(&shared.latencies).push(now - made);
                 }
-                _ => {}
+            } else if state.mark.fetch_min(made, Relaxed) > made {
+                *lock(&shared.last_mark) = Some(Instant::now());
             }
         }
         shared.rows.fetch_add(count, Relaxed);
