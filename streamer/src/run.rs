@@ -20,6 +20,8 @@ use tonic::service::Routes;
 use crate::{
     auth::Verifier,
     config::{self, Config, JwtKey},
+    connected::{self, Connected},
+    definition::Keeper,
     engine::{self, Engine, GROUP_TIME, INPUTS_MAX, Input, Inputs, Progress},
     events::Waiting,
     http::{self, Pages},
@@ -158,6 +160,7 @@ async fn parts(
         here: stopping.child_token(),
         tasks: TaskTracker::new(),
         queues: Total::new(config.memory().queues_bytes_max),
+        connected: Arc::default(),
         inputs,
         progress,
         defaults: Arc::new(defaults),
@@ -183,6 +186,7 @@ struct Parts<'a> {
     /// Those of the sessions.
     tasks: TaskTracker,
     queues: Arc<Total>,
+    connected: Arc<Connected>,
     inputs: Inputs,
     progress: watch::Receiver<Progress>,
     defaults: Arc<watch::Sender<Arc<Defaults>>>,
@@ -212,6 +216,14 @@ impl Parts<'_> {
             Some(opening) => self.grpc(opening)?,
             None => early.ok_or_else(|| Error::Definite("no replica was let in".into()))?,
         };
+        let (config, connected, here) = (
+            self.config.clone(),
+            self.connected.clone(),
+            self.here.clone(),
+        );
+        self.tasks.spawn(async move {
+            connected::serve(&config.data_dir, connected, config.shapes.clone(), here).await;
+        });
         let (mut engine, confirmed) = Engine::new(started.mirror, told);
         let group_time = self.shared.group_time;
         let (over, mut ended) = oneshot::channel();
@@ -284,6 +296,8 @@ impl Parts<'_> {
             progress: self.progress.clone(),
             defaults: self.defaults.subscribe(),
             readers: Readers::new(opening.readers),
+            connected: self.connected.clone(),
+            keeper: Keeper::new(self.inputs.clone()),
             copied: self.copied.clone(),
             queue_bytes_max: self.config.memory().queue_bytes_max,
             queues: self.queues.clone(),

@@ -5,9 +5,10 @@
 //! the mirror for the difference between its position and now, sends that as one transaction, and goes back to the
 //! queue. A join is a catch-up from nothing, so there is no other mode, and a slow replica costs a position.
 //!
-//! [`queue`] is what the engine pushes to, [`view`] what the replica may see, and [`Session::run`] turns both into
+//! [`queue`] is what the engine pushes to, [`view`] what the replica may see, [`former`] what it was shown before, and [`Session::run`] turns both into
 //! messages.
 
+pub mod former;
 mod queue;
 mod readers;
 mod view;
@@ -115,6 +116,8 @@ pub struct Session {
 struct Standing {
     /// What the replica has been sent, for each of `views`; `None`: nothing that it could keep.
     from: Vec<Option<Position>>,
+    /// What it was shown there by, where that is not the view; until it got the first transaction.
+    former: Vec<Option<Arc<TableView>>>,
     /// No transaction was sent yet.
     first: bool,
     /// The position of the last Commit or Heartbeat.
@@ -160,6 +163,7 @@ impl Session {
         };
         Standing {
             from: self.views.iter().map(held).collect(),
+            former: vec![None; self.views.len()],
             first: true,
             last: proof.map(|proof| proof.position),
             stopped: Vec::new(),
@@ -182,8 +186,13 @@ impl Session {
             if now.durable.lsn >= at.lsn {
                 return Ok(());
             }
-            encoder.heartbeat(at, now.source);
-            encoder.end_message((self.issue)(at));
+            // A heartbeat comes with a token that proves what the replica is shown now, which it was not yet if that is something else.
+            if standing.from.contains(&None) {
+                encoder.sign_of_life();
+            } else {
+                encoder.heartbeat(at, now.source);
+                encoder.end_message((self.issue)(at));
+            }
             self.send(encoder).await?;
             let moved = tokio::time::timeout(HEARTBEAT_EVERY, self.progress.changed());
             if let Ok(Err(_)) = moved.await {
@@ -200,6 +209,7 @@ impl Session {
         encoder: &mut Encoder,
     ) -> Result<(), Ended> {
         let mut reader = self.alive(encoder, self.readers.take()).await?;
+        self.find_former(standing, &mut reader)?;
         let reset = self.unreachable(standing, &mut reader).await?;
         for at in &reset {
             standing.from[*at] = None;
@@ -208,11 +218,14 @@ impl Session {
         encoder.begin(standing.first, ids);
         if standing.first {
             standing.defaults = self.defaults.borrow_and_update().clone();
-            self.declare(encoder, &standing.defaults, |_| true);
+            self.declare(encoder, &standing.defaults, &standing.former, |_| true);
         }
-        let items = self.views.iter().zip(&standing.from);
-        let items = items.map(|(view, from)| Item {
-            view: view.clone(),
+        let items = self.views.iter().zip(&standing.from).zip(&standing.former);
+        let items = items.map(|((view, from), former)| Item {
+            view: match former {
+                Some(former) => Arc::new(former::Changed::new(view.clone(), former.clone())),
+                None => view.clone(),
+            },
             from: *from,
         });
         let mut catchup = Catchup::new(items.collect());
@@ -282,24 +295,44 @@ impl Session {
         encoder.end_message((self.issue)(position));
         self.send(encoder).await?;
         standing.from.fill(Some(position));
+        standing.former.fill(None);
         standing.first = false;
         standing.last = Some(position);
         Ok(())
     }
 
-    /// Declares tables.
+    /// Finds what the replica was shown of the tables whose definitions are others now.
+    fn find_former(&self, standing: &mut Standing, reader: &mut Lease) -> Result<(), Ended> {
+        let epoch = self.progress.borrow().durable.epoch;
+        let proof = self.proof.as_ref();
+        let proof = proof.filter(|proof| standing.first && proof.position.epoch == epoch);
+        let Some(proof) = proof else { return Ok(()) };
+        let found = tokio::task::block_in_place(|| former::find(&mut *reader, &self.views, proof))?;
+        for (place, former) in found.into_iter().enumerate() {
+            if former.is_some() {
+                standing.from[place] = Some(proof.position);
+                standing.former[place] = former;
+            }
+        }
+        Ok(())
+    }
+
+    /// Declares tables. `former`: what the replica was shown of them before, where that was something else.
     fn declare(
         &self,
         encoder: &mut Encoder,
         defaults: &Defaults,
+        former: &[Option<Arc<TableView>>],
         which: impl Fn(&TableView) -> bool,
     ) {
         for (at, view) in self.views.iter().enumerate() {
             if which(view) {
+                let former = former.get(at).and_then(Option::as_ref);
                 encoder.table(
                     at as u32 + 1,
                     view.table(),
                     view.columns(),
+                    former.is_some_and(|former| former.columns() != view.columns()),
                     view.is_writable(),
                     view.policy(),
                     defaults,
@@ -419,7 +452,7 @@ impl Session {
             !standing.stopped.contains(&table) && known.get(&table) != standing.defaults.get(&table)
         };
         encoder.begin(false, Vec::new());
-        self.declare(encoder, &standing.defaults, changed);
+        self.declare(encoder, &standing.defaults, &[], changed);
         let position = standing.last.unwrap_or(now.durable);
         encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
         encoder.end_message((self.issue)(position));
@@ -460,6 +493,8 @@ impl Session {
             reader.begin()?;
             for (at, (view, from)) in self.views.iter().zip(&standing.from).enumerate() {
                 let reaches = match from {
+                    // It was looked at.
+                    Some(_) if standing.former[at].is_some() => true,
                     Some(from) => tables_of(&**view).iter().try_fold(true, |all, table| {
                         Ok::<_, mirror::Error>(all && reader.reaches(table.oid, *from)?)
                     })?,
