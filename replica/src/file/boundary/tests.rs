@@ -247,51 +247,54 @@ fn a_wal_that_comes_and_goes_between_two_looks_is_not_missed() {
     assert_eq!(ends.len(), tag);
 }
 
+/// How long it gets depends on how fast the disk is; that it is started over again and again does not.
 #[test]
-fn the_wal_of_a_program_that_writes_all_the_time_stays_short() {
+fn the_wal_of_a_program_that_writes_all_the_time_is_never_started_over() {
     const PAGES_MAX: u32 = 1_000;
+    const STARTED_OVER_MIN: u32 = 4;
     let folder = Folder::new("");
     let mut boundaries = folder.boundaries();
-    // 40 pages a transaction, without a pause.
+    // 40 pages a transaction, without a pause, until it hears the end of its input.
     let script = "
-import sqlite3, sys
+import select, sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
-for number in range(int(sys.argv[2])):
+number = 0
+while not select.select([sys.stdin], [], [], 0)[0]:
+    number += 1
     connection.execute('BEGIN IMMEDIATE')
     for row in range(4):
         connection.execute('INSERT INTO work VALUES (?, zeroblob(40000))', (str(number),))
     connection.execute('COMMIT')
 ";
-    let count = transactions(300).min(2_000);
     let mut child = Command::new("python3")
         .args(["-c", script])
         .arg(folder.path())
-        .arg(count.to_string())
+        .stdin(Stdio::piped())
         .spawn()
         .unwrap();
-    let (mut ends, mut longest, mut ways) = (Vec::new(), 0, 0);
-    let mut running = true;
-    while running {
-        running = child.try_wait().unwrap().is_none();
+    let (mut ends, mut longest, mut before, mut started_over) = (Vec::new(), 0, 0, 0);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while started_over < STARTED_OVER_MIN {
+        assert!(child.try_wait().unwrap().is_none(), "the program failed");
+        assert!(
+            Instant::now() < deadline,
+            "started over {started_over} times, {longest} pages at most"
+        );
         let look = boundaries.look().unwrap();
         assert!(look.proved);
         ends.extend(look.ends);
         longest = longest.max(look.wal_pages);
-        if look.wal_pages > PAGES_MAX && make_way(&mut boundaries, &folder.own) {
-            ways += 1;
+        started_over += u32::from(look.wal_pages < before);
+        before = look.wal_pages;
+        if look.wal_pages > PAGES_MAX {
+            make_way(&mut boundaries, &folder.own);
         }
     }
+    drop(child.stdin.take());
     assert!(child.wait().unwrap().success());
     ends.extend(exact(&mut boundaries));
     assert_eq!(ends, folder.ends());
-    let written = count as u64 * 40 * 4_096;
-    println!(
-        "{longest} pages at most, {} bytes of {written}, made way {ways} times",
-        folder.wal_bytes()
-    );
-    // Transactions go on while the WAL is read and written back.
-    assert!(longest < 6 * PAGES_MAX, "{longest} pages");
-    assert!(folder.wal_bytes() < written / 2);
+    println!("{longest} pages at most");
 }
 
 #[test]
