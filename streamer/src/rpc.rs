@@ -40,7 +40,7 @@ pub use self::{
 };
 use self::{
     permit::{Permit, unauthenticated},
-    quota::{Entered, Kind},
+    quota::{Entered, Kind, ROOM_AFTER},
 };
 use crate::{
     auth::{Principal, Shown, Verifier, certificate::Certificate},
@@ -65,9 +65,6 @@ pub const SESSIONS_MAX: i64 = 10_000;
 
 /// Bytes of names and parameters in a Hello.
 pub const HELLO_BYTES_MAX: usize = 64 * 1024;
-
-/// When to come again where the streamer is full: another one, or this one when somebody left.
-const ROOM_AFTER: Duration = Duration::from_secs(5);
 
 /// A replica says Hello within this time, or is not one.
 const HELLO_TIME: Duration = Duration::from_secs(10);

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use super::{COLLECTED_MAX, OP_BYTES, View, new_list, of_rows, told};
 use crate::{
     delta::Op,
-    lookup::Nothing,
+    lookup::{self, Nothing},
     mirror::{Error, Key, Keys, Place, Reader},
     table::{Oid, Table},
 };
@@ -49,7 +49,7 @@ pub enum Told {
 }
 
 /// Who may have seen a row of a table, by place: too many, never too few.
-pub type MaySee<'a> = dyn Fn(Oid, &[u8], &mut Vec<u64>) -> Result<(), Error> + 'a;
+pub type MaySee<'a> = dyn Fn(Oid, &[u8], &mut Vec<u64>) -> Result<(), lookup::Error> + 'a;
 
 /// What each member is told, in the snapshot that `reader` has open. `bytes_max` is for all of them.
 pub fn pass<V: View>(
@@ -217,7 +217,7 @@ impl<'a, V: View> Served<'a, V> {
                 }
                 left -= 1;
                 let mut concerned = Vec::new();
-                may_see(table.oid, &row, &mut concerned)?;
+                may_see(table.oid, &row, &mut concerned).map_err(|error| of_rows(&table, error))?;
                 for place in concerned {
                     if is_nowhere(self.stands[place as usize]) {
                         self.tell(place as usize, &table, None, Some(&row))?;
@@ -298,7 +298,7 @@ impl<'a, V: View> Served<'a, V> {
         };
         let mut concerned = Vec::new();
         for row in states.all() {
-            may_see(table.oid, row, &mut concerned)?;
+            may_see(table.oid, row, &mut concerned).map_err(|error| of_rows(table, error))?;
         }
         concerned.sort_unstable();
         concerned.dedup();

@@ -15,8 +15,8 @@ use crate::config::Limits;
 /// Accounts that are kept. Those that nobody uses, and that have nothing to wait for, make way.
 const ACCOUNTS_MAX: usize = 100_000;
 
-/// When to come again where only the end of another call helps, which may come at any time.
-const ROOM_AFTER: Duration = Duration::from_secs(5);
+/// When to come again where only the end of another call helps, which may come at any time; or to another streamer.
+pub const ROOM_AFTER: Duration = Duration::from_secs(5);
 
 /// What one local transaction and one byte may come to at once, in seconds of what is allowed: what was written offline comes in
 /// one go.

@@ -19,7 +19,7 @@ use crate::{
     },
     delta::Op,
     engine::{Input, Inputs, Join, Joined, Joining},
-    lookup, mirror,
+    mirror,
     route::Router,
     table::Oid,
 };
@@ -151,16 +151,7 @@ fn pass(
         let bounds = member.views.iter().flat_map(|view| view.bounds());
         router.add(place as u64, &bounds.cloned().collect::<Vec<_>>());
     }
-    let may_see = |table: Oid, row: &[u8], found: &mut Vec<u64>| {
-        let seen = router.may_see(table, row, found);
-        seen.map_err(|error| match error {
-            lookup::Error::Mirror(error) => error,
-            lookup::Error::Malformed(error) => {
-                mirror::Error::Damaged(format!("a row of table {table}: {error}"))
-            }
-            lookup::Error::TooMuch => mirror::Error::Misused("nothing is looked up here"),
-        })
-    };
+    let may_see = |table: Oid, row: &[u8], found: &mut Vec<u64>| router.may_see(table, row, found);
     let bytes_max = TOLD_BYTES_MAX.min(members.len() * ROUND_BYTES);
     together::pass(reader, members, &may_see, bytes_max)
 }

@@ -9,7 +9,10 @@ mod limits;
 mod published;
 mod tenants;
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anabranch_tests::{
     caller::channel,
@@ -76,6 +79,15 @@ impl Fixture {
         let path = self.dir.path().join(name);
         fs::write(&path, token).unwrap();
         path
+    }
+
+    /// A replica that reads its token from there.
+    async fn replica_by(&self, token_file: &Path) -> Replica {
+        Replica::config(&self.streamer)
+            .token_file(token_file)
+            .subscribe("s")
+            .start()
+            .await
     }
 }
 

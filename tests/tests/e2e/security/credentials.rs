@@ -100,11 +100,7 @@ async fn a_renewed_token_breaks_the_stream() {
     let short = with_id(claims("a", 1, LIFE_SECONDS + 4 - LEEWAY_SECONDS), "first");
     let end = at(LIFE_SECONDS + 4);
     let file = fixture.token_file("token", &fixture.signer.token(&short));
-    let replica = Replica::config(&fixture.streamer)
-        .token_file(&file)
-        .subscribe("s")
-        .start()
-        .await;
+    let replica = fixture.replica_by(&file).await;
     let newer = fixture
         .signer
         .token(&with_id(claims("a", 1, 600), "second"));
@@ -145,11 +141,7 @@ async fn a_renewed_token_breaks_the_stream() {
 async fn a_renewed_token_of_other_claims_leaves_the_old_rows() {
     let fixture = Fixture::start(|config| config).await;
     let file = fixture.token_file("token", &fixture.token("a", 1));
-    let replica = Replica::config(&fixture.streamer)
-        .token_file(&file)
-        .subscribe("s")
-        .start()
-        .await;
+    let replica = fixture.replica_by(&file).await;
     fs::write(&file, fixture.token("a", 2)).unwrap();
     until("it has the rows of the other team", DEADLINE, || async {
         let sql = "SELECT group_concat(DISTINCT team) FROM t";
@@ -168,11 +160,7 @@ async fn a_renewed_token_of_other_claims_leaves_the_old_rows() {
 async fn a_renewed_token_that_is_no_good_ends_a_good_stream() {
     let fixture = Fixture::start(|config| config).await;
     let file = fixture.token_file("token", &fixture.token("a", 1));
-    let replica = Replica::config(&fixture.streamer)
-        .token_file(&file)
-        .subscribe("s")
-        .start()
-        .await;
+    let replica = fixture.replica_by(&file).await;
     let stranger = anabranch_tests::issuer::Signer::new("a");
     let other = stranger.token(&claims("a", 2, 600));
     for (i, bad) in [other.as_str(), "half-a-tok", "", "a\nb"]
