@@ -16,6 +16,10 @@
 //! Of a table whose condition looks into others, the rows that did not change, but the condition's answer may have, are looked at
 //! as well (`affected`): before and after are two states of all these tables, and the condition is asked in both.
 //!
+//! Where the replica was shown a table by another definition than now ([`View::former`]), each range begins as what that one showed:
+//! of such a range all keys are looked at that have a row or were changed since, was and is being asked of two conditions.
+//! From the first time that it was brought on, a range is like any other.
+//!
 //! A mirror that is still being filled may be read as well: rows of tables that are open to readers are given out up
 //! to the highest key that is there so far (see `mirror::copy`). The mirror has no position then, so no round is complete;
 //! when the history has begun, the rounds go on in it.
@@ -76,12 +80,29 @@ pub trait View: Send + Sync {
     fn bounds(&self) -> &[Bound] {
         &[]
     }
+    /// What the replica was shown at the position that it comes from, where that is something else.
+    fn former(&self) -> Option<&dyn View> {
+        None
+    }
+    /// What the replica has of a row that [`View::former`] showed it, in the form of [`View::project`].
+    fn held(&self, row: &Bytes) -> Result<Bytes, Malformed> {
+        self.project(row)
+    }
 }
 
 /// Its own table, and those that its conditions look into; none twice.
 pub fn tables_of(view: &dyn View) -> Vec<&Arc<Table>> {
     let mut tables = vec![view.table()];
     add_inner_tables(view.bounds(), &mut tables);
+    tables
+}
+
+/// Those, and the ones of what the replica was shown before.
+fn all_tables_of(view: &dyn View) -> Vec<&Arc<Table>> {
+    let mut tables = tables_of(view);
+    if let Some(former) = view.former() {
+        add_inner_tables(former.bounds(), &mut tables);
+    }
     tables
 }
 
@@ -203,7 +224,12 @@ struct Range {
     upto: Option<Key>,
     /// `None`: it has none of them.
     as_of: Option<i64>,
+    /// It has them as the view's former one showed them.
+    former: bool,
 }
+
+/// What is to be brought to the snapshot: its bounds, and what the replica has of it (see [`Range`]).
+type Stale = (Option<Key>, Option<Key>, Option<i64>, bool);
 
 /// How far a stretch was brought.
 enum Stretch {
@@ -280,7 +306,8 @@ impl Catchup {
         let mut ranges = Vec::new();
         for Item { view, from } in &self.items {
             if let Some(from) = *from {
-                for table in tables_of(&**view) {
+                // Where it was shown something else, that must be known as it was; what it is shown now need not be.
+                for table in tables_of(view.former().unwrap_or(&**view)) {
                     if !filled || !reader.reaches(table.oid, from)? {
                         return Err(Error::OutOfReach(table.full_name()));
                     }
@@ -291,7 +318,11 @@ impl Catchup {
                 Some(from) if from.lsn > at.lsn => return Err(Error::Ahead { from, at }),
                 Some(from) => Some(reader.ordinal_at(from.lsn)?),
             };
-            ranges.push(Ranges(vec![Range { upto: None, as_of }]));
+            ranges.push(Ranges(vec![Range {
+                upto: None,
+                as_of,
+                former: as_of.is_some() && view.former().is_some(),
+            }]));
         }
         Ok(Walk {
             histories: reader.snapshot()?.histories,
@@ -328,7 +359,7 @@ impl Catchup {
         }
         for (place, item) in self.items.iter().enumerate() {
             let oldest = walk.ranges[place].oldest();
-            for table in tables_of(&*item.view) {
+            for table in all_tables_of(&*item.view) {
                 let standing = reader.standing(table.oid)?;
                 let copy = standing.map(|standing| standing.copy);
                 // The change index has nothing of what happened between two copies.
@@ -407,10 +438,12 @@ impl Catchup {
         upto: Option<&Key>,
         turn: &mut Turn<'_>,
     ) -> Result<bool, Error> {
-        while let Some((from, to, as_of)) = walk.ranges[item].stale(after.as_ref(), upto, turn.now)
+        while let Some((from, to, as_of, former)) =
+            walk.ranges[item].stale(after.as_ref(), upto, turn.now)
         {
-            let listed =
-                |as_of| self.looks_into_others(item) || as_of + self.limits.merged_max < turn.now;
+            let listed = |as_of| {
+                former || self.looks_into_others(item) || as_of + self.limits.merged_max < turn.now
+            };
             if as_of.is_some_and(listed) && !self.collect(walk, turn)? {
                 (walk.item, walk.after) = (item, after);
                 return Ok(false);
@@ -419,7 +452,7 @@ impl Catchup {
                 after: from.as_ref(),
                 upto: to.as_ref(),
             };
-            match self.stretch(item, keys, as_of, turn)? {
+            match self.stretch(item, keys, (as_of, former), turn)? {
                 Stretch::Stopped(behind) => {
                     if behind.is_some() {
                         walk.ranges[item].set(from.as_ref(), behind.as_ref(), turn.now);
@@ -442,10 +475,11 @@ impl Catchup {
         &self,
         item: usize,
         keys: Keys<'_>,
-        as_of: Option<i64>,
+        (as_of, former): (Option<i64>, bool),
         turn: &mut Turn<'_>,
     ) -> Result<Stretch, Error> {
         let view = &*self.items[item].view;
+        let had = if former { view.former() } else { None };
         let table = view.table();
         let looks_into_others = self.looks_into_others(item);
         let Turn {
@@ -491,7 +525,7 @@ impl Catchup {
             if is_first {
                 reads.set(usize::MAX);
             }
-            let found = told(view, (was.as_ref(), &before), (is.as_ref(), &after));
+            let found = told((had, view), (was.as_ref(), &before), (is.as_ref(), &after));
             if is_first {
                 let read = usize::MAX - reads.left();
                 reads.set(self.limits.reads_max.saturating_sub(read));
@@ -514,15 +548,19 @@ impl Catchup {
         };
         match as_of {
             None => reader.scan(table.oid, keys, |key, row| look(key, None, Some(row)))?,
-            Some(as_of) if looks_into_others => {
-                reader.concerned_after(table.oid, item, as_of, keys, |key, ordinal| {
+            Some(as_of) if former || looks_into_others => {
+                let both = |key: Key, ordinal: Option<i64>| {
                     let is = reader.row(table.oid, &key)?;
                     let was = match ordinal {
                         Some(ordinal) => reader.old(table, ordinal, &key)?,
                         None => is.clone(),
                     };
                     look(key, was, is)
-                })?;
+                };
+                match former {
+                    true => reader.all_after(table.oid, as_of, keys, both)?,
+                    false => reader.concerned_after(table.oid, item, as_of, keys, both)?,
+                }
             }
             Some(as_of) if as_of + self.limits.merged_max >= *now => {
                 reader.changes_of(table, as_of, *now, keys, |key, was| {
@@ -564,7 +602,10 @@ impl Catchup {
             }
         });
         let bounds: Vec<&[Bound]> = self.items.iter().map(|item| item.view.bounds()).collect();
-        let past = inner_indexes(&bounds);
+        let mut all = bounds.clone();
+        let formers = self.items.iter().filter_map(|item| item.view.former());
+        all.extend(formers.map(View::bounds));
+        let past = inner_indexes(&all);
         let entries_max = if past.is_empty() {
             self.limits.collected_max
         } else {
@@ -589,10 +630,9 @@ impl Catchup {
 
     /// Whether the condition of an item looks into other tables.
     fn looks_into_others(&self, item: usize) -> bool {
-        let bounds = self.items[item].view.bounds();
-        bounds
-            .iter()
-            .any(|bound| !bound.select.subqueries().is_empty())
+        let view = &*self.items[item].view;
+        let former = view.former().map_or(&[][..], View::bounds);
+        (view.bounds().iter().chain(former)).any(|bound| !bound.select.subqueries().is_empty())
     }
 }
 
@@ -620,21 +660,24 @@ fn is_filled(reader: &Reader) -> Result<bool, Error> {
     Ok(reader.snapshot()?.position != Position::default())
 }
 
-/// What the replica is told of one row.
+/// What the replica is told of one row: by the view, and by what it `had` before where that is another one.
 fn told(
-    view: &dyn View,
+    (had, view): (Option<&dyn View>, &dyn View),
     (was, before): (Option<&Bytes>, &dyn Lookup),
     (is, after): (Option<&Bytes>, &dyn Lookup),
 ) -> Result<Option<Op>, lookup::Error> {
-    let seen = |row: Option<&Bytes>, lookup| match row {
+    let seen = |view: &dyn View, row: Option<&Bytes>, lookup| match row {
         Some(row) => view.contains(row, lookup),
         None => Ok(false),
     };
-    let (was_seen, is_seen) = (seen(was, before)?, seen(is, after)?);
+    let was_seen = seen(had.unwrap_or(view), was, before)?;
+    let is_seen = seen(view, is, after)?;
     let (was, is) = (was.filter(|_| was_seen), is.filter(|_| is_seen));
-    Ok(delta::decide(view.table(), was, is, |row| {
-        view.project(row)
-    })?)
+    let (table, project) = (view.table(), |row: &Bytes| view.project(row));
+    Ok(match had {
+        None => delta::decide(table, was, is, project)?,
+        Some(_) => delta::decide_changed(table, was, is, |row| view.held(row), project)?,
+    })
 }
 
 fn of_rows(table: &Table, error: lookup::Error) -> Error {
@@ -655,18 +698,14 @@ impl Ranges {
     }
 
     /// The first stretch between two keys that is not as of `now`: its bounds, and as of what it is.
-    fn stale(
-        &self,
-        after: Option<&Key>,
-        upto: Option<&Key>,
-        now: i64,
-    ) -> Option<(Option<Key>, Option<Key>, Option<i64>)> {
+    fn stale(&self, after: Option<&Key>, upto: Option<&Key>, now: i64) -> Option<Stale> {
         let mut from: Option<&Key> = None;
         for range in &self.0 {
             let to = range.upto.as_ref();
             let (low, high) = (from.max(after), lower_end(to, upto));
-            if range.as_of != Some(now) && is_stretch(low, high) {
-                return Some((low.cloned(), high.cloned(), range.as_of));
+            let is_stale = range.former || range.as_of != Some(now);
+            if is_stale && is_stretch(low, high) {
+                return Some((low.cloned(), high.cloned(), range.as_of, range.former));
             }
             from = to;
         }
@@ -680,25 +719,28 @@ impl Ranges {
         for range in &self.0 {
             let to = range.upto.as_ref();
             if after.is_some() && is_stretch(from, lower_end(to, after)) {
-                ranges.push(lower_end(to, after), range.as_of);
+                ranges.push(lower_end(to, after), range.as_of, range.former);
             }
             if is_stretch(from.max(after), lower_end(to, upto)) {
-                ranges.push(lower_end(to, upto), Some(now));
+                ranges.push(lower_end(to, upto), Some(now), false);
             }
             if upto.is_some() && is_stretch(from.max(upto), to) {
-                ranges.push(to, range.as_of);
+                ranges.push(to, range.as_of, range.former);
             }
             from = to;
         }
         *self = ranges;
     }
 
-    fn push(&mut self, upto: Option<&Key>, as_of: Option<i64>) {
+    fn push(&mut self, upto: Option<&Key>, as_of: Option<i64>, former: bool) {
         match self.0.last_mut() {
-            Some(last) if last.as_of == as_of => last.upto = upto.cloned(),
+            Some(last) if (last.as_of, last.former) == (as_of, former) => {
+                last.upto = upto.cloned();
+            }
             _ => self.0.push(Range {
                 upto: upto.cloned(),
                 as_of,
+                former,
             }),
         }
     }

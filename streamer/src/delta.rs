@@ -45,6 +45,24 @@ pub fn decide(
     })
 }
 
+/// The same where the replica was shown the row by another definition: what it had of it then is `held(row)`, in the form of
+/// what `project` makes of a row now.
+pub fn decide_changed(
+    table: &Table,
+    was: Option<&Bytes>,
+    is: Option<&Bytes>,
+    held: impl Fn(&Bytes) -> Result<Bytes, Malformed>,
+    project: impl Fn(&Bytes) -> Result<Bytes, Malformed>,
+) -> Result<Option<Op>, Malformed> {
+    match (was, is) {
+        (Some(before), Some(after)) => {
+            let after = project(after)?;
+            Ok((held(before)? != after).then_some(Op::Upsert(after)))
+        }
+        (was, is) => decide(table, was, is, project),
+    }
+}
+
 /// The record of the key's columns, in key order, of a row.
 pub fn key_record(table: &Table, row: &[u8]) -> Result<Bytes, Malformed> {
     pick(row, &table.key)
@@ -151,6 +169,39 @@ mod tests {
         let table = table();
         let refuse = |_: &Bytes| panic!("looked at a row that the replica must not know");
         assert_eq!(decide(&table, None, None, refuse).unwrap(), None);
+    }
+
+    #[test]
+    fn under_another_definition_what_the_replica_has_already_is_not_sent() {
+        let table = table();
+        // It had the first column only; of the second it has NULL now.
+        let held = |row: &Bytes| {
+            let first = record::value(row, 0)?;
+            Ok(record::build([first, ValueRef::Null]))
+        };
+        let null = record::build([ValueRef::Integer(1), ValueRef::Null, ValueRef::Null]);
+        let check = |was, is, expect| {
+            let told = decide_changed(&table, was, is, held, visible);
+            assert_eq!(told.unwrap(), expect);
+        };
+        let (one, other) = (row(1, "x", "s"), row(2, "x", "s"));
+        check(Some(&null), Some(&null), None);
+        check(
+            Some(&one),
+            Some(&one),
+            Some(Op::Upsert(visible(&one).unwrap())),
+        );
+        check(
+            None,
+            Some(&other),
+            Some(Op::Upsert(visible(&other).unwrap())),
+        );
+        check(
+            Some(&one),
+            None,
+            Some(Op::Delete(key_record(&table, &one).unwrap())),
+        );
+        check(None, None, None);
     }
 
     #[test]

@@ -37,12 +37,14 @@ impl Encoder {
     }
 
     /// Declares a table with the columns at `columns`. `policy`: how conflicts are settled; `defaults`: what columns hold
-    /// that an INSERT leaves out.
+    /// that an INSERT leaves out. `reshaped`: the replica has it with other columns.
+    #[expect(clippy::too_many_arguments)]
     pub fn table(
         &mut self,
         id: u32,
         table: &Table,
         columns: &[usize],
+        reshaped: bool,
         writable: bool,
         policy: Option<&Policy>,
         defaults: &Defaults,
@@ -85,6 +87,7 @@ impl Encoder {
                 .collect(),
             purpose: receipts::purpose(table).into(),
             writable,
+            reshaped,
         };
         let bytes = table.columns.len() * 64;
         self.push(v1::element::Kind::Table(declared), bytes);

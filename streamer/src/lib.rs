@@ -23,6 +23,9 @@
 //!  receipts                     the answer: a row of its own transaction, which goes the way down
 //!
 //!  a start                      config → postgres/check, setup → start → postgres/copy → mirror → run
+//!
+//!  a question                   connected (who is here; on a socket in data_dir) and mirror/outside (the rows) → diff, explain:
+//!                               of another process, that of the command
 //! ```
 //!
 //! What is *not* so: `shape`, `route`, `delta`, `pgoutput`, `assemble` and `write` do no network I/O, have no clock and no
@@ -33,10 +36,14 @@
 pub mod auth;
 pub mod catchup;
 pub mod config;
+pub mod connected;
+pub mod definition;
 pub mod delta;
+pub mod diff;
 pub mod encode;
 pub mod engine;
 pub mod events;
+pub mod explain;
 pub mod http;
 pub mod lookup;
 pub mod metrics;

@@ -1,10 +1,13 @@
 //! `anabranch-streamer`: reads the command line and runs the library.
 
+mod commands;
+
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration};
 
 use anabranch_streamer::{
     auth,
     config::Config,
+    explain::Question,
     postgres::{self, check::Severity},
     run::{self, Keys, KeysError},
     start,
@@ -54,6 +57,27 @@ enum Command {
         #[arg(long)]
         print: bool,
     },
+    /// Look at shapes beside the streamer that runs.
+    Shapes {
+        #[command(subcommand)]
+        command: Shapes,
+    },
+    /// Say why a connected replica is, or is not, shown a row, condition by condition. It shows the row: to be run by the
+    /// streamer's user, on its machine.
+    Explain {
+        /// The replica's id.
+        #[arg(long)]
+        replica: String,
+        /// The table: `issues`, or `other.notes` of another schema.
+        #[arg(long)]
+        table: String,
+        /// The key, as the replica's file has it: a value; `column=value` for each of several columns; or a JSON array or object.
+        #[arg(long, required = true)]
+        key: Vec<String>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Mint a token to try things out, where the config holds a signing key.
     Token {
         /// Its claims, as a JSON object: '{"sub": "edge-1", "team_id": 7}'.
@@ -61,6 +85,17 @@ enum Command {
         /// How long it is good, in seconds.
         #[arg(long, default_value_t = 3600)]
         seconds: u64,
+    },
+}
+
+#[derive(Subcommand)]
+enum Shapes {
+    /// Say what each connected replica would gain and lose if the streamer were restarted with this config. Exit code 1 if one
+    /// of them would be refused.
+    Diff {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -91,6 +126,22 @@ fn main() -> ExitCode {
                 Err(error) => without_keys(&error),
             },
             Command::Setup { print } => setup(&config, print).await,
+            Command::Shapes {
+                command: Shapes::Diff { json },
+            } => commands::diff(&config, json).await,
+            Command::Explain {
+                replica,
+                table,
+                key,
+                json,
+            } => {
+                let question = Question {
+                    replica,
+                    table,
+                    key,
+                };
+                commands::explain(&config, &question, json).await
+            }
             Command::Token { claims, seconds } => token(&config, &claims, seconds),
         }
     });

@@ -44,7 +44,10 @@ use self::{
 };
 use crate::{
     auth::{Principal, Shown, Verifier, certificate::Certificate},
+    catchup::View,
     config::Role,
+    connected::Connected,
+    definition::Keeper,
     engine::{Inputs, Progress},
     metrics::Metrics,
     policy::Policies,
@@ -97,6 +100,10 @@ pub struct Core {
     pub gathering: Requests,
     /// Who may wait to be served.
     pub admission: Arc<Admission>,
+    /// Who is here.
+    pub connected: Arc<Connected>,
+    /// Keeps what replicas are shown, for when it changes.
+    pub keeper: Arc<Keeper>,
     /// Counts what the initial copy brings, if one is under way.
     pub copied: watch::Receiver<u64>,
     /// Bytes of one queue at most.
@@ -186,12 +193,27 @@ impl Service {
         };
         let fingerprints: Vec<_> = views.iter().map(|view| view.fingerprint()).collect();
         let id = self.sessions.fetch_add(1, Ordering::Relaxed);
+        let seat = (core.connected).enter(
+            id,
+            &hello.replica_id,
+            &hello.subscriptions,
+            &principal.claims,
+        );
+        // Receipts are shown in one way only.
+        let shown = views
+            .iter()
+            .filter(|view| view.table().schema != receipts::SCHEMA);
+        let used = (core.keeper).used(shown.map(|view| (view.fingerprint(), view.bounds())));
         Ok(Session {
             handle: Handle::new(id, core.queue_bytes_max, core.queues.clone()),
             bounds: Arc::new(bounds.into_iter().map(|(_, bound)| bound).collect()),
             views,
             proof,
-            issue: Box::new(move |position| holder.issue(position, &fingerprints)),
+            issue: Box::new(move |position| {
+                seat.sent(position);
+                used.now();
+                holder.issue(position, &fingerprints)
+            }),
             inputs: core.inputs.clone(),
             progress: core.progress.clone(),
             defaults: core.defaults.clone(),

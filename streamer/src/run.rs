@@ -20,6 +20,8 @@ use tonic::service::Routes;
 use crate::{
     auth::{self, Verifier},
     config::{self, Config, JwtKey},
+    connected::{self, Connected},
+    definition::Keeper,
     engine::{self, Engine, GROUP_TIME, INPUTS_MAX, Input, Inputs, Progress},
     events::Waiting,
     http::{self, Pages},
@@ -190,6 +192,7 @@ async fn parts(
         here: stopping.child_token(),
         tasks: TaskTracker::new(),
         queues: Total::new(config.memory().queues_bytes_max),
+        connected: Arc::default(),
         inputs,
         progress,
         defaults: Arc::new(defaults),
@@ -215,6 +218,7 @@ struct Parts<'a> {
     /// Those of the sessions.
     tasks: TaskTracker,
     queues: Arc<Total>,
+    connected: Arc<Connected>,
     inputs: Inputs,
     progress: watch::Receiver<Progress>,
     defaults: Arc<watch::Sender<Arc<Defaults>>>,
@@ -244,6 +248,14 @@ impl Parts<'_> {
             Some(opening) => self.grpc(opening)?,
             None => early.ok_or_else(|| Error::Definite("no replica was let in".into()))?,
         };
+        let (config, connected, here) = (
+            self.config.clone(),
+            self.connected.clone(),
+            self.here.clone(),
+        );
+        self.tasks.spawn(async move {
+            connected::serve(&config.data_dir, connected, config.shapes.clone(), here).await;
+        });
         let (mut engine, confirmed) = Engine::new(started.mirror, told);
         let group_time = self.shared.group_time;
         let (over, mut ended) = oneshot::channel();
@@ -322,6 +334,8 @@ impl Parts<'_> {
             readers,
             gathering,
             admission: Admission::new(WAITING_MAX),
+            connected: self.connected.clone(),
+            keeper: Keeper::new(self.inputs.clone()),
             copied: self.copied.clone(),
             queue_bytes_max: self.config.memory().queue_bytes_max,
             queues: self.queues.clone(),

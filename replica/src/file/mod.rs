@@ -56,6 +56,7 @@ mod queue;
 mod receipts;
 mod replay;
 mod reset;
+mod reshape;
 mod schema;
 mod stage;
 mod state;

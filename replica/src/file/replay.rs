@@ -27,8 +27,9 @@ use super::{
     pieces::Pieces,
     receipts,
     reset::{self, ResetError},
+    reshape,
     schema::{Catalog, There, Version},
-    stage::Stages,
+    stage::{Stage, Stages},
     state::{Heard, State},
     table::{Purpose, Table},
     write::{Keys, RowError, Writer},
@@ -249,6 +250,7 @@ impl<'c> Replay<'c> {
                     is_new = true;
                 }
                 There::Same => {}
+                There::Other if table.reshaped => return self.reshape(table),
                 There::Nothing | There::Other => {
                     return Err(Failure::Forget(format!(
                         "{} is not in the file as the streamer declares it, which does not send it in full",
@@ -263,6 +265,21 @@ impl<'c> Replay<'c> {
                 self.overlay.touch_all(table.id);
             }
         }
+        Arc::make_mut(&mut self.outcome.tables).insert(table.id, table);
+        Ok(())
+    }
+
+    /// A table that is there with other columns becomes what it is declared as, with the rows that it has.
+    fn reshape(&mut self, table: Arc<Table>) -> Result<(), Failure> {
+        let stage = reshape::stage(self.connection, &self.outcome.catalog, &table)?;
+        let Some(stage) = stage else {
+            return Err(Failure::Forget(format!(
+                "{} is not in the file with columns that could become those that the streamer declares",
+                table.name
+            )));
+        };
+        self.finish_reset_of(&table, Some(&stage), 0)?;
+        reshape::drop_stage(self.connection, &stage)?;
         Arc::make_mut(&mut self.outcome.tables).insert(table.id, table);
         Ok(())
     }
@@ -364,18 +381,29 @@ impl<'c> Replay<'c> {
         let Some(table) = self.outcome.tables.get(&id).cloned() else {
             return Err(Error::Stream("a table is reset that was not declared".into()).into());
         };
+        let stages = self.stages;
+        let stage = stages.get((self.ordinal, id));
+        self.finish_reset_of(&table, stage, stage.map_or(0, |stage| stage.rows))
+    }
+
+    fn finish_reset_of(
+        &mut self,
+        table: &Arc<Table>,
+        stage: Option<&Stage>,
+        rows: u64,
+    ) -> Result<(), Failure> {
+        let id = table.id;
         // The table may be about to be dropped, and statements on it with it.
         self.writers.remove(&id);
         self.overlay.touch_all(id);
         self.answers |= table.purpose != Purpose::Data;
-        let stage = self.stages.get((self.ordinal, id));
         let keys = self
             .report_changes
             .then(|| self.changes.entry(id).or_insert_with(Keys::new));
         reset::finish(
             (self.connection, self.quiet),
             &mut self.outcome.catalog,
-            &table,
+            table,
             stage,
             keys,
         )
@@ -384,7 +412,7 @@ impl<'c> Replay<'c> {
             ResetError::Rows(error) => refused(&table.name, error),
             ResetError::Ignored => skipped(&table.name),
         })?;
-        self.outcome.rows += stage.map_or(0, |stage| stage.rows);
+        self.outcome.rows += rows;
         Ok(())
     }
 

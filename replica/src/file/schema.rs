@@ -342,6 +342,11 @@ impl Catalog {
 }
 
 impl Synced {
+    /// Whether it is the table of Postgres that this one is.
+    pub(super) fn is_of(&self, table: &Table) -> bool {
+        self.schema == table.schema && self.postgres_name == table.postgres_name
+    }
+
     fn inspect(&mut self, connection: &Connection) -> rusqlite::Result<()> {
         let expected = create_table(&self.name, &self.definition);
         let view = names::base_view(&self.name);

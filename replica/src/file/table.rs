@@ -100,6 +100,8 @@ pub(super) struct Table {
     pub purpose: Purpose,
     /// Programs may write it.
     pub writable: bool,
+    /// It is in the file with other columns, and its rows are to be kept.
+    pub reshaped: bool,
     pub columns: Vec<Column>,
     /// Places in `columns`, in the order of the key.
     pub key: Vec<usize>,
@@ -240,6 +242,7 @@ impl Table {
             name,
             purpose,
             writable: declared.writable && purpose == Purpose::Data,
+            reshaped: declared.reshaped && purpose == Purpose::Data,
             schema: declared.schema.clone(),
             postgres_name: declared.name.clone(),
             columns,

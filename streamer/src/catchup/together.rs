@@ -324,7 +324,7 @@ impl<'a, V: View> Served<'a, V> {
         let Ok(at) = views.binary_search_by_key(&table.oid, |view| view.table().oid) else {
             return Ok(());
         };
-        let op = told(&*views[at], (was, &Nothing), (is, &Nothing));
+        let op = told((None, &*views[at]), (was, &Nothing), (is, &Nothing));
         let Some(op) = op.map_err(|error| of_rows(table, error))? else {
             return Ok(());
         };

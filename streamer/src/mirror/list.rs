@@ -299,6 +299,26 @@ impl Reader {
     }
 }
 
+impl Reader {
+    /// Gives all keys of a table that have a row now, or were changed after the transaction `from`: each with the first
+    /// transaction after `from` that changed it, if one did; in key order, until `each` says that it is enough.
+    pub(crate) fn all_after(
+        &self,
+        table: Oid,
+        from: i64,
+        keys: Keys<'_>,
+        each: impl FnMut(Key, Option<i64>) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        let range = keys.condition();
+        // A row comes behind all changes of its key.
+        let mut statement = self.sqlite().prepare_cached(&format!(
+            "SELECT k, txn, 0 AS is_row FROM temp.changed WHERE tbl = ?3 AND {range} AND txn > ?4
+             UNION ALL SELECT k, NULL, 1 FROM rows_{table} WHERE {range} ORDER BY k, is_row, txn"
+        ))?;
+        first_of_each(statement.query((keys.after, keys.upto, table, from))?, each)
+    }
+}
+
 /// Gives each key (the first column; in order) once, with what stands beside it first, until `each` says that it is enough.
 fn first_of_each<T: FromSql>(
     mut entries: Rows<'_>,

@@ -22,7 +22,9 @@
 //! | `copy`      | filling tables                                                                   |
 //! | `history`   | epochs, holes, facts                                                             |
 //! | `checkpoint`| moves what is durable in the log to the file, beside the writer                  |
+//! | `definitions` | what replicas were told that they hold, by fingerprint                         |
 //! | `reader`    | snapshots for catch-ups                                                          |
+//! | `outside`   | the same for other processes                                                      |
 //! | `list`      | what changed since, by key: for long catch-ups                                    |
 //! | `secondary` | indexes by other columns than the key                                             |
 //! | `lookup`    | rows by these, as they are, and before the last transaction                       |
@@ -31,6 +33,7 @@
 mod change;
 mod checkpoint;
 mod copy;
+mod definitions;
 mod dependents;
 mod direct;
 mod error;
@@ -40,6 +43,7 @@ mod index;
 mod key;
 mod list;
 mod lookup;
+mod outside;
 mod past;
 mod reader;
 mod rows;
@@ -58,10 +62,12 @@ use rusqlite::Connection;
 
 use self::{checkpoint::Checkpoint, index::Index, rows::Rows, transaction::Large};
 pub use self::{
+    definitions::{DEFINITION_BYTES_MAX, DEFINITIONS_BYTES_MAX, Kept},
     error::Error,
     fold::{NETS_BYTES_MAX, NETS_MAX},
     key::Key,
     lookup::{Before, EachKeyed, Now},
+    outside::{Here, Outside, SNAPSHOT_HOLD_MAX},
     past::At,
     reader::Reader,
 };
@@ -103,6 +109,8 @@ pub struct Mirror {
     large: Option<Large>,
     nets_max: usize,
     sample_rows: u64,
+    /// Since all of them were looked at.
+    definitions_added: usize,
     checkpoint: Checkpoint,
     /// The file could not be read again after an error: what is in memory proves nothing.
     failed: bool,
@@ -190,6 +198,7 @@ impl Mirror {
             large: None,
             nets_max: NETS_MAX,
             sample_rows: copy::SAMPLE_ROWS,
+            definitions_added: 0,
             checkpoint,
             failed: false,
             _lock: lock,

@@ -11,6 +11,7 @@
 //! | `hole`           | stretches of an epoch that the change index lacks                                       |
 //! | `txn`            | transactions with changes: ordinal → epoch, LSN, commit time. Ordinals have no gaps     |
 //! | `segment`        | segments of the change index: `first` ordinal, bytes, time of the first commit          |
+//! | `definition`     | what replicas were told that they hold, by fingerprint (see `definitions`)              |
 //! | `changes_<n>`    | one: what rows were before a transaction; `old` is NULL where there was none            |
 //!
 //! `rows_<oid>` may have indexes `index_<oid>_<columns>`, by which rows are found for conditions with subqueries (see `secondary`).
@@ -31,12 +32,13 @@ use std::{
 
 use rusqlite::{Connection, OpenFlags};
 
-use super::{Error, secondary};
+use super::{Error, definitions, secondary};
 use crate::table::Oid;
 
 /// The version of the file's format, in `user_version`.
 ///
-/// - 1: first version. Secondary indexes are no part of it: they come and go, and each start makes those that it wants.
+/// - 1: first version. Secondary indexes are no part of it: they come and go, and each start makes those that it wants. Neither
+///   is the table `definition`, which is made where it is not there.
 const FORMAT: i32 = 1;
 
 /// In `application_id`, so that no other file is taken for a mirror: "Anab".
@@ -159,6 +161,7 @@ pub(super) fn open(file: &Path, cache_bytes: usize) -> Result<Connection, Error>
             )));
         }
     }
+    definitions::create(&sqlite)?;
     Ok(sqlite)
 }
 
@@ -254,6 +257,7 @@ pub(super) fn clear(sqlite: &Connection) -> Result<(), rusqlite::Error> {
         sqlite.execute_batch(&format!("DROP TABLE {table}"))?;
     }
     sqlite.execute_batch(TABLES)?;
+    definitions::create(sqlite)?;
     // Goes on counting, so that a catch-up that is under way notices.
     sqlite.execute(
         "UPDATE state SET histories = ?1, copies = ?2",

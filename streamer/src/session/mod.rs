@@ -5,11 +5,13 @@
 //! the mirror for the difference between its position and now, sends that as one transaction, and goes back to the
 //! queue. A join is a catch-up from nothing, so there is no other mode, and a slow replica costs a position.
 //!
-//! [`queue`] is what the engine pushes to, [`view`] what the replica may see, and [`Session::run`] turns both into
-//! messages. Thousands of sessions share a few [`readers`], in [`turns`]; those that are only a little behind are served
-//! together ([`gathering`]), and who comes while too many wait is sent away for a while ([`admission`]).
+//! [`queue`] is what the engine pushes to, [`view`] what the replica may see, [`former`] what it was shown before, and
+//! [`Session::run`] turns both into messages. Thousands of sessions share a few [`readers`], in [`turns`]; those that are only
+//! a little behind are served together ([`gathering`]), and who comes while too many wait is sent away for a while
+//! ([`admission`]).
 
 pub mod admission;
+pub mod former;
 pub mod gathering;
 mod queue;
 mod readers;
@@ -136,6 +138,8 @@ pub struct Session {
 struct Standing {
     /// What the replica has been sent, for each of `views`; `None`: nothing that it could keep.
     from: Vec<Option<Position>>,
+    /// What it was shown there by, where that is not the view; until it got the first transaction.
+    former: Vec<Option<Arc<TableView>>>,
     /// No transaction was sent yet.
     first: bool,
     /// The position of the last Commit or Heartbeat.
@@ -186,6 +190,7 @@ impl Session {
         };
         Standing {
             from: self.views.iter().map(held).collect(),
+            former: vec![None; self.views.len()],
             first: true,
             last: proof.map(|proof| proof.position),
             stopped: Vec::new(),
@@ -209,8 +214,13 @@ impl Session {
             if now.durable.lsn >= at.lsn {
                 return Ok(());
             }
-            encoder.heartbeat(at, now.source);
-            encoder.end_message((self.issue)(at));
+            // A heartbeat comes with a token that proves what the replica is shown now, which it was not yet if that is something else.
+            if standing.from.contains(&None) {
+                encoder.sign_of_life();
+            } else {
+                encoder.heartbeat(at, now.source);
+                encoder.end_message((self.issue)(at));
+            }
             self.send(encoder).await?;
             let moved = tokio::time::timeout(HEARTBEAT_EVERY, self.progress.changed());
             if let Ok(Err(_)) = moved.await {
@@ -230,7 +240,10 @@ impl Session {
         let Some(from) = standing.from.first().copied() else {
             return Ok(false);
         };
-        if standing.from.iter().any(|other| *other != from)
+        // Who has something that is not proved may have been shown it by another definition, whose difference is found alone.
+        let may_be_changed = from.is_none() && standing.last.is_some();
+        if may_be_changed
+            || standing.from.iter().any(|other| *other != from)
             || self.bounds.iter().any(looks_into_others)
         {
             return Ok(false);
@@ -278,7 +291,7 @@ impl Session {
         encoder.begin(standing.first, reset);
         if standing.first {
             standing.defaults = self.defaults.borrow_and_update().clone();
-            self.declare(encoder, &standing.defaults, |_| true);
+            self.declare(encoder, &standing.defaults, &standing.former, |_| true);
         }
     }
 
@@ -298,6 +311,7 @@ impl Session {
         encoder.end_message((self.issue)(position));
         self.send(encoder).await?;
         standing.from.fill(Some(position));
+        standing.former.fill(None);
         standing.first = false;
         standing.last = Some(position);
         Ok(())
@@ -313,15 +327,19 @@ impl Session {
         let taken = self.readers.take(&self.owner);
         let mut reader = self.alive(encoder, taken).await?;
         self.admitted = None;
+        self.find_former(standing, &mut reader)?;
         let reset = self.unreachable(standing, &mut reader).await?;
         for at in &reset {
             standing.from[*at] = None;
         }
         let ids = reset.iter().map(|at| *at as u32 + 1).collect();
         self.begin(standing, encoder, ids);
-        let items = self.views.iter().zip(&standing.from);
-        let items = items.map(|(view, from)| Item {
-            view: view.clone(),
+        let items = self.views.iter().zip(&standing.from).zip(&standing.former);
+        let items = items.map(|((view, from), former)| Item {
+            view: match former {
+                Some(former) => Arc::new(former::Changed::new(view.clone(), former.clone())),
+                None => view.clone(),
+            },
             from: *from,
         });
         let mut catchup = Catchup::new(items.collect());
@@ -386,19 +404,38 @@ impl Session {
         self.complete(standing, encoder, position, &stopped).await
     }
 
-    /// Declares tables.
+    /// Finds what the replica was shown of the tables whose definitions are others now.
+    fn find_former(&self, standing: &mut Standing, reader: &mut Lease) -> Result<(), Ended> {
+        let epoch = self.progress.borrow().durable.epoch;
+        let proof = self.proof.as_ref();
+        let proof = proof.filter(|proof| standing.first && proof.position.epoch == epoch);
+        let Some(proof) = proof else { return Ok(()) };
+        let found = tokio::task::block_in_place(|| former::find(&mut *reader, &self.views, proof))?;
+        for (place, former) in found.into_iter().enumerate() {
+            if former.is_some() {
+                standing.from[place] = Some(proof.position);
+                standing.former[place] = former;
+            }
+        }
+        Ok(())
+    }
+
+    /// Declares tables. `former`: what the replica was shown of them before, where that was something else.
     fn declare(
         &self,
         encoder: &mut Encoder,
         defaults: &Defaults,
+        former: &[Option<Arc<TableView>>],
         which: impl Fn(&TableView) -> bool,
     ) {
         for (at, view) in self.views.iter().enumerate() {
             if which(view) {
+                let former = former.get(at).and_then(Option::as_ref);
                 encoder.table(
                     at as u32 + 1,
                     view.table(),
                     view.columns(),
+                    former.is_some_and(|former| former.columns() != view.columns()),
                     view.is_writable(),
                     view.policy(),
                     defaults,
@@ -520,7 +557,7 @@ impl Session {
             !standing.stopped.contains(&table) && known.get(&table) != standing.defaults.get(&table)
         };
         encoder.begin(false, Vec::new());
-        self.declare(encoder, &standing.defaults, changed);
+        self.declare(encoder, &standing.defaults, &[], changed);
         let position = standing.last.unwrap_or(now.durable);
         encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
         encoder.end_message((self.issue)(position));
@@ -561,6 +598,8 @@ impl Session {
             reader.begin()?;
             for (at, (view, from)) in self.views.iter().zip(&standing.from).enumerate() {
                 let reaches = match from {
+                    // It was looked at.
+                    Some(_) if standing.former[at].is_some() => true,
                     Some(from) => tables_of(&**view).iter().try_fold(true, |all, table| {
                         Ok::<_, mirror::Error>(all && reader.reaches(table.oid, *from)?)
                     })?,

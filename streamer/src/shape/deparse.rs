@@ -26,6 +26,8 @@ struct Writer<'a> {
     params: &'a [Param],
     /// What they are bound to; without, each is written as NULL of its type.
     arguments: Option<&'a [Argument]>,
+    /// Before an inner table. `ONLY` is for Postgres: a shape can't say it, and means it.
+    only: &'static str,
     /// So many inner tables were given a name.
     named: &'a Cell<usize>,
 }
@@ -44,6 +46,7 @@ pub fn condition(
         qualified: false,
         params,
         arguments,
+        only: "ONLY ",
         named: &Cell::new(0),
     };
     writer.condition(condition)
@@ -57,6 +60,7 @@ pub fn identity(subquery: &Subquery, table: &Table, arguments: &[Argument]) -> u
         qualified: true,
         params: &[],
         arguments: Some(arguments),
+        only: "ONLY ",
         named: &Cell::new(0),
     };
     let sql = writer.subquery(subquery);
@@ -66,6 +70,40 @@ pub fn identity(subquery: &Subquery, table: &Table, arguments: &[Argument]) -> u
     let mut first = [0; 16];
     first.copy_from_slice(&digest.as_ref()[..16]);
     u128::from_be_bytes(first)
+}
+
+/// Writes the SELECT of these columns with its parameters filled in, to be read by [`super::compile`] again.
+pub fn select(
+    columns: &[usize],
+    condition: Option<&Condition>,
+    table: &Table,
+    params: &[Param],
+    arguments: &[Argument],
+) -> String {
+    let columns: Vec<_> = columns
+        .iter()
+        .map(|column| identifier(&table.columns[*column].name))
+        .collect();
+    let mut sql = format!(
+        "SELECT {} FROM {}.{} AS \"_0\"",
+        columns.join(", "),
+        identifier(&table.schema),
+        identifier(&table.name)
+    );
+    if let Some(condition) = condition {
+        let writer = Writer {
+            table,
+            name: "\"_0\"",
+            qualified: false,
+            params,
+            arguments: Some(arguments),
+            only: "",
+            named: &Cell::new(0),
+        };
+        sql.push_str(" WHERE ");
+        sql.push_str(&writer.condition(condition));
+    }
+    sql
 }
 
 /// Quotes an identifier.
@@ -175,7 +213,8 @@ impl Writer<'_> {
             false => format!(" WHERE {}", parts.join(" AND ")),
         };
         let from = format!(
-            "FROM ONLY {}.{} AS {name}{condition}",
+            "FROM {}{}.{} AS {name}{condition}",
+            self.only,
             identifier(&subquery.table.schema),
             identifier(&subquery.table.name)
         );

@@ -12,6 +12,7 @@ use super::{
     condition::{Condition, List, Operand},
     datatype::Domain,
     deparse,
+    explain::{INNER_COUNTED_MAX, INNER_SHOWN_MAX},
     inner::{Fixed, Inner},
     literal::Constant,
     pattern::Pattern,
@@ -91,6 +92,27 @@ enum Node {
     Not(Box<Node>),
 }
 
+/// What a condition and each of its parts said of one row: each was asked as [`Program::is_true`] asks it.
+pub struct Trace {
+    /// What it said.
+    pub truth: Option<bool>,
+    /// Of what AND, OR, NOT and IS are made of, in the order of the [`Condition`]; all of them, also where the first decides.
+    pub parts: Vec<Trace>,
+    /// Of a subquery.
+    pub inner: Option<Inside>,
+}
+
+/// The rows of a subquery's table that are equal to the outer row in what the two are found by.
+#[derive(Default)]
+pub struct Inside {
+    /// How many; counting stops at [`INNER_COUNTED_MAX`].
+    pub count: usize,
+    /// Those whose condition is true of them, among the ones counted.
+    pub met: usize,
+    /// The first of them, and what the subquery's own condition said of each; `None`: it has none.
+    pub rows: Vec<(Vec<u8>, Option<Trace>)>,
+}
+
 /// An error on its way up, small: nearly all answers are none.
 pub struct Failure(Box<Error>);
 
@@ -158,6 +180,74 @@ impl Program {
             Err(Failure(error)) => Err(*error),
         }
     }
+}
+
+impl Program {
+    /// Asks the condition and all its parts of `row`. Slow: each part is asked anew below each one that it is a part of.
+    pub fn trace(&self, row: &[u8], lookup: &dyn Lookup) -> Result<Trace, Error> {
+        let mut slots = Vec::with_capacity(self.columns.len());
+        for &column in &self.columns {
+            slots.push(record::value(row, column)?);
+        }
+        self.root.trace(row, &slots, lookup)
+    }
+}
+
+impl Node {
+    fn trace<'a>(
+        &'a self,
+        row: &[u8],
+        slots: &[ValueRef<'a>],
+        lookup: &dyn Lookup,
+    ) -> Result<Trace, Error> {
+        let truth = self
+            .evaluate(slots, lookup)
+            .map_err(|Failure(error)| *error)?;
+        let part = |part: &'a Node| part.trace(row, slots, lookup);
+        let (mut parts, mut inner) = (Vec::new(), None);
+        match self {
+            Node::And(all) | Node::Or(all) => {
+                parts = all.iter().map(part).collect::<Result<_, _>>()?;
+            }
+            Node::Not(one) | Node::Is(one, _) => parts.push(part(one)?),
+            Node::Subquery(subquery) => inner = Some(inside(subquery, row, lookup)?),
+            Node::Fixed(_)
+            | Node::Flag(_)
+            | Node::Compare(..)
+            | Node::Among { .. }
+            | Node::Quantified { .. }
+            | Node::Like(..)
+            | Node::IsNull(_)
+            | Node::Same(..) => {}
+        }
+        Ok(Trace {
+            truth,
+            parts,
+            inner,
+        })
+    }
+}
+
+fn inside(subquery: &Inner, outer: &[u8], lookup: &dyn Lookup) -> Result<Inside, Error> {
+    let mut inside = Inside::default();
+    subquery.of.inner_rows(outer, lookup, &mut |row| {
+        if inside.count == INNER_COUNTED_MAX {
+            return Ok(false);
+        }
+        inside.count += 1;
+        let met = match &subquery.condition {
+            Some(condition) => condition.is_true(row, lookup)?,
+            None => true,
+        };
+        inside.met += usize::from(met);
+        if inside.rows.len() < INNER_SHOWN_MAX {
+            let condition = subquery.condition.as_ref();
+            let trace = condition.map(|condition| condition.trace(row, lookup));
+            inside.rows.push((row.to_vec(), trace.transpose()?));
+        }
+        Ok(true)
+    })?;
+    Ok(inside)
 }
 
 struct Builder<'a> {

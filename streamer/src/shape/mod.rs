@@ -6,6 +6,7 @@
 //!    typename, syntax      literal, datatype,     select          pattern, inner
 //!                          correlate, subquery    path    ──▶ who may have the row?
 //!                                                 deparse ──▶ SQL for Postgres, fingerprint
+//!                                                 explain ──▶ what each part of it says of a row
 //! ```
 //!
 //! It is exact or it is refused: a condition means what Postgres means by it (three-valued logic, types, promotion,
@@ -26,6 +27,7 @@ mod cursor;
 mod datatype;
 mod deparse;
 mod evaluate;
+mod explain;
 mod inner;
 mod lex;
 mod literal;
@@ -53,11 +55,13 @@ use std::{
 
 pub use bind::PARAM_BYTES_MAX;
 pub use cursor::{DEPTH_MAX, SUBQUERIES_MAX};
+pub use explain::{Explanation, INNER_COUNTED_MAX, INNER_SHOWN_MAX, InnerRow, InnerRows};
 pub use lex::SQL_BYTES_MAX;
 pub use literal::ARRAY_ELEMENTS_MAX;
 pub use moment::Zone;
 pub use path::{Path, RouteKey, RouteRange};
 pub use select::{Bound, Select, Step};
+use serde::{Deserialize, Serialize};
 pub use subquery::{IN_COLUMNS_MAX, Subquery};
 pub use value::{Reading, Value};
 
@@ -72,7 +76,7 @@ use self::{
 use crate::{lookup::Index, table::Table};
 
 /// A shape as the config has it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Source {
     /// Its name.
     pub name: String,
@@ -85,7 +89,8 @@ pub struct Source {
 }
 
 /// Where the value of a parameter comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ParamSource {
     /// This claim of the verified token.
     Claim(String),

@@ -21,6 +21,7 @@ use super::{
     condition::Condition,
     deparse,
     evaluate::{Argument, Program, Unfit},
+    explain::{self, Explanation},
     params::Param,
     path::{Leaves, Path, RouteKey, RouteRange},
     subquery::Subquery,
@@ -272,6 +273,32 @@ impl Bound {
     /// of it: renaming a shape costs nothing.
     pub fn fingerprint(&self) -> [u8; 16] {
         self.fingerprint
+    }
+
+    /// The SELECT as SQL that [`super::compile`] reads with the same meaning, without parameters, against the same tables. It
+    /// holds their values: never for logs or errors.
+    pub fn sql(&self) -> String {
+        let select = &self.select;
+        deparse::select(
+            &select.columns,
+            select.condition.as_ref(),
+            &select.table,
+            &select.params,
+            &self.arguments,
+        )
+    }
+
+    /// What the condition says of `row`, part by part; `None`: there is no condition, and all rows are in it.
+    pub fn explain(&self, row: &[u8], lookup: &dyn Lookup) -> Result<Option<Explanation>, Error> {
+        let (Some(condition), Some(program)) = (&self.select.condition, &self.program) else {
+            return Ok(None);
+        };
+        let trace = program.trace(row, lookup)?;
+        let scope = explain::Scope {
+            table: &self.select.table,
+            params: &self.select.params,
+        };
+        scope.explanation(condition, row, trace).map(Some)
     }
 
     /// The condition as SQL that Postgres reads with the same meaning. It holds the values of the parameters: never

@@ -32,6 +32,7 @@ use self::resolve::Resolved;
 pub use self::watch::{WATCH_EVERY, watch};
 use crate::{
     config::Config,
+    definition,
     mirror::{self, Mirror, Reader},
     policy::Policies,
     postgres::{
@@ -438,6 +439,9 @@ impl Start<'_> {
             dependents.extend(needed.map(|needed| (needed, select.table.oid)));
         }
         self.on_mirror(move |mirror| {
+            // And what is needed to tell a replica how a shape differs from what it was.
+            mirror.trim_definitions(definition::now(), mirror::DEFINITIONS_BYTES_MAX)?;
+            indexes.extend(mirror.definition_indexes()?);
             mirror.set_indexes(&indexes)?;
             mirror.set_dependents(&dependents)
         })

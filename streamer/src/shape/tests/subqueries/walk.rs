@@ -1,6 +1,9 @@
 //! Whoever a change concerns is found: by a row of the SELECT's own table, and backwards from rows of inner tables.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use anabranch_proto::record::{self, ValueRef};
 use bytes::Bytes;
@@ -8,8 +11,9 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::{MEMBERS, PROJECTS, Rows, TASKS, claims, member, project, task, try_shape};
 use crate::{
+    definition::Definition,
     lookup::Error,
-    shape::{Bound, Path, RouteKey, Select, Shape},
+    shape::{Bound, Explanation, INNER_SHOWN_MAX, Path, RouteKey, Select, Shape},
     table::Oid,
 };
 
@@ -241,4 +245,120 @@ fn whoever_a_change_concerns_is_found_backwards_from_it() {
     }
     // Otherwise nothing was proved, or all were asked each time.
     assert!(changed > 5_000 && keyed > 1_000, "{changed} {keyed}");
+}
+
+#[test]
+fn a_definition_is_read_again_with_the_same_meaning() {
+    let mut rng = StdRng::seed_from_u64(3);
+    let mut asked = [0, 0];
+    for shape in shapes() {
+        let all: Vec<_> = bounds(&shape)
+            .into_iter()
+            .map(|bound| {
+                let definition = Definition::of(std::slice::from_ref(&bound));
+                let text = serde_json::to_string(&definition).unwrap();
+                let read: Definition = serde_json::from_str(&text).unwrap();
+                assert_eq!(read.table(), Some(TASKS));
+                let again = read.bounds(&super::tables());
+                let again = again.unwrap_or_else(|| panic!("not read again: {text}"));
+                (bound, again)
+            })
+            .collect();
+        let mut tables = Tables::new();
+        for _ in 0..20 {
+            change(&mut rng, &mut tables, 12);
+            let state = rows(&tables);
+            for row in state.of(TASKS) {
+                for (bound, again) in &all {
+                    let is_in = bound.contains(row, &state).unwrap();
+                    assert_eq!(again.len(), 1);
+                    assert_eq!(again[0].contains(row, &state).unwrap(), is_in);
+                    asked[usize::from(is_in)] += 1;
+                }
+            }
+        }
+        // Not against tables that are others now.
+        let definition = Definition::of(std::slice::from_ref(&all[0].0));
+        for place in 0..super::tables().len() {
+            let mut tables = super::tables();
+            let mut other = (*tables[place]).clone();
+            other.version += 1;
+            let oid = other.oid;
+            tables[place] = Arc::new(other);
+            let steps = all[0].0.select.subqueries();
+            let needs = oid == TASKS || steps.iter().any(|step| step.subquery.table.oid == oid);
+            assert_eq!(definition.bounds(&tables).is_none(), needs);
+        }
+    }
+    assert!(asked.iter().all(|asked| *asked > 1000), "{asked:?}");
+}
+
+/// What the parts of a condition come to, by SQL's rules.
+fn come_to(explanation: &Explanation) -> Option<bool> {
+    let parts: Vec<_> = explanation.parts.iter().map(come_to).collect();
+    let has = |truth| parts.contains(&truth);
+    let decided = |by: bool| match () {
+        () if has(Some(by)) => Some(by),
+        () if has(None) => None,
+        () => Some(!by),
+    };
+    let said = match &*explanation.part {
+        "AND" => decided(false),
+        "OR" => decided(true),
+        "NOT" => parts[0].map(|truth| !truth),
+        "IS TRUE" => Some(parts[0] == Some(true)),
+        "IS FALSE" => Some(parts[0] == Some(false)),
+        "IS UNKNOWN" => Some(parts[0].is_none()),
+        _ => explanation.truth,
+    };
+    assert_eq!(said, explanation.truth, "{explanation:?}");
+    if let Some(inner) = &explanation.inner {
+        assert!(inner.met <= inner.count && inner.rows.len() <= INNER_SHOWN_MAX);
+        let conditions = inner.rows.iter().filter_map(|row| row.condition.as_ref());
+        conditions.for_each(|condition| {
+            come_to(condition);
+        });
+    }
+    said
+}
+
+#[test]
+fn the_parts_of_an_explanation_come_to_what_decides() {
+    let mut rng = StdRng::seed_from_u64(4);
+    let mut said = [0; 3];
+    for shape in shapes() {
+        let bounds = bounds(&shape);
+        let mut tables = Tables::new();
+        for _ in 0..10 {
+            change(&mut rng, &mut tables, 12);
+            let state = rows(&tables);
+            for row in state.of(TASKS) {
+                for bound in &bounds {
+                    let explanation = bound.explain(row, &state).unwrap().unwrap();
+                    let truth = come_to(&explanation);
+                    let is_in = bound.contains(row, &state).unwrap();
+                    assert_eq!(truth == Some(true), is_in);
+                    said[truth.map_or(2, usize::from)] += 1;
+                }
+            }
+        }
+    }
+    assert!(said.iter().all(|said| *said > 10), "{said:?}");
+}
+
+#[test]
+fn an_explanation_names_parameters_and_does_not_show_them() {
+    let shape =
+        try_shape("owner = $me OR project IN (SELECT project FROM members WHERE person = $me)");
+    let shape = shape.unwrap();
+    let claims = claims(424_242, 1);
+    let bound = shape.bind(&claims, &HashMap::new()).unwrap().remove(0);
+    let mut tables = Tables::new();
+    let mut rng = StdRng::seed_from_u64(5);
+    change(&mut rng, &mut tables, 40);
+    let state = rows(&tables);
+    for row in state.of(TASKS) {
+        let said = format!("{:?}", bound.explain(row, &state).unwrap().unwrap());
+        assert!(said.contains("$me") && !said.contains("424242"), "{said}");
+    }
 }
