@@ -127,6 +127,12 @@ impl Scene {
         })
     }
 
+    /// The same, and no program writes.
+    async fn reshape_alone(&self, change: impl FnOnce(&Scene), sql: &str) -> Reshaped {
+        assert!(self.streamer.terminate().await.success());
+        self.restarted(change, sql).await
+    }
+
     async fn restarted(&self, change: impl FnOnce(&Scene), sql: &str) -> Reshaped {
         self.database.execute(sql).await;
         change(self);
@@ -188,7 +194,7 @@ async fn a_changed_condition_sends_the_rows_that_differ_and_no_key_of_neither() 
         "SELECT * FROM items WHERE grp BETWEEN 1 AND 4 OR grp = 6 AND team = 1",
     );
     let scene = Scene::start(&shape(old)).await;
-    assert!(scene.copied > 900_000, "{}", scene.copied);
+    assert!(scene.copied > 800_000, "{}", scene.copied);
     let reshaped = scene
         .reshape(
             |scene| scene.select(new),
@@ -305,14 +311,14 @@ async fn columns_come_and_go_and_rows_that_have_nothing_new_are_not_sent() {
              CREATE TRIGGER note AFTER UPDATE OF title ON items BEGIN INSERT INTO noted VALUES (new.code); END",
         )
         .unwrap();
+    // A write that is pending under a column that is left out is rejected (`not_writable`), so none is here.
     let reshaped = scene
-        .reshape(
+        .reshape_alone(
             |scene| scene.select(less),
-            "one",
             "UPDATE items SET title = 'changed' WHERE code = 'b-000011'; UPDATE items SET pad = 'other' WHERE code = 'b-000001'",
         )
         .await;
-    scene.same(less, "one").await;
+    scene.same(less, "title 3").await;
     println!("copied {}, columns less {}", scene.copied, reshaped.bytes);
     assert!(reshaped.bytes < 20_000, "{}", reshaped.bytes);
     assert!(reshaped.has("b-000011") && !reshaped.has("b-000001"));
@@ -334,9 +340,9 @@ async fn columns_come_and_go_and_rows_that_have_nothing_new_are_not_sent() {
     drop(program);
 
     let reshaped = scene
-        .reshape(|scene| scene.select(fewer), "two", "SELECT 1")
+        .reshape_alone(|scene| scene.select(fewer), "SELECT 1")
         .await;
-    scene.same(fewer, "two").await;
+    scene.same(fewer, "title 3").await;
     println!("a column and a group less {}", reshaped.bytes);
     assert!(reshaped.bytes < 60_000, "{}", reshaped.bytes);
 

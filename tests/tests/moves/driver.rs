@@ -8,12 +8,13 @@ use std::{
 use anabranch_proto::{Epoch, Position};
 use anabranch_streamer::{
     catchup::{Catchup, Item, Limits, Round, View, tables_of},
+    definition::Definition,
     delta::{self, Op},
     lookup::Index,
     mirror::{Error, Mirror, Reader, Settings},
     policy::Policies,
     route::Router,
-    session::TableView,
+    session::{TableView, former::Changed},
     shape::{self, Bound, ParamSource, Source as ShapeSource},
     transaction::Chunk,
 };
@@ -63,6 +64,8 @@ pub struct Counts {
     pub copied: usize,
     /// Rounds while the tables were copied.
     pub early: usize,
+    /// Views of which the difference was sent to what they were with other claims.
+    pub reshaped: usize,
 }
 
 impl Counts {
@@ -84,6 +87,7 @@ impl Counts {
         self.reset += other.reset;
         self.copied += other.copied;
         self.early += other.early;
+        self.reshaped += other.reshaped;
     }
 }
 
@@ -106,6 +110,8 @@ struct Session {
     views: Vec<Arc<TableView>>,
     /// For each of `views`: what it shows.
     shapes: Vec<Vec<Shape>>,
+    /// For each of `views`: what `has` was shown by, where that is another one.
+    former: Vec<Option<Arc<TableView>>>,
     has: Vec<Content>,
     at: Option<Position>,
     standing: Standing,
@@ -287,11 +293,45 @@ impl Driver {
             principal,
             shapes: shapes.collect(),
             bounds: bounds.into_iter().map(|(_, bound)| bound).collect(),
+            former: vec![None; views.len()],
             has: vec![Content::new(); views.len()],
             views,
             at: None,
             standing: Standing::Away,
         });
+    }
+
+    /// A session that is away gets other claims.
+    fn reshape(&mut self, which: usize) {
+        let principal = generator::principal(&mut self.rng, self.source.schema.width);
+        let claims = principal.claims("somebody");
+        let session = &mut self.sessions[which];
+        let mut bounds = Vec::new();
+        for shape in session.shapes.iter().flatten() {
+            let mut shapes = self.shapes.iter();
+            let (_, compiled) = shapes.find(|(other, _)| other.name == shape.name).unwrap();
+            let bound = compiled.bind(&claims, &HashMap::new()).unwrap().remove(0);
+            bounds.push((shape.name.clone(), bound));
+        }
+        let views = TableView::of(&bounds, &Policies::default()).unwrap();
+        for (former, (old, new)) in
+            (session.former.iter_mut()).zip(session.views.iter().zip(&views))
+        {
+            let had = former.take().unwrap_or_else(|| {
+                // As the mirror keeps it.
+                let text = serde_json::to_string(&Definition::of(old.bounds())).unwrap();
+                let kept: Definition = serde_json::from_str(&text).unwrap();
+                let again = kept.bounds(&self.source.tables).expect("it is read again");
+                let named: Vec<_> = again.into_iter().map(|b| (String::new(), b)).collect();
+                TableView::of(&named, &Policies::default())
+                    .unwrap()
+                    .remove(0)
+            });
+            *former = (had.fingerprint() != new.fingerprint()).then_some(had);
+        }
+        session.views = views;
+        session.bounds = bounds.into_iter().map(|(_, bound)| bound).collect();
+        session.principal = principal;
     }
 
     fn mirror(&mut self) -> &mut Mirror {
@@ -470,13 +510,20 @@ impl Driver {
             // What it was told is lost.
             session.standing = Standing::Away;
         }
-        if matches!(session.standing, Standing::Away) {
+        let is_away = matches!(session.standing, Standing::Away);
+        if is_away && session.at.is_some() && self.rng.random_ratio(1, 6) {
+            self.reshape(which);
+        }
+        let session = &mut self.sessions[which];
+        if is_away {
             let mut items = Vec::new();
             let mut has = session.has.clone();
             let reader = &mut self.readers[0];
             reader.begin().unwrap();
             for (place, view) in session.views.iter().enumerate() {
-                let mut needed = tables_of(&**view).into_iter();
+                let former = session.former[place].clone();
+                let had = former.clone().unwrap_or_else(|| view.clone());
+                let mut needed = tables_of(&*had).into_iter();
                 let mut reaches =
                     |from| needed.all(|table| reader.reaches(table.oid, from).unwrap());
                 let reached = session.at.filter(|at| reaches(*at));
@@ -486,8 +533,12 @@ impl Driver {
                 if from.is_none() {
                     has[place].clear();
                 }
+                self.counts.reshaped += usize::from(from.is_some() && former.is_some());
                 items.push(Item {
-                    view: view.clone(),
+                    view: match former {
+                        Some(former) => Arc::new(Changed::new(view.clone(), former)),
+                        None => view.clone(),
+                    },
                     from,
                 });
             }
@@ -559,6 +610,7 @@ impl Driver {
                 if let Standing::CatchingUp(_, has) = standing {
                     session.has = has;
                 }
+                session.former.fill(None);
                 session.at = Some(at);
                 self.router.add(session.id, &session.bounds);
             }
