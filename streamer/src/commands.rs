@@ -7,6 +7,7 @@ use anabranch_streamer::{
     config::Config,
     connected, diff,
     explain::{self, Question},
+    lookup::Index,
     mirror::{Entry, Outside, State},
     policy::Policies,
     postgres::{
@@ -60,12 +61,17 @@ async fn diffed(config: &Config) -> Result<diff::Diff, Failure> {
     let answer = connected::ask(&config.data_dir, None).await?;
     let mut outside = Outside::open(&config.data_dir, CACHE_BYTES)?;
     let (_, entries) = diff::entries(&mut outside)?;
-    let shapes = compiled(config, &entries).await?;
+    let indexes = outside.reader().indexes()?;
+    let shapes = compiled(config, &entries, &indexes).await?;
     Ok(diff::compute(&mut outside, &answer, &shapes)?)
 }
 
 /// The shapes of a config, against the mirror's tables, and what Postgres says of those that it does not have.
-async fn compiled(config: &Config, entries: &[Entry]) -> Result<Vec<Shape>, Failure> {
+async fn compiled(
+    config: &Config,
+    entries: &[Entry],
+    indexes: &[Index],
+) -> Result<Vec<Shape>, Failure> {
     let findings = |refused: Vec<shape::Refused>| {
         let finding = |refused| check::of_shape(config, refused);
         Failure::Findings(refused.iter().map(finding).collect())
@@ -92,7 +98,7 @@ async fn compiled(config: &Config, entries: &[Entry]) -> Result<Vec<Shape>, Fail
         }
         tables.extend(new);
     }
-    let shapes = shape::compile(&config.shapes, &tables).map_err(findings)?;
+    let shapes = shape::compile_with(&config.shapes, &tables, indexes).map_err(findings)?;
     Policies::new(&config.policies, &tables).map_err(|refused| {
         let finding = |what| check::Finding {
             severity: check::Severity::Error,

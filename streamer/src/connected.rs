@@ -49,13 +49,23 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// The connected replicas.
 #[derive(Default)]
 pub struct Connected {
-    seats: Mutex<BTreeMap<u64, Replica>>,
+    seats: Mutex<BTreeMap<u64, Known>>,
 }
 
 /// A replica is connected as long as this lives.
 pub struct Seat {
     session: u64,
+    sent: Arc<Sent>,
     all: Arc<Connected>,
+}
+
+/// The position of the last commit or heartbeat that a replica was sent.
+type Sent = Mutex<Option<Position>>;
+
+/// What is known of one that is here.
+struct Known {
+    replica: Replica,
+    sent: Arc<Sent>,
 }
 
 /// One connected replica.
@@ -135,9 +145,15 @@ impl Connected {
             claims: claims.clone(),
             sent: None,
         };
-        self.lock().insert(session, replica);
+        let sent = Arc::<Sent>::default();
+        let known = Known {
+            replica,
+            sent: sent.clone(),
+        };
+        self.lock().insert(session, known);
         Seat {
             session,
+            sent,
             all: self.clone(),
         }
     }
@@ -147,22 +163,28 @@ impl Connected {
         let seats = self.lock();
         let wanted = seats
             .values()
-            .filter(|of| id.is_none_or(|id| of.replica == id));
-        wanted.cloned().collect()
+            .filter(|known| id.is_none_or(|id| known.replica.replica == id));
+        let told = wanted.map(|known| Replica {
+            sent: lock(&known.sent).map(|position| position.to_string()),
+            ..known.replica.clone()
+        });
+        told.collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Replica>> {
-        // Nothing in here can panic halfway.
-        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Known>> {
+        lock(&self.seats)
     }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing in here can panic halfway.
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Seat {
     /// It was sent everything up to here.
     pub fn sent(&self, position: Position) {
-        if let Some(replica) = self.all.lock().get_mut(&self.session) {
-            replica.sent = Some(position.to_string());
-        }
+        *lock(&self.sent) = Some(position);
     }
 }
 

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     engine::{Input, Inputs},
+    lookup::Index,
     mirror::Kept,
     session,
     shape::{self, Bound, Source},
@@ -58,8 +59,8 @@ impl Definition {
         self.tables.first().map(|(table, _)| *table)
     }
 
-    /// The SELECTs, if the tables are still what they were.
-    pub fn bounds(&self, tables: &[Arc<Table>]) -> Option<Vec<Bound>> {
+    /// The SELECTs, if the tables are still what they were. They look for rows by `indexes` where those will do.
+    pub fn bounds(&self, tables: &[Arc<Table>], indexes: &[Index]) -> Option<Vec<Bound>> {
         let is_there = |(oid, version): &(Oid, u32)| {
             let mut same = tables.iter();
             same.any(|table| table.oid == *oid && table.version == *version)
@@ -73,7 +74,7 @@ impl Definition {
                 tables: vec![sql.clone()],
                 ..Source::default()
             };
-            let shapes = shape::compile(&[source], tables).ok()?;
+            let shapes = shape::compile_with(&[source], tables, indexes).ok()?;
             let bound = shapes.first()?.bind(&Default::default(), &HashMap::new());
             bounds.extend(bound.ok()?);
         }

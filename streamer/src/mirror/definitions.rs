@@ -131,16 +131,9 @@ impl Reader {
         load_tables(self.sqlite())
     }
 
-    /// Whether rows can be looked for by this index.
-    pub(crate) fn has_index(&self, index: &Index) -> Result<bool, Error> {
-        if index.parts.is_empty() {
-            return Ok(true);
-        }
-        let name = format!("index_{}", secondary::suffix(index));
-        Ok(self
-            .sqlite()
-            .prepare_cached("SELECT 1 FROM sqlite_schema WHERE type = 'index' AND name = ?1")?
-            .exists([name])?)
+    /// Those by which rows can be looked for; beside them, of each table the one without parts.
+    pub fn indexes(&self) -> Result<Vec<Index>, Error> {
+        Ok(secondary::all(self.sqlite())?)
     }
 }
 

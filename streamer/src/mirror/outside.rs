@@ -73,8 +73,9 @@ impl Outside {
         &mut self,
         indexes: impl IntoIterator<Item = &'i Index>,
     ) -> Result<(), Error> {
+        let there = self.reader.indexes()?;
         for index in indexes {
-            if self.made.contains(index) || self.reader.has_index(index)? {
+            if index.parts.is_empty() || self.made.contains(index) || there.contains(index) {
                 continue;
             }
             self.reader.sqlite().execute_batch(&format!(

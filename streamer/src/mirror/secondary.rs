@@ -60,6 +60,19 @@ pub(super) fn suffix(index: &Index) -> String {
     format!("{}_{}", index.table, index.name().replace(',', "_"))
 }
 
+/// Reads what [`suffix`] wrote.
+fn of_suffix(suffix: &str) -> Option<Index> {
+    let (table, parts) = suffix.split_once('_')?;
+    Index::parse(table.parse().ok()?, &parts.replace('_', ","))
+}
+
+/// Those that are made.
+pub(super) fn all(sqlite: &Connection) -> Result<Vec<Index>, SqliteError> {
+    let names = made(sqlite)?.into_iter();
+    let suffixes = names.filter_map(|(name, _)| Some(name.strip_prefix("index_")?.to_owned()));
+    Ok(suffixes.filter_map(|name| of_suffix(&name)).collect())
+}
+
 /// What SQLite keeps of it in its schema, word for word.
 fn create_sql(index: &Index) -> String {
     format!(

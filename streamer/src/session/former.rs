@@ -16,7 +16,7 @@ use super::TableView;
 use crate::{
     catchup::{View, tables_of},
     definition::Definition,
-    lookup::{self, Lookup},
+    lookup::{self, Index, Lookup},
     mirror::{Error, Reader},
     policy::Policies,
     shape::Bound,
@@ -105,6 +105,7 @@ fn look(
     let tables: Vec<Arc<Table>> = (reader.entries()?.into_iter())
         .map(|entry| entry.table)
         .collect();
+    let indexes = reader.indexes()?;
     for fingerprint in &proof.fingerprints {
         if present.contains(fingerprint) {
             continue;
@@ -121,8 +122,8 @@ fn look(
         else {
             continue;
         };
-        if let Some(former) = former(&definition, &tables)
-            && is_known(reader, &former, proof.position)?
+        if let Some(former) = former(&definition, &tables, &indexes)
+            && is_known(reader, &former, &indexes, proof.position)?
         {
             found[place] = Some(former);
         }
@@ -130,8 +131,12 @@ fn look(
     Ok(())
 }
 
-fn former(definition: &Definition, tables: &[Arc<Table>]) -> Option<Arc<TableView>> {
-    let bounds = definition.bounds(tables)?;
+fn former(
+    definition: &Definition,
+    tables: &[Arc<Table>],
+    indexes: &[Index],
+) -> Option<Arc<TableView>> {
+    let bounds = definition.bounds(tables, indexes)?;
     let named: Vec<_> = bounds
         .into_iter()
         .map(|bound| (String::new(), bound))
@@ -141,17 +146,21 @@ fn former(definition: &Definition, tables: &[Arc<Table>]) -> Option<Arc<TableVie
 }
 
 /// Whether it can be told what it showed at a position.
-fn is_known(reader: &Reader, view: &TableView, at: Position) -> Result<bool, Error> {
+fn is_known(
+    reader: &Reader,
+    view: &TableView,
+    indexes: &[Index],
+    at: Position,
+) -> Result<bool, Error> {
     for table in tables_of(view) {
         let is_followed = (reader.standing(table.oid)?).is_some_and(|standing| !standing.stopped);
         if !is_followed || !reader.reaches(table.oid, at)? {
             return Ok(false);
         }
     }
-    for step in (view.bounds().iter()).flat_map(|bound| bound.select.subqueries()) {
-        if !reader.has_index(&step.subquery.inner)? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+    let mut steps = (view.bounds().iter()).flat_map(|bound| bound.select.subqueries());
+    Ok(steps.all(|step| {
+        let inner = &step.subquery.inner;
+        inner.parts.is_empty() || indexes.contains(inner)
+    }))
 }

@@ -207,6 +207,15 @@ pub fn table_named(sql: &str) -> Option<(String, String)> {
 
 /// Compiles all shapes against the tables that they name. Says all that is wrong, not only the first.
 pub fn compile(sources: &[Source], tables: &[Arc<Table>]) -> Result<Vec<Shape>, Vec<Refused>> {
+    compile_with(sources, tables, &[])
+}
+
+/// The same, where there are `indexes` already, which will do in the place of others.
+pub fn compile_with(
+    sources: &[Source],
+    tables: &[Arc<Table>],
+    indexes: &[Index],
+) -> Result<Vec<Shape>, Vec<Refused>> {
     let mut compiled = Vec::new();
     let mut refused = Vec::new();
     for source in sources {
@@ -218,7 +227,8 @@ pub fn compile(sources: &[Source], tables: &[Arc<Table>]) -> Result<Vec<Shape>, 
     if !refused.is_empty() {
         return Err(refused);
     }
-    share_indexes(compiled.iter_mut().flat_map(|(_, (drafts, _))| drafts));
+    let drafts = compiled.iter_mut().flat_map(|(_, (drafts, _))| drafts);
+    share_indexes(drafts, indexes);
     let mut next_id = 0;
     let shape = |(source, (drafts, params)): (&Source, Drafts)| {
         let selects = drafts.into_iter().map(|draft| {
@@ -243,11 +253,11 @@ pub fn compile(sources: &[Source], tables: &[Arc<Table>]) -> Result<Vec<Shape>, 
 }
 
 /// By the first parts of an index rows are found too: who needs an index that begins another one takes that.
-fn share_indexes<'a>(drafts: impl Iterator<Item = &'a mut Draft>) {
+fn share_indexes<'a>(drafts: impl Iterator<Item = &'a mut Draft>, made: &[Index]) {
     let mut conditions: Vec<&mut Condition> = drafts
         .filter_map(|draft| draft.condition.as_mut())
         .collect();
-    let mut all: Vec<Index> = Vec::new();
+    let mut all = made.to_vec();
     for condition in &mut conditions {
         condition.change_subqueries(&mut |subquery| {
             all.extend([&subquery.inner, &subquery.outer].map(Clone::clone));

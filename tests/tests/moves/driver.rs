@@ -305,6 +305,7 @@ impl Driver {
     fn reshape(&mut self, which: usize) {
         let principal = generator::principal(&mut self.rng, self.source.schema.width);
         let claims = principal.claims("somebody");
+        let indexes = self.readers[0].indexes().unwrap();
         let session = &mut self.sessions[which];
         let mut bounds = Vec::new();
         for shape in session.shapes.iter().flatten() {
@@ -321,7 +322,7 @@ impl Driver {
                 // As the mirror keeps it.
                 let text = serde_json::to_string(&Definition::of(old.bounds())).unwrap();
                 let kept: Definition = serde_json::from_str(&text).unwrap();
-                let again = kept.bounds(&self.source.tables).expect("it is read again");
+                let again = kept.bounds(&self.source.tables, &indexes).expect("it is read again");
                 let named: Vec<_> = again.into_iter().map(|b| (String::new(), b)).collect();
                 TableView::of(&named, &Policies::default())
                     .unwrap()
