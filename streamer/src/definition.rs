@@ -15,10 +15,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    catchup::View,
     engine::{Input, Inputs},
     lookup::Index,
     mirror::Kept,
-    session,
+    session::{self, TableView},
     shape::{self, Bound, Source},
     table::{Oid, Table},
 };
@@ -92,10 +93,10 @@ pub struct Keeper {
     waiting: Arc<Mutex<Vec<Kept>>>,
 }
 
-/// The definitions of one session.
+/// The definitions of one session. They are written down when they are said to be used: there may be thousands of sessions.
 pub struct Used {
     keeper: Arc<Keeper>,
-    kept: Vec<Kept>,
+    views: Vec<Arc<TableView>>,
     said: Mutex<Option<Instant>>,
 }
 
@@ -108,37 +109,24 @@ impl Keeper {
         })
     }
 
-    /// For a session that shows these: the bound SELECTs of each table, with the fingerprint that its tokens name them by.
-    pub fn used<'b>(
-        self: &Arc<Self>,
-        views: impl Iterator<Item = ([u8; 16], &'b [Bound])>,
-    ) -> Used {
-        let kept = views.filter_map(|(fingerprint, bounds)| {
-            let mut indexes = Vec::new();
-            for step in bounds.iter().flat_map(|bound| bound.select.subqueries()) {
-                if !indexes.contains(&step.subquery.inner) {
-                    indexes.push(step.subquery.inner.clone());
-                }
-            }
-            Some(Kept {
-                fingerprint,
-                text: serde_json::to_string(&Definition::of(bounds)).ok()?,
-                indexes,
-            })
-        });
+    /// For a session that shows these.
+    pub fn used(self: &Arc<Self>, views: Vec<Arc<TableView>>) -> Used {
         Used {
             keeper: self.clone(),
-            kept: kept.collect(),
+            views,
             said: Mutex::default(),
         }
     }
 
-    fn keep(&self, kept: &[Kept]) {
+    fn keep(&self, kept: Vec<Kept>) {
+        if kept.is_empty() {
+            return;
+        }
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let is_asked = !waiting.is_empty();
-        waiting.extend_from_slice(kept);
+        waiting.extend(kept);
         drop(waiting);
-        if is_asked || kept.is_empty() {
+        if is_asked {
             return;
         }
         let waiting = self.waiting.clone();
@@ -161,8 +149,25 @@ impl Used {
         }
         *said = Some(Instant::now());
         drop(said);
-        self.keeper.keep(&self.kept);
+        self.keeper
+            .keep(self.views.iter().filter_map(|view| kept(view)).collect());
     }
+}
+
+/// The definition of a view, with the fingerprint that tokens name it by.
+fn kept(view: &TableView) -> Option<Kept> {
+    let bounds = view.bounds();
+    let mut indexes = Vec::new();
+    for step in bounds.iter().flat_map(|bound| bound.select.subqueries()) {
+        if !indexes.contains(&step.subquery.inner) {
+            indexes.push(step.subquery.inner.clone());
+        }
+    }
+    Some(Kept {
+        fingerprint: view.fingerprint(),
+        text: serde_json::to_string(&Definition::of(bounds)).ok()?,
+        indexes,
+    })
 }
 
 /// Seconds since 1970.

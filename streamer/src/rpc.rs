@@ -200,10 +200,8 @@ impl Service {
             &principal.claims,
         );
         // Receipts are shown in one way only.
-        let shown = views
-            .iter()
-            .filter(|view| view.table().schema != receipts::SCHEMA);
-        let used = (core.keeper).used(shown.map(|view| (view.fingerprint(), view.bounds())));
+        let shown = |view: &&Arc<TableView>| view.table().schema != receipts::SCHEMA;
+        let used = (core.keeper).used(views.iter().filter(shown).cloned().collect());
         Ok(Session {
             handle: Handle::new(id, core.queue_bytes_max, core.queues.clone()),
             bounds: Arc::new(bounds.into_iter().map(|(_, bound)| bound).collect()),
