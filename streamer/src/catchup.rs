@@ -680,7 +680,8 @@ fn told(
     })
 }
 
-fn of_rows(table: &Table, error: lookup::Error) -> Error {
+/// A lookup's error, in the words of whoever goes through the rows of a table.
+pub(crate) fn of_rows(table: &Table, error: lookup::Error) -> Error {
     match error {
         lookup::Error::Mirror(error) => error,
         lookup::Error::Malformed(error) => Error::Damaged(format!(

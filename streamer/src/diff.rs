@@ -21,7 +21,7 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use crate::{
-    catchup::{View, tables_of},
+    catchup::{View, of_rows, tables_of},
     connected::{self, Answer, Replica},
     delta::{self, Op},
     lookup,
@@ -219,8 +219,11 @@ impl Jobs {
             let changed: Vec<_> = countable.iter().map(|(_, pair, _)| changed(pair)).collect();
             outside.scan(table, &mut |here, _, row| {
                 for ((_, pair, figures), changed) in countable.iter_mut().zip(&changed) {
-                    look(pair, changed.as_ref(), figures, &row, here)
-                        .map_err(|error| of_rows(error, table))?;
+                    let looked = look(pair, changed.as_ref(), figures, &row, here);
+                    let view = pair.0.as_ref().or(pair.1.as_ref());
+                    if let (Err(error), Some(view)) = (looked, view) {
+                        return Err(of_rows(view.table(), error));
+                    }
                 }
                 Ok(())
             })?;
@@ -336,15 +339,6 @@ fn look(
         }
     }
     Ok(())
-}
-
-fn of_rows(error: lookup::Error, table: Oid) -> mirror::Error {
-    match error {
-        lookup::Error::Mirror(error) => error,
-        lookup::Error::Malformed(error) => {
-            mirror::Error::Damaged(format!("a row of table {table}, or one with it: {error}"))
-        }
-    }
 }
 
 impl Count {

@@ -259,7 +259,7 @@ fn a_definition_is_read_again_with_the_same_meaning() {
                 let text = serde_json::to_string(&definition).unwrap();
                 let read: Definition = serde_json::from_str(&text).unwrap();
                 assert_eq!(read.table(), Some(TASKS));
-                let again = read.bounds(&super::tables());
+                let again = read.bounds(&super::tables(), &[]);
                 let again = again.unwrap_or_else(|| panic!("not read again: {text}"));
                 (bound, again)
             })
