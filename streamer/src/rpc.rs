@@ -54,7 +54,7 @@ use crate::{
     postgres::writer::{Replica, Rules},
     receipts,
     session::{
-        Ended, Handle, MESSAGES_AHEAD, Readers, Session, TableView, Total,
+        Ended, Handle, MESSAGES_AHEAD, Readers, Rounds, Session, TableView, Total,
         admission::{Admission, Admitted},
         gathering::Requests,
     },
@@ -96,6 +96,8 @@ pub struct Core {
     pub defaults: watch::Receiver<Arc<Defaults>>,
     /// For catch-ups.
     pub readers: Arc<Readers>,
+    /// For what they fill.
+    pub rounds: Arc<Rounds>,
     /// Where sessions are served together.
     pub gathering: Requests,
     /// Who may wait to be served.
@@ -216,6 +218,7 @@ impl Service {
             progress: core.progress.clone(),
             defaults: core.defaults.clone(),
             readers: core.readers.clone(),
+            rounds: core.rounds.clone(),
             owner: principal.subject.as_ref().unwrap_or(&hello.replica_id)[..].into(),
             gathering: core.gathering.clone(),
             admitted: Some(admitted),

@@ -30,7 +30,7 @@ use crate::{
     rpc::{self, Quotas},
     serve::{self, Stage},
     session::{
-        self, Readers, Total,
+        self, Readers, Rounds, Total,
         admission::{Admission, WAITING_MAX},
         gathering,
     },
@@ -314,7 +314,8 @@ impl Parts<'_> {
         self.defaults.send_replace(Arc::new(opening.defaults));
         let readers = Readers::new(opening.readers);
         let (inputs, here) = (self.inputs.clone(), self.here.clone());
-        let gathering = gathering::start(readers.clone(), inputs, &self.tasks, here);
+        let rounds = Rounds::new(self.config.memory().rounds_bytes_max);
+        let gathering = gathering::start(readers.clone(), rounds.clone(), inputs, &self.tasks, here);
         let core = rpc::Core {
             verifier: self.shared.verifier.clone(),
             quotas: self.shared.quotas.clone(),
@@ -332,6 +333,7 @@ impl Parts<'_> {
             progress: self.progress.clone(),
             defaults: self.defaults.subscribe(),
             readers,
+            rounds,
             gathering,
             admission: Admission::new(WAITING_MAX),
             connected: self.connected.clone(),

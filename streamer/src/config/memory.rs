@@ -31,6 +31,8 @@ pub struct Memory {
     pub queue_bytes_max: usize,
     /// What the queues of all sessions hold together; above it the one that is pushed to is dropped, and catches up.
     pub queues_bytes_max: usize,
+    /// What rounds of catch-ups hold until replicas take them, of all sessions together; above it they get small.
+    pub rounds_bytes_max: usize,
     /// What decoded changes of transactions in progress hold; above it they go to files.
     pub spool_bytes_max: usize,
     /// What decoded changes of transactions that committed hold until the engine takes them.
@@ -59,6 +61,7 @@ impl Memory {
             reader_cache_bytes: size(share(1) / READERS as u64),
             queue_bytes_max: size((queues / 8).clamp(QUEUE_BYTES_MIN, QUEUE_BYTES_MAX)),
             queues_bytes_max: size(queues),
+            rounds_bytes_max: size(share(1)),
             spool_bytes_max: size(share(1) / 2),
             events_bytes_max: size(share(1) / 2),
             // A transaction costs about three times its own size while it is applied: its changes, the rows before
@@ -68,7 +71,7 @@ impl Memory {
             row_bytes_max: size(row_bytes_max),
             transaction_bytes_max: size(row_bytes_max),
         }
-        // That is 12.5 sixteenths; 3.5 are left to the allocator's slack, the code, the stacks and the sockets.
+        // That is 13.5 sixteenths; 2.5 are left to the allocator's slack, the code, the stacks and the sockets.
     }
 
     /// What all shares come to, at most.
@@ -76,6 +79,7 @@ impl Memory {
         self.mirror_cache_bytes
             + self.readers * self.reader_cache_bytes
             + self.queues_bytes_max
+            + self.rounds_bytes_max
             + self.spool_bytes_max
             + self.events_bytes_max
             + 3 * self.chunk_bytes_max

@@ -11,7 +11,11 @@ use anabranch_proto::Position;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{ROUND_BYTES, Readers, TableView, blocking, send};
+use super::{
+    Readers, TableView, blocking,
+    rounds::{Room, Rounds},
+    send,
+};
 use crate::{
     catchup::{
         View,
@@ -39,8 +43,8 @@ pub struct Request {
 
 /// What a session is told: the difference up to `position`, from where on its queue has everything.
 pub struct Answer {
-    /// `None`: it must catch up by itself; its queue means nothing.
-    pub ops: Option<Vec<(usize, Op)>>,
+    /// With the room that they take. `None`: it must catch up by itself; its queue means nothing.
+    pub ops: Option<(Vec<(usize, Op)>, Room)>,
     /// Where it then is.
     pub position: Position,
     /// All tables that are not followed any more, and why.
@@ -53,12 +57,17 @@ pub type Requests = mpsc::Sender<Request>;
 /// Starts the task, which ends with `stopping` or with the engine.
 pub fn start(
     readers: Arc<Readers>,
+    rounds: Arc<Rounds>,
     inputs: Inputs,
     tasks: &TaskTracker,
     stopping: CancellationToken,
 ) -> Requests {
     let (requests, asked) = mpsc::channel(TOGETHER_MAX);
-    let gathering = Gathering { readers, inputs };
+    let gathering = Gathering {
+        readers,
+        rounds,
+        inputs,
+    };
     tasks.spawn(async move {
         let _ = stopping.run_until_cancelled(gathering.run(asked)).await;
     });
@@ -67,6 +76,7 @@ pub fn start(
 
 struct Gathering {
     readers: Arc<Readers>,
+    rounds: Arc<Rounds>,
     inputs: Inputs,
 }
 
@@ -116,8 +126,10 @@ impl Gathering {
         } = joined;
         let stopped = Arc::new(stopped);
         let (members, answers): (Vec<_>, Vec<_>) = waiting.into_iter().unzip();
+        let rooms = self.rounds.take_many(members.len(), TOLD_BYTES_MAX);
+        let bytes_max = rooms.iter().map(Room::bytes).sum();
         let passed = blocking(move || {
-            let told = pass(&mut reader, &members);
+            let told = pass(&mut reader, &members, bytes_max);
             // Each of them finds the same by itself, if it is not only about being served together.
             let told = told.unwrap_or_else(|error| {
                 tracing::debug!(%error, "sessions can't be served together");
@@ -126,9 +138,10 @@ impl Gathering {
             drop(reader);
             Ok(told)
         });
-        for (told, answer) in passed.await.ok()?.into_iter().zip(answers) {
+        let passed = passed.await.ok()?.into_iter();
+        for ((told, room), answer) in passed.zip(rooms).zip(answers) {
             let ops = match told {
-                Told::All(ops) => Some(ops),
+                Told::All(ops) => Some((ops, room)),
                 Told::Alone => None,
             };
             // Who is gone meanwhile does not mind.
@@ -145,6 +158,7 @@ impl Gathering {
 fn pass(
     reader: &mut mirror::Reader,
     members: &[Member<TableView>],
+    bytes_max: usize,
 ) -> Result<Vec<Told>, mirror::Error> {
     let mut router = Router::default();
     for (place, member) in members.iter().enumerate() {
@@ -152,6 +166,5 @@ fn pass(
         router.add(place as u64, &bounds.cloned().collect::<Vec<_>>());
     }
     let may_see = |table: Oid, row: &[u8], found: &mut Vec<u64>| router.may_see(table, row, found);
-    let bytes_max = TOLD_BYTES_MAX.min(members.len() * ROUND_BYTES);
     together::pass(reader, members, &may_see, bytes_max)
 }

@@ -15,6 +15,7 @@ pub mod former;
 pub mod gathering;
 mod queue;
 mod readers;
+mod rounds;
 mod turns;
 mod view;
 
@@ -31,10 +32,12 @@ use tokio_util::sync::CancellationToken;
 use self::{
     admission::Admitted,
     gathering::{Answer, Request, Requests},
+    rounds::Room,
 };
 pub use self::{
     queue::{Delivery, Handle, Taken, Total},
     readers::{Lease, Owner, Readers},
+    rounds::Rounds,
     view::{ColumnsDiffer, TableView},
 };
 use crate::{
@@ -47,9 +50,6 @@ use crate::{
     table::{Defaults, Oid},
     token::Proof,
 };
-
-/// Bytes of one round of a catch-up. They are in memory while the replica takes them, and no snapshot is held then.
-pub const ROUND_BYTES: usize = 1024 * 1024;
 
 /// While Postgres is ahead of the replica, what comes within this time travels together: a message, and a commit of the
 /// replica, for each transaction of a backlog would be most of the work. What is live goes at once.
@@ -116,6 +116,8 @@ pub struct Session {
     pub defaults: watch::Receiver<Arc<Defaults>>,
     /// For catch-ups.
     pub readers: Arc<Readers>,
+    /// For what they fill.
+    pub rounds: Arc<Rounds>,
     /// Whose turn it takes for them.
     pub owner: Owner,
     /// Where it is served together with others.
@@ -265,7 +267,7 @@ impl Session {
         let told = self.alive(encoder, asked).await??;
         self.admitted = None;
         let Answer {
-            ops: Some(ops),
+            ops: Some((ops, room)),
             position,
             stopped,
         } = told
@@ -283,6 +285,7 @@ impl Session {
         }
         drop(ops);
         self.complete(standing, encoder, position, &stopped).await?;
+        self.taken(room).await?;
         Ok(true)
     }
 
@@ -346,7 +349,9 @@ impl Session {
         // A replica that is not far away joins at once; one that is goes round by round, without a queue.
         let mut join = reset.is_empty();
         let mut said = Instant::now();
-        let (position, stopped) = loop {
+        let (position, stopped, room) = loop {
+            let room = self.rounds.take();
+            let bytes_max = room.bytes();
             let mut stopped = Vec::new();
             let mut snapshot = reader;
             if join {
@@ -362,7 +367,7 @@ impl Session {
             }
             let mut filling = std::mem::take(encoder);
             let work = blocking(move || {
-                let round = catchup.round(&mut snapshot, ROUND_BYTES, &mut |item, op| {
+                let round = catchup.round(&mut snapshot, bytes_max, &mut |item, op| {
                     filling.op(item as u32 + 1, &op);
                 });
                 let round = round.and_then(|round| Ok((round, snapshot.stopped()?)));
@@ -377,7 +382,7 @@ impl Session {
             // had to join first would then be told everything and never commit any of it.
             if let Round::Complete(position) = round {
                 stopped.extend(stopped_by_now);
-                break (position, stopped);
+                break (position, stopped, room);
             }
             if join {
                 self.handle.fall_behind();
@@ -395,13 +400,15 @@ impl Session {
             if self.send(encoder).await? {
                 said = Instant::now();
             }
+            self.taken(room).await?;
             if round == Round::Filling {
                 self.wait_for_copy(encoder).await?;
             }
             reader = self.alive(encoder, self.readers.take(&self.owner)).await?;
         };
         drop(reader);
-        self.complete(standing, encoder, position, &stopped).await
+        self.complete(standing, encoder, position, &stopped).await?;
+        self.taken(room).await
     }
 
     /// Finds what the replica was shown of the tables whose definitions are others now.
@@ -652,6 +659,15 @@ impl Session {
     }
 
     /// Sends the messages that are finished; says whether there were any.
+    /// Gives room back. Where it is short, that is when the connection has taken all that was sent.
+    async fn taken(&self, room: Room) -> Result<(), Ended> {
+        if room.is_short() {
+            let all = self.out.reserve_many(MESSAGES_AHEAD).await;
+            all.map_err(|_| Ended::Gone)?;
+        }
+        Ok(())
+    }
+
     async fn send(&self, encoder: &mut Encoder) -> Result<bool, Ended> {
         let mut any = false;
         while let Some(message) = encoder.take() {

@@ -16,6 +16,7 @@
 //! | M1 | memory peaks of the initial copy and of W2b's transaction, with `memory_max` of 256 and 128 MiB | the caps | |
 //! | M2 | latency and the streamer's memory beside a replica that gets 2 kB/s | the same without that one | |
 //! | M3 | memory peaks of one local transaction of 100,000 rows with the caps of M1, and of a local value of 64 MB | the caps | |
+//! | M4 | memory peak of the streamer with 300 replicas that do not read what they are sent | the cap of M1 | |
 //!
 //! Each consumer works alone: the others are stopped meanwhile. Wall times are noisy, so medians of several rounds are
 //! what counts. Environment: `ANABRANCH_BENCH_ROUNDS` (3), `ANABRANCH_BENCH_ROWS` (1000000),
@@ -120,6 +121,9 @@ fn main() {
         }
         if wanted("M3") {
             memory::large_local_transactions(&lab, &mut report).await;
+        }
+        if wanted("M4") {
+            memory::slow_readers(&lab, &mut report).await;
         }
         report.print();
     });

@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anabranch_tests::{
-    peers::{Replica, Streamer},
+    light::{self, Fleet},
+    peers::{Replica, Streamer, TOKEN},
     proxy::{Proxy, Way},
     wait::until,
 };
@@ -18,6 +19,14 @@ const THIN_BYTES_PER_SECOND: u64 = 2_000;
 
 /// How long a large local transaction may take.
 const ANSWER_MAX: Duration = Duration::from_secs(120);
+
+/// Replicas that do not read, and what there is for each: more than their windows take.
+const SLOW: usize = 300;
+const SLOW_ROWS: usize = 2_000;
+const SLOW_ROW_BYTES: usize = 4_000;
+
+/// Until nothing more is sent.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// What a program writes in one transaction; how many rows and bytes that makes.
 const LARGE: [(&str, &str, (i64, i64)); 2] = [
@@ -143,6 +152,50 @@ pub async fn stalled_beside_live(lab: &Lab, seconds: Duration, report: &mut Repo
     for replica in [&live, &thin] {
         replica.terminate().await;
     }
+    streamer.terminate().await;
+    lab.drop_slots().await;
+}
+
+/// M4: many replicas that do not read what catch-ups have for them.
+pub async fn slow_readers(lab: &Lab, report: &mut Report) {
+    let database = lab.source.database().await;
+    database
+        .execute(&format!(
+            "CREATE TABLE slow (id int PRIMARY KEY, made int8 NOT NULL, note text NOT NULL);
+             ALTER TABLE slow ALTER note SET STORAGE EXTERNAL;
+             INSERT INTO slow SELECT g, 0, repeat('slow', {SLOW_ROW_BYTES} / 4) FROM generate_series(1, {SLOW_ROWS}) g"
+        ))
+        .await;
+    let streamer = Streamer::config(&database)
+        .set("memory_max", CAPS[0].0)
+        .shape("slow", &["SELECT * FROM slow"])
+        .start()
+        .await;
+    let fleet = Fleet::start(light::Settings {
+        url: streamer.url(),
+        token: TOKEN.into(),
+        replicas: SLOW,
+        connections: SLOW,
+        subscriptions: Box::new(|_| vec![light::subscription("slow", &[])]),
+        made: 1,
+    });
+    fleet.read(false);
+    // Each is sent all that its connection takes, and then stands.
+    until("all are there", ANSWER_MAX, || async {
+        let page = streamer.get("/metrics").await.expect("metrics");
+        let all = format!("anabranch_streamer_sessions {SLOW}\n");
+        page.body.contains(&all).then_some(())
+    })
+    .await;
+    tokio::time::sleep(SETTLE).await;
+    let (peak, (cap, bytes)) = (streamer.memory_peak_bytes(), CAPS[0]);
+    let verdict = if peak <= bytes { "holds" } else { "TOO MUCH" };
+    report.note(format!(
+        "M4   streamer, {SLOW} replicas that do not read {} MiB each: peak {} MiB of {cap}: {verdict}",
+        (SLOW_ROWS * SLOW_ROW_BYTES) >> 20,
+        peak >> 20
+    ));
+    drop(fleet);
     streamer.terminate().await;
     lab.drop_slots().await;
 }
