@@ -8,6 +8,7 @@
 //! Each stream has a number, its *generation*. The file is told `begin_stream` before the first message of a stream, and
 //! messages of any other generation are thrown away: late frames of an old connection can't come after a new one.
 
+mod crowd;
 mod noted;
 
 use std::{
@@ -37,6 +38,7 @@ use crate::{
         Watch, Which,
     },
 };
+use crowd::Crowd;
 use noted::Noted;
 
 /// Commands that wait at most; messages are bounded by their bytes before that.
@@ -48,17 +50,6 @@ const QUEUE_UNIT_BYTES: usize = 1_024;
 /// The file is looked at at least this often: what nobody told, and so that our reader of the WAL gets out of the way of a
 /// program's checkpoint.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// From so many local transactions without an answer on the file is *crowded*. A commit of the file for each answer, and another
-/// for each write, would be most of the work then: commits that come within some time are applied together, and the WAL is looked
-/// at no more often.
-const CROWD: u64 = 128;
-
-/// That time, for each of those that have no answer: a fifth of what their answers take at the very least, so nobody notices.
-const GATHER_EACH: Duration = Duration::from_micros(40);
-
-/// And at most.
-const GATHER_MAX: Duration = Duration::from_millis(80);
 
 /// From where a stream goes on.
 #[derive(Clone, Debug)]
@@ -416,6 +407,7 @@ fn keep(
             caught_up_told: false,
             last_report: None,
             noted: Noted::default(),
+            crowd: Crowd::default(),
         }
         .run(inbox)
         .await
@@ -493,6 +485,8 @@ struct Keeping {
     last_report: Option<Instant>,
     /// For how long answered writes are kept.
     noted: Noted,
+    /// For how long commits are gathered.
+    crowd: Crowd,
 }
 
 impl Keeping {
@@ -511,7 +505,10 @@ impl Keeping {
                 biased;
                 () = cancel.cancelled() => break,
                 _ = tick.tick() => self.report()?,
-                () = self.watch.changed() => { self.look()?; }
+                told = self.watch.changed() => {
+                    told?;
+                    self.look()?;
+                }
                 () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {
                     if self.apply_gathered().await?.is_break() {
                         break;
@@ -670,9 +667,11 @@ impl Keeping {
     }
 
     /// How long commits are gathered; `None`: the file is not crowded.
-    fn gathers_for(&self) -> Option<Duration> {
-        let local = self.board.local.borrow();
-        gathers_for(local.assigned.saturating_sub(local.answered))
+    fn gathers_for(&mut self) -> Option<Duration> {
+        let Local {
+            assigned, answered, ..
+        } = *self.board.local.borrow();
+        self.crowd.gathers_for(assigned, answered, Instant::now())
     }
 
     /// Looks for local transactions, and tells that there are some. What is not possible just now is tried at the next look;
@@ -861,7 +860,10 @@ impl Keeping {
                 () = cancel.cancelled() => return Ok(ControlFlow::Break(())),
                 () = &mut end => break,
                 // A program's checkpoint may be what the file waits for, and that may wait for our reader.
-                () = self.watch.changed() => { self.look()?; }
+                told = self.watch.changed() => {
+                    told?;
+                    self.look()?;
+                }
             }
         }
         *pause = (*pause * 2).min(self.timing.file_retry.1);
@@ -912,11 +914,6 @@ fn unless_definite<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
     }
 }
 
-fn gathers_for(unanswered: u64) -> Option<Duration> {
-    let each = u32::try_from(unanswered).unwrap_or(u32::MAX);
-    (unanswered >= CROWD).then(|| GATHER_EACH.saturating_mul(each).min(GATHER_MAX))
-}
-
 fn ends_with_commit(message: &v1::Down) -> bool {
     let last = message.elements.last();
     last.is_some_and(|last| matches!(last.kind, Some(Kind::Commit(_))))
@@ -954,7 +951,7 @@ fn tables(file: &File) -> Option<Vec<TableState>> {
 mod tests {
     use rusqlite::Connection;
 
-    use super::*;
+    use super::{crowd::CROWD, *};
 
     fn element(kind: Kind) -> v1::Element {
         v1::Element { kind: Some(kind) }
@@ -1090,13 +1087,6 @@ mod tests {
             resume_token: b"token".as_slice().into(),
             ..v1::Down::default()
         }
-    }
-
-    #[test]
-    fn a_write_waits_for_others_where_few_wait() {
-        assert_eq!(gathers_for(CROWD - 1), None);
-        assert_eq!(gathers_for(CROWD), Some(GATHER_EACH * CROWD as u32));
-        assert_eq!(gathers_for(u64::MAX), Some(GATHER_MAX));
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -315,7 +315,8 @@ impl Parts<'_> {
         let readers = Readers::new(opening.readers);
         let (inputs, here) = (self.inputs.clone(), self.here.clone());
         let rounds = Rounds::new(self.config.memory().rounds_bytes_max);
-        let gathering = gathering::start(readers.clone(), rounds.clone(), inputs, &self.tasks, here);
+        let gathering =
+            gathering::start(readers.clone(), rounds.clone(), inputs, &self.tasks, here);
         let core = rpc::Core {
             verifier: self.shared.verifier.clone(),
             quotas: self.shared.quotas.clone(),

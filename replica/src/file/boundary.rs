@@ -83,6 +83,7 @@ mod page;
 mod reader;
 #[cfg(test)]
 mod tests;
+mod timer;
 mod wal;
 
 use std::{

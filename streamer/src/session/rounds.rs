@@ -115,7 +115,11 @@ mod tests {
     fn those_that_are_filled_at_once_share() {
         let rounds = Rounds::new(16 * ROUND_BYTES);
         let together = rounds.take_many(100, 4 * ROUND_BYTES);
-        assert!(together.iter().all(|room| room.bytes() == 4 * ROUND_BYTES / 100));
+        assert!(
+            together
+                .iter()
+                .all(|room| room.bytes() == 4 * ROUND_BYTES / 100)
+        );
         assert!(rounds.take_many(0, ROUND_BYTES).is_empty());
         drop(together);
         assert_eq!(rounds.held.load(Ordering::Relaxed), 0);

@@ -2,7 +2,7 @@
 //!
 //! Writes to the `-wal` are told by inotify. That comes too early rather than too late: a commit is published only after
 //! its last frame was written, with `synchronous=FULL` after a sync of the disk. So the first look may find nothing, and is
-//! repeated, at first after a millisecond and then less and less often. The slow pace at which that ends is also the
+//! repeated, at first after a quarter of a millisecond and then less and less often. The slow pace at which that ends is also the
 //! safety net for what inotify did not tell, and what lets our reader go to mark 0 after somebody's checkpoint.
 //!
 //! Writes to the database file are told as well: they are of checkpoints, and one that is to start the WAL over waits, with the write
@@ -17,28 +17,25 @@ use std::{
     mem::MaybeUninit,
     os::{fd::OwnedFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
     fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags},
     io::Errno,
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    time::{Instant, sleep_until},
-};
+use tokio::io::{Interest, unix::AsyncFd};
 
-use super::super::Error;
+use super::{super::Error, timer::Timer};
 
 /// Two wakes are at least this far apart.
 pub const PACE: Duration = Duration::from_millis(5);
 
 /// The same after a wake that found nothing, which costs less.
-pub const IDLE_PACE: Duration = Duration::from_millis(1);
+pub const IDLE_PACE: Duration = Duration::from_micros(500);
 
 /// The pause after a wake; it doubles from one to the next.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const FIRST_PAUSE: Duration = Duration::from_micros(250);
 
 /// Room for some dozens of events, each with a name of the longest kind there is.
 const EVENTS_BYTES: usize = 16 * 1_024;
@@ -56,6 +53,8 @@ pub struct Watch {
     pause_max: Duration,
     pause: Duration,
     due: Instant,
+    /// Set by whoever waits.
+    timer: Timer,
     heard: bool,
     woke: Instant,
     /// As long at least until the next wake.
@@ -100,6 +99,7 @@ impl Watch {
             pause_max,
             pause: FIRST_PAUSE,
             due: now,
+            timer: Timer::new()?,
             heard: false,
             woke: now - PACE,
             pace: PACE,
@@ -110,36 +110,45 @@ impl Watch {
 
     /// Returns when it is time to look: at once after a write or checkpoint, again shortly after that, and now and then. Dropping it
     /// loses nothing.
-    pub async fn changed(&mut self) {
+    pub async fn changed(&mut self) -> Result<(), Error> {
+        self.set(self.due)?;
         while !self.heard {
             tokio::select! {
                 biased;
-                () = sleep_until(self.due) => {
+                rung = self.timer.rings() => {
+                    rung?;
                     self.pause = (self.pause * 2).min(self.pause_max);
                     if self.wal_watch.is_none() {
                         self.watch_wal();
                     }
-                    return self.wake();
+                    self.wake();
+                    return Ok(());
                 }
                 ready = self.events.readable() => match ready {
                     Ok(mut ready) => {
                         ready.clear_ready();
                         self.hear();
                     }
-                    // The runtime ends; the pauses go on for as long as it does.
-                    Err(_) => {
-                        sleep_until(self.due).await;
-                        return self.wake();
-                    }
+                    // The runtime ends.
+                    Err(error) => return Err(Error::Transient(format!("inotify: {error}"))),
                 },
             }
         }
-        sleep_until(self.woke + self.pace).await;
+        let next = self.woke + self.pace;
+        if next > Instant::now() {
+            self.set(next)?;
+            self.timer.rings().await?;
+        }
         // What came meanwhile is looked at now.
         self.hear();
         self.heard = false;
         self.pause = FIRST_PAUSE;
         self.wake();
+        Ok(())
+    }
+
+    fn set(&self, at: Instant) -> Result<(), Error> {
+        self.timer.set(at.saturating_duration_since(Instant::now()))
     }
 
     /// The wake that was last found nothing.
