@@ -27,6 +27,9 @@ const TOGETHER: usize = 4;
 const SHARING: usize = 1_000;
 const SHARED_RATE: usize = 20;
 
+/// Nothing grows here: longer tells no more.
+const SHARED_MAX: Duration = Duration::from_secs(30);
+
 /// What is changed while all replicas are away.
 const AWAY_TRANSACTIONS: usize = 2_500;
 
@@ -113,7 +116,8 @@ pub async fn measure(
             light::subscription("news", &[])
         });
         fan.until_caught_up(&fleet).await;
-        fan.share(&fleet, sharing, sizes.fanout, report).await;
+        fan.share(&fleet, sharing, sizes.fanout.min(SHARED_MAX), report)
+            .await;
     }
     let Fan {
         database, streamer, ..
