@@ -219,6 +219,7 @@ impl Service {
             defaults: core.defaults.clone(),
             readers: core.readers.clone(),
             rounds: core.rounds.clone(),
+            room: None,
             owner: principal.subject.as_ref().unwrap_or(&hello.replica_id)[..].into(),
             gathering: core.gathering.clone(),
             admitted: Some(admitted),

@@ -40,7 +40,7 @@ const CONNECTION_WINDOW: u32 = 2 * 1024 * 1024;
 
 /// Bytes that HTTP/2 may hold for one stream until the socket takes them, beside the message that goes beyond it. It only has to
 /// last for as long as it takes to be given more; and each replica that does not read has it filled.
-const SEND_BUFFER_MAX: usize = 128 * 1024;
+const SEND_BUFFER_MAX: usize = 64 * 1024;
 
 /// Streams that one connection may have open: a replica needs one.
 const STREAMS_MAX: u32 = 100;

@@ -32,12 +32,11 @@ use tokio_util::sync::CancellationToken;
 use self::{
     admission::Admitted,
     gathering::{Answer, Request, Requests},
-    rounds::Room,
 };
 pub use self::{
     queue::{Delivery, Handle, Taken, Total},
     readers::{Lease, Owner, Readers},
-    rounds::Rounds,
+    rounds::{Room, Rounds},
     view::{ColumnsDiffer, TableView},
 };
 use crate::{
@@ -55,12 +54,12 @@ use crate::{
 /// replica, for each transaction of a backlog would be most of the work. What is live goes at once.
 const GATHER: Duration = Duration::from_millis(5);
 
-/// The same for each so many bytes of WAL that it is behind: what comes that late may as well come a tenth of a second later,
-/// in fewer messages.
+/// The same for each so many bytes of WAL that it is behind: what comes that late may as well come a moment later, in fewer
+/// messages. Unless there is a message's worth of it.
 const GATHER_WAL_BYTES: u64 = 256 * 1024;
 
 /// The longest.
-const GATHER_MAX: Duration = Duration::from_millis(100);
+const GATHER_MAX: Duration = Duration::from_millis(500);
 
 /// Messages on their way into the connection of one session.
 pub const MESSAGES_AHEAD: usize = 2;
@@ -118,6 +117,8 @@ pub struct Session {
     pub readers: Arc<Readers>,
     /// For what they fill.
     pub rounds: Arc<Rounds>,
+    /// That of the last round, until something else was sent behind it.
+    pub room: Option<Room>,
     /// Whose turn it takes for them.
     pub owner: Owner,
     /// Where it is served together with others.
@@ -470,7 +471,11 @@ impl Session {
             // Read before the queue is taken: whatever lies at or below it was pushed before it was told.
             let now = *self.progress.borrow_and_update();
             if standing.last.is_some_and(|last| last.lsn < now.source.lsn) {
-                tokio::time::sleep_until(said + gather(standing.lag_bytes)).await;
+                let gathered = tokio::time::sleep_until(said + gather(standing.lag_bytes));
+                tokio::select! {
+                    () = gathered => {}
+                    () = self.handle.filled() => {}
+                }
             }
             let mut taken = self.handle.take();
             let something = !taken.deliveries.is_empty() || !taken.stopped.is_empty();
@@ -478,6 +483,7 @@ impl Session {
             if something {
                 self.encode(standing, encoder, &mut taken, now);
                 self.send(encoder).await?;
+                self.room = None;
                 said = Instant::now();
             }
             drop(taken);
@@ -502,6 +508,7 @@ impl Session {
                 encoder.heartbeat(position, now.source);
                 encoder.end_message((self.issue)(position));
                 self.send(encoder).await?;
+                self.room = None;
                 standing.last = Some(position);
                 standing.from.fill(Some(position));
                 said = Instant::now();
@@ -658,16 +665,18 @@ impl Session {
         }
     }
 
-    /// Sends the messages that are finished; says whether there were any.
-    /// Gives room back. Where it is short, that is when the connection has taken all that was sent.
-    async fn taken(&self, room: Room) -> Result<(), Ended> {
+    /// A round was sent: gives back the room of the one before, of which nothing waits here any more. Where room is short, the
+    /// connection must take this one first.
+    async fn taken(&mut self, room: Room) -> Result<(), Ended> {
         if room.is_short() {
             let all = self.out.reserve_many(MESSAGES_AHEAD).await;
             all.map_err(|_| Ended::Gone)?;
         }
+        self.room = Some(room);
         Ok(())
     }
 
+    /// Sends the messages that are finished; says whether there were any.
     async fn send(&self, encoder: &mut Encoder) -> Result<bool, Ended> {
         let mut any = false;
         while let Some(message) = encoder.take() {

@@ -54,6 +54,7 @@ pub struct Handle {
     /// Bytes in all queues, and their limit.
     total: Arc<Total>,
     wake: Notify,
+    filled: Notify,
 }
 
 /// What all queues hold together.
@@ -143,6 +144,7 @@ impl Handle {
             bytes_max,
             total,
             wake: Notify::new(),
+            filled: Notify::new(),
         })
     }
 
@@ -175,6 +177,9 @@ impl Handle {
         if held <= self.bytes_max && self.total.add(bytes, held + queue.taken) {
             queue.bytes = held;
             queue.deliveries.push_back(delivery);
+            if held >= self.bytes_max / 4 {
+                self.filled.notify_one();
+            }
         } else {
             self.empty(&mut queue);
             self.set_open(&mut queue, false);
@@ -214,6 +219,11 @@ impl Handle {
     /// Waits until there may be something to take.
     pub async fn woken(&self) {
         self.wake.notified().await;
+    }
+
+    /// Waits until there is more than should wait for even more: a quarter of what fits. Or there was, a while ago.
+    pub async fn filled(&self) {
+        self.filled.notified().await;
     }
 
     /// Takes all that is there.
@@ -260,6 +270,8 @@ impl Drop for Handle {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use bytes::Bytes;
 
     use super::*;
@@ -295,6 +307,23 @@ mod tests {
         quiet[0].push(delivery());
         let taken = quiet[0].take();
         assert!(!taken.behind && taken.deliveries.len() == 1);
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_more_is_woken_before_the_queue_is_full() {
+        let total = Total::new(1 << 20);
+        let handle = Handle::new(1, 8 * delivery().bytes(), total);
+        handle.open();
+        handle.push(delivery());
+        let waits = async || {
+            tokio::time::timeout(Duration::ZERO, handle.filled())
+                .await
+                .is_err()
+        };
+        assert!(waits().await);
+        handle.push(delivery());
+        assert!(!waits().await);
+        assert!(!handle.take().behind);
     }
 
     #[test]
