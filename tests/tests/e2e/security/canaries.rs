@@ -21,7 +21,7 @@ const SETUP: &str = "
     CREATE FUNCTION complain() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         IF NEW.v = 'canary-raise' THEN
             RAISE WARNING 'it was %', NEW.v;
-            RAISE EXCEPTION 'not %', NEW.v USING DETAIL = NEW.id, HINT = NEW.u;
+            RAISE EXCEPTION 'not %', NEW.v USING DETAIL = NEW.id, HINT = coalesce(NEW.u, '');
         END IF;
         RETURN NEW; END $$;
     CREATE TRIGGER complain BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION complain()";

@@ -29,6 +29,7 @@ use anabranch_tests::{
 use bytes::BytesMut;
 use serde_json::json;
 use tempfile::TempDir;
+use tokio::task::JoinSet;
 use tonic::{Code, Status, transport::Channel};
 
 use self::{
@@ -56,6 +57,9 @@ const SHAPES: &str = r#"
 
 /// Subscriptions of one call.
 const AT_ONCE: usize = 100;
+
+/// Tokens that call at a time.
+const TOKENS_AT_ONCE: usize = 20;
 
 /// The texts of one run, of each channel its own.
 struct Texts {
@@ -234,28 +238,19 @@ async fn values_of_parameters(scene: &Scene, values: &[String]) {
 }
 
 /// What a token says: as a parameter, as the owner of a replica's id, for policies, and as the role.
-async fn claims_of_tokens(scene: &Scene, texts: &[String], values: &[String]) {
+async fn claims_of_tokens(scene: &Arc<Scene>, texts: &[String], values: &[String]) {
+    let made = texts.len();
     let mut calls = Vec::new();
-    for (i, (subject, me)) in texts.iter().zip(values).enumerate() {
-        let id = format!("r{i}");
-        let token = scene.token(subject, me, "app");
-        let shown = scene.shown(&token, hello(&id, "mine")).await;
-        assert_eq!(shown, set(std::slice::from_ref(me)));
-        let denied = scene.token("a", "x", subject);
-        let denied = caller::write(scene.channel.clone(), Some(&denied), "r", "written").await;
-        assert_eq!(code(denied), Code::PermissionDenied, "{subject:?}");
-
-        let call = caller::write(scene.channel.clone(), Some(&token), &id, "written").await;
-        let mut call = call.unwrap();
-        let ready = call.next().await.unwrap();
-        assert!(matches!(ready, write_down::Kind::Ready(_)), "{ready:?}");
-        let table = ("public", "w", ["k", "v"]);
-        let key = format!("of {i}");
-        let (transaction, _) = transaction(&NO_HASH, 1, table, [&key, me]);
-        call.say(write_up::Kind::Transaction(transaction)).await;
-        calls.push(call);
+    let pairs: Vec<_> = texts.iter().cloned().zip(values.iter().cloned()).collect();
+    for (i, some) in pairs.chunks(TOKENS_AT_ONCE).enumerate() {
+        let mut asked = JoinSet::new();
+        for (j, (subject, me)) in some.iter().cloned().enumerate() {
+            let (scene, id) = (scene.clone(), format!("r{i}-{j}"));
+            asked.spawn(async move { claims_of_token(&scene, &id, &subject, &me).await });
+        }
+        // Calls that end would take back what they said.
+        calls.extend(asked.join_all().await);
     }
-    let made = calls.len();
     until("all are made", DEADLINE, || async {
         let count = scene.text("SELECT count(*)::text FROM w").await;
         anyhow::ensure!(count == made.to_string(), "{count}");
@@ -264,11 +259,30 @@ async fn claims_of_tokens(scene: &Scene, texts: &[String], values: &[String]) {
     .await;
     let rows = scene.database.query("SELECT subject FROM anabranch.replicas", &[]).await;
     let subjects: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
-    assert_eq!(subjects, set(&texts[..made]));
+    assert_eq!(subjects, set(texts));
     let rows = scene.database.query("SELECT v FROM w", &[]).await;
     let written: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
     assert_eq!(written, set(&values[..made]));
     scene.database.execute("DELETE FROM w").await;
+}
+
+/// Of one token: the call that its write is made by.
+async fn claims_of_token(scene: &Scene, id: &str, subject: &str, me: &str) -> caller::Write {
+    let token = scene.token(subject, me, "app");
+    let shown = scene.shown(&token, hello(id, "mine")).await;
+    assert_eq!(shown, BTreeSet::from([me.to_owned()]));
+    let denied = scene.token("a", "x", subject);
+    let denied = caller::write(scene.channel.clone(), Some(&denied), "r", "written").await;
+    assert_eq!(code(denied), Code::PermissionDenied, "{subject:?}");
+
+    let call = caller::write(scene.channel.clone(), Some(&token), id, "written").await;
+    let mut call = call.unwrap();
+    let ready = call.next().await.unwrap();
+    assert!(matches!(ready, write_down::Kind::Ready(_)), "{ready:?}");
+    let table = ("public", "w", ["k", "v"]);
+    let (transaction, _) = transaction(&NO_HASH, 1, table, [id, me]);
+    call.say(write_up::Kind::Transaction(transaction)).await;
+    call
 }
 
 /// A local transaction that inserts one row.
@@ -419,7 +433,7 @@ async fn rows_of_programs(scene: &Scene, written: &[(String, String)]) {
 
 async fn run(server: &Server, texts: &Texts) -> BTreeSet<String> {
     let began = server.log().await.len();
-    let scene = Scene::start(server, &texts.values).await;
+    let scene = Arc::new(Scene::start(server, &texts.values).await);
     let timed = std::time::Instant::now();
     names_of_calls(&scene, &texts.named).await;
     println!("names of calls: {:?}", timed.elapsed());
@@ -465,7 +479,7 @@ async fn a_text_becomes_a_part_of_a_statement() {
         // Long ones would not fit into a call with a hundred of them.
         values: corpus.short(1500, 250),
         written: pairs(corpus.texts(2400)),
-        tables: corpus.short(800, 250),
+        tables: corpus.short(800, 63),
         named,
     };
     assert!(texts.count() >= 10_000, "{}", texts.count());

@@ -642,7 +642,7 @@ async fn a_lie_about_sizes_fills_memory_or_ends_the_program() {
         let name = format!("t{id}");
         down(vec![declare(v1::Table { id, name, ..wide.clone() })])
     }));
-    victim.refuses(&lie, "64 MiB").await;
+    victim.refuses(&lie, "16 MiB").await;
 }
 
 /// A transaction that never ends: it is held on disk, and forgotten with its stream.

@@ -33,10 +33,10 @@ const TABLES: &str = "
     CREATE INDEX ON plain ((public.trap('expression of an index'::text) || v));
     CREATE INDEX ON plain (m) WHERE public.trap('condition of an index'::text) <> '';
     CREATE STATISTICS known ON (public.trap('statistics'::text) || v), id FROM plain;
-    CREATE FUNCTION fired() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM public.trap('trigger'::text); RETURN NEW; END $$;
+    CREATE FUNCTION fired() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM public.trap('trigger'::text); RETURN coalesce(NEW, OLD); END $$;
     CREATE TRIGGER fired BEFORE INSERT OR UPDATE OR DELETE ON plain FOR EACH ROW EXECUTE FUNCTION fired();
     CREATE RULE also AS ON UPDATE TO plain DO ALSO SELECT public.trap('rule'::text);
-    INSERT INTO plain (id, m, s, p, a) SELECT g, 'sad', 's', ('happy', 't'), '{sad}' FROM generate_series(1, 20) g;
+    INSERT INTO plain (id, m, s, p, a) SELECT g, 'sad', 's', '(happy,t)', '{sad}' FROM generate_series(1, 20) g;
     ANALYZE plain;
     CREATE TABLE guarded (id int PRIMARY KEY, v text);
     INSERT INTO guarded SELECT g, 'v' FROM generate_series(1, 20) g;
@@ -129,7 +129,7 @@ async fn code_of_a_tables_owner_runs_as_the_role_that_copies_it() {
     };
     assert_eq!(rows().await, (0, 20));
     owner
-        .batch_execute("UPDATE plain SET m = 'happy' WHERE id < 6; ALTER TABLE plain ADD more mood DEFAULT 'sad'; DELETE FROM plain WHERE id = 1")
+        .batch_execute("UPDATE plain SET m = 'happy' WHERE id < 6; DELETE FROM plain WHERE id = 1")
         .await
         .unwrap();
     assert_eq!(rows().await, (4, 20));
@@ -165,7 +165,7 @@ async fn what_is_no_table_is_read() {
         ("numbers", "it is a sequence"),
         ("pg_catalog.pg_authid", "it is a system catalog"),
         ("information_schema.tables", "it is"),
-        ("anabranch.source", "it is"),
+        ("anabranch.source", "Anabranch's own"),
     ] {
         let streamer = Streamer::config(&database)
             .shape("s", &[&format!("SELECT * FROM {table}")])
@@ -173,10 +173,10 @@ async fn what_is_no_table_is_read() {
         let output = streamer.command("check").output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned()
             + &String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{table}: {said}");
+        assert!([Some(1), Some(2)].contains(&output.status.code()), "{table}: {said}");
         assert!(said.contains(complaint), "{table}: {said}");
         streamer.spawn();
-        assert_eq!(streamer.exit().await.code(), Some(1), "{table}");
+        assert_eq!(streamer.exit().await.code(), output.status.code(), "{table}");
     }
     let log = server.log().await;
     assert!(!log[began..].contains("LOG:  trap "), "something was read");
@@ -206,7 +206,7 @@ const OVERLOADS: &str = r#"
                 format('BEGIN RAISE LOG ''trap %s(%s) as %%'', current_user; RETURN NULL; END', f.name, array_to_string(f.args, ',')));
             made := made + 1;
         END LOOP;
-        IF made < 1000 THEN RAISE EXCEPTION 'only %% traps', made; END IF;
+        IF made < 1000 THEN RAISE EXCEPTION 'only % traps', made; END IF;
         FOR f IN
             SELECT o.name, a, b, CASE o.name WHEN '||' THEN 'text' WHEN '&' THEN 'int4' WHEN '-' THEN 'int4' ELSE 'bool' END AS returns
               FROM unnest('{=,<>,<,>,<=,>=,||,&,-,~,&&}'::text[]) o(name), unnest(few) a, unnest(few) b
@@ -243,14 +243,16 @@ async fn a_function_or_an_operator_in_public_that_fits_better_runs_as_the_stream
     let select = "SELECT * FROM t";
     let streamer = streamer(&database, &[select]).await;
     let run = async || {
-        for command in [&["check"][..], &["setup"], &["setup", "--print"]] {
-            let mut command_line = streamer.command(command[0]);
-            let output = command_line.args(&command[1..]).output().unwrap();
+        let began = server.log().await.len();
+        for command in ["check", "setup"] {
+            let output = streamer.command(command).output().unwrap();
+            let caught = traps(&server, &database, began).await;
+            assert_eq!(caught, BTreeSet::new(), "{command}");
             assert!(output.status.success(), "{command:?}: {output:?}");
         }
         streamer.start().await;
         let replica = Replica::config(&streamer).subscribe("s").start().await;
-        let write = "INSERT INTO t SELECT coalesce(max(id), 0) + 1, random()::text FROM t";
+        let write = "INSERT INTO public.t SELECT max(id) + 1, pg_catalog.random()::text FROM public.t";
         owner.batch_execute(write).await.unwrap();
         replica.until_equal(&database, &[("t", select)]).await;
         // What is looked at from time to time is looked at, too, when it begins.
@@ -261,10 +263,10 @@ async fn a_function_or_an_operator_in_public_that_fits_better_runs_as_the_stream
     let names = called(&server.log().await[began..]);
     assert!(names.contains("unnest") || names.contains("now"), "{names:?}");
     let names: Vec<_> = names.into_iter().collect();
-    owner
-        .batch_execute(&OVERLOADS.replace("{NAMES}", &format!("{{{}}}", names.join(","))).replace("%%", "%"))
-        .await
-        .unwrap();
+    // Else they would catch whoever makes them.
+    let overloads = OVERLOADS.replace("NAMES", &names.join(","));
+    let made = format!("SET search_path = pg_catalog; {overloads}");
+    owner.batch_execute(&made).await.unwrap();
     let began = server.log().await.len();
     // From a mirror that is there, and from nothing.
     run().await;

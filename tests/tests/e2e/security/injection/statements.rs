@@ -71,16 +71,15 @@ pub fn shape(sql: &str) -> String {
         shape.push_str(kept);
         rest = &rest[length..];
     }
+    // Longer ones first, whose parts the others are.
     [
-        "\"?\"",
-        "\"?\".\"?\"",
-        "ONLY \"?\".\"?\"",
-        "'?'",
-        "(\"?\")",
         "\"?\" = $?::pg_catalog.\"?\"",
         "$?::pg_catalog.\"?\"",
-        "$?::\"?\".\"?\"",
-        "$?::pg_catalog.text",
+        "'?'::text",
+        "ONLY \"?\".\"?\"",
+        "\"?\".\"?\"",
+        "\"?\"",
+        "'?'",
     ]
     .iter()
     .fold(shape, |mut shape, item| {
