@@ -217,15 +217,16 @@ async fn a_condition_that_is_nested_deeply_or_long_ends_the_streamer() {
         format!("id = 7 OR v = '{}'", "%_".repeat(30_000)),
     ]
     .map(|condition| format!("SELECT * FROM t WHERE {condition}"));
-    for select in &selects {
-        let streamer = Streamer::config(&database).shape("s", &[select]).start().await;
-        let replica = Replica::config(&streamer).subscribe("s").start().await;
-        replica
-            .until_equal(&database, &[("t", "SELECT * FROM t WHERE id = 7")])
-            .await;
+    let mut config = Streamer::config(&database);
+    for (i, select) in selects.iter().enumerate() {
+        config = config.shape(&format!("s{i}"), &[select]);
+    }
+    let streamer = config.start().await;
+    let wanted = [("t", "SELECT * FROM t WHERE id = 7")];
+    for i in 0..selects.len() {
+        let replica = Replica::config(&streamer).subscribe(&format!("s{i}")).start().await;
+        replica.until_equal(&database, &wanted).await;
         database.execute("UPDATE t SET v = v || '!'").await;
-        replica
-            .until_equal(&database, &[("t", "SELECT * FROM t WHERE id = 7")])
-            .await;
+        replica.until_equal(&database, &wanted).await;
     }
 }
