@@ -128,7 +128,10 @@ async fn check_host(State(view): State<View>, request: Request, next: Next) -> R
 /// Whether a browser says that a page which is not of this machine asks. It says so with each POST, and nothing else does.
 fn is_of_foreign_page(headers: &HeaderMap) -> bool {
     let is_foreign = |origin: &HeaderValue| {
-        let uri = origin.to_str().ok().and_then(|text| text.parse::<Uri>().ok());
+        let uri = origin
+            .to_str()
+            .ok()
+            .and_then(|text| text.parse::<Uri>().ok());
         let authority = uri.as_ref().and_then(Uri::authority);
         !authority.is_some_and(|authority| is_loopback(authority.host()))
     };

@@ -89,8 +89,10 @@ impl Drop for Liar {
 async fn answer(
     request: Request<Incoming>,
     calls: mpsc::Sender<Call>,
-) -> Result<Response<StreamBody<impl tokio_stream::Stream<Item = Result<Frame<Bytes>, Infallible>>>>, &'static str>
-{
+) -> Result<
+    Response<StreamBody<impl tokio_stream::Stream<Item = Result<Frame<Bytes>, Infallible>>>>,
+    &'static str,
+> {
     let path = request.uri().path().to_owned();
     // What a replica says is of no interest, but must not fill up.
     let mut said = request.into_body();

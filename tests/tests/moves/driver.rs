@@ -322,7 +322,9 @@ impl Driver {
                 // As the mirror keeps it.
                 let text = serde_json::to_string(&Definition::of(old.bounds())).unwrap();
                 let kept: Definition = serde_json::from_str(&text).unwrap();
-                let again = kept.bounds(&self.source.tables, &indexes).expect("it is read again");
+                let again = kept
+                    .bounds(&self.source.tables, &indexes)
+                    .expect("it is read again");
                 let named: Vec<_> = again.into_iter().map(|b| (String::new(), b)).collect();
                 TableView::of(&named, &Policies::default())
                     .unwrap()

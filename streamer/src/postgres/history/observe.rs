@@ -57,7 +57,10 @@ pub async fn observe(
     };
     let nonce = match readable(4, "source")? {
         true => sql
-            .query_opt("SELECT pg_catalog.encode(nonce, 'hex') FROM anabranch.source", &[])
+            .query_opt(
+                "SELECT pg_catalog.encode(nonce, 'hex') FROM anabranch.source",
+                &[],
+            )
             .await?
             .map(|row| row.get(0)),
         false => None,

@@ -103,7 +103,10 @@ async fn a_message_that_is_compressed_is_unpacked() {
                 let status = ask(&token, path, encoding, body).await;
                 // The stream of questions is over with what is none.
                 let is_over = path.contains("Reflection") && status == "0";
-                assert!(refused.contains(&status) || is_over, "{path} {encoding:?}: {status}");
+                assert!(
+                    refused.contains(&status) || is_over,
+                    "{path} {encoding:?}: {status}"
+                );
             }
         }
     }
@@ -177,7 +180,9 @@ async fn json_that_is_nested_deeply_ends_the_streamer() {
 async fn a_condition_that_is_nested_deeply_or_long_ends_the_streamer() {
     let database = Server::shared().await.database().await;
     database
-        .execute("CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'a'), (7, 'b')")
+        .execute(
+            "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'a'), (7, 'b')",
+        )
         .await;
     let wrapped = |open: &str, close: &str, levels: usize| {
         format!("{}id = 7{}", open.repeat(levels), close.repeat(levels))
@@ -188,8 +193,14 @@ async fn a_condition_that_is_nested_deeply_or_long_ends_the_streamer() {
         (wrapped("NOT ", "", 15_000), "nested deeper"),
         (wrapped("NOT (", ")", 10_000), "nested deeper"),
         (format!("id = {}7", "- ".repeat(30_000)), "nested deeper"),
-        (format!("id = 7{}", " IS TRUE".repeat(8_000)), "nested deeper"),
-        (format!("id = 7{}", "::int4".repeat(10_000)), "nested deeper"),
+        (
+            format!("id = 7{}", " IS TRUE".repeat(8_000)),
+            "nested deeper",
+        ),
+        (
+            format!("id = 7{}", "::int4".repeat(10_000)),
+            "nested deeper",
+        ),
         (wrapped(subquery, ")", 1000), "subqueries"),
         (wrapped("/*", "", 30_000), "comment"),
         ("(".repeat(60_000), "nested deeper"),
@@ -224,7 +235,10 @@ async fn a_condition_that_is_nested_deeply_or_long_ends_the_streamer() {
     let streamer = config.start().await;
     let wanted = [("t", "SELECT * FROM t WHERE id = 7")];
     for i in 0..selects.len() {
-        let replica = Replica::config(&streamer).subscribe(&format!("s{i}")).start().await;
+        let replica = Replica::config(&streamer)
+            .subscribe(&format!("s{i}"))
+            .start()
+            .await;
         replica.until_equal(&database, &wanted).await;
         database.execute("UPDATE t SET v = v || '!'").await;
         replica.until_equal(&database, &wanted).await;

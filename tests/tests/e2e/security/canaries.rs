@@ -28,14 +28,38 @@ const SETUP: &str = "
 
 /// What programs write that Postgres refuses: what is found wrong is told with the value, by Postgres and its functions.
 const REFUSED: &[(&str, &str)] = &[
-    ("INSERT INTO t(id, team, v) VALUES('canary-1', 'canary-team', 'canary-check')", "23514"),
-    ("INSERT INTO t(id, team, u) VALUES('canary-2', 'canary-team', 'canary-unique-7')", "23505"),
-    ("INSERT INTO t(id, team) VALUES('canary-moved', 'canary-team')", "23505"),
-    ("INSERT INTO t(id, team, parent) VALUES('canary-3', 'canary-team', 'canary-nobody')", "23503"),
-    ("INSERT INTO t(id, team, j) VALUES('canary-4', 'canary-team', '{canary-json')", "22P02"),
-    ("UPDATE t SET day = 'canary-day' WHERE id = 'canary-copied-2'", "22007"),
-    ("INSERT INTO t(id, team, v) VALUES('canary-5', 'canary-team', 'canary-raise')", "P0001"),
-    ("INSERT INTO t(id, team) VALUES('canary-6', 'canary-other-team')", "AB100"),
+    (
+        "INSERT INTO t(id, team, v) VALUES('canary-1', 'canary-team', 'canary-check')",
+        "23514",
+    ),
+    (
+        "INSERT INTO t(id, team, u) VALUES('canary-2', 'canary-team', 'canary-unique-7')",
+        "23505",
+    ),
+    (
+        "INSERT INTO t(id, team) VALUES('canary-moved', 'canary-team')",
+        "23505",
+    ),
+    (
+        "INSERT INTO t(id, team, parent) VALUES('canary-3', 'canary-team', 'canary-nobody')",
+        "23503",
+    ),
+    (
+        "INSERT INTO t(id, team, j) VALUES('canary-4', 'canary-team', '{canary-json')",
+        "22P02",
+    ),
+    (
+        "UPDATE t SET day = 'canary-day' WHERE id = 'canary-copied-2'",
+        "22007",
+    ),
+    (
+        "INSERT INTO t(id, team, v) VALUES('canary-5', 'canary-team', 'canary-raise')",
+        "P0001",
+    ),
+    (
+        "INSERT INTO t(id, team) VALUES('canary-6', 'canary-other-team')",
+        "AB100",
+    ),
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -129,7 +153,11 @@ async fn a_row_is_in_a_log_at_some_level() {
     for (who, log) in [("streamer", streamer.log()), ("replica", replica.log())] {
         assert!(log.contains("TRACE"), "the {who} says little");
         for word in ["canary", "7310000", "63616e617279"] {
-            let found: Vec<_> = log.lines().filter(|line| line.contains(word)).take(5).collect();
+            let found: Vec<_> = log
+                .lines()
+                .filter(|line| line.contains(word))
+                .take(5)
+                .collect();
             assert!(found.is_empty(), "in the log of the {who}: {found:#?}");
         }
     }

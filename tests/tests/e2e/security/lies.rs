@@ -117,14 +117,14 @@ impl Victim {
 
     async fn refuses_bytes(&mut self, lie: &[Bytes], complaint: &str) {
         let stream = self.good().await;
-        let before = content(&self.replica);
+        let before = content(&self.replica).await;
         for bytes in lie {
             if !stream.bytes(bytes.clone()).await {
                 break;
             }
         }
         self.complains(stream, complaint).await;
-        is_as_before(&self.replica, &before, complaint);
+        is_as_before(&self.replica, &before, complaint).await;
         self.again();
     }
 
@@ -165,7 +165,7 @@ impl Victim {
     /// Says a table with a row in a first transaction: it is there by its name, and nothing else is touched. Then it goes again.
     async fn takes(&mut self, table: v1::Table, row: &[ValueRef<'_>]) {
         let _stream = self.good().await;
-        let before = content(&self.replica);
+        let before = content(&self.replica).await;
         self.again();
         let name = match &*table.schema {
             "public" => table.name.clone(),
@@ -173,10 +173,7 @@ impl Victim {
         };
         let stream = self.call("Replicate").await.answer(&[]);
         let columns: Vec<_> = table.columns.iter().map(|c| c.name.clone()).collect();
-        let more = [
-            element(Kind::Table(table)),
-            rows(2, upsert(row), false),
-        ];
+        let more = [element(Kind::Table(table)), rows(2, upsert(row), false)];
         assert!(stream.say(&self.copy(&more)).await);
         let file = self.replica.open();
         until(&format!("{name:?} is there"), DEADLINE, || async {
@@ -200,14 +197,22 @@ impl Victim {
         drop(file);
         self.again();
         let _stream = self.good().await;
-        is_as_before(&self.replica, &before, &name);
+        is_as_before(&self.replica, &before, &name).await;
         self.again();
     }
 }
 
 /// All that is in the file, but for the row that says that the replica lives. SQLite's own check of it first.
-fn content(replica: &Replica) -> BTreeSet<String> {
+async fn content(replica: &Replica) -> BTreeSet<String> {
     let file = replica.open();
+    // Dropped behind a commit, when there is time.
+    until("no stage is left", DEADLINE, || async {
+        let sql = "SELECT count(*) FROM sqlite_schema WHERE name LIKE '\\_anabranch\\_stage\\_%' ESCAPE '\\'";
+        let stages: i64 = file.query_row(sql, [], |row| row.get(0))?;
+        anyhow::ensure!(stages == 0, "{stages}");
+        Ok(())
+    })
+    .await;
     let check: String = file
         .query_row("PRAGMA integrity_check", [], |row| row.get(0))
         .unwrap();
@@ -238,9 +243,8 @@ fn content(replica: &Replica) -> BTreeSet<String> {
 }
 
 /// The file is as it was.
-#[track_caller]
-fn is_as_before(replica: &Replica, before: &BTreeSet<String>, what: &str) {
-    let now = content(replica);
+async fn is_as_before(replica: &Replica, before: &BTreeSet<String>, what: &str) {
+    let now = content(replica).await;
     let differ: Vec<_> = now.symmetric_difference(before).collect();
     assert!(differ.is_empty(), "{what}: {differ:#?}");
 }
@@ -374,17 +378,17 @@ async fn a_lie_about_order_position_or_rows_gets_into_the_file() {
             "Begin within a transaction",
         ),
         (vec![begin(true, &[])], "to be marked as first"),
-        (vec![begin(false, &[9]), good(), commit(LATER)], "not declared"),
+        (
+            vec![begin(false, &[9]), good(), commit(LATER)],
+            "not declared",
+        ),
         (vec![begin(false, &[1, 1])], "reset twice"),
         (
             vec![begin(false, &[]), heartbeat(LATER)],
             "Heartbeat within a transaction",
         ),
         (vec![heartbeat(1)], "after"),
-        (
-            vec![begin(false, &[]), good(), commit(1)],
-            "after",
-        ),
+        (vec![begin(false, &[]), good(), commit(1)], "after"),
         (
             vec![begin(false, &[]), good(), commit_at(position(8, LATER))],
             "epoch changed",
@@ -399,10 +403,7 @@ async fn a_lie_about_order_position_or_rows_gets_into_the_file() {
     for (lie, complaint) in [
         (nothing(), "does not know"),
         (rows(9, upsert(&[Integer(3)]), false), "not declared"),
-        (
-            state(9, v1::table_state::State::Live),
-            "not declared",
-        ),
+        (state(9, v1::table_state::State::Live), "not declared"),
         (
             state(1, v1::table_state::State::Unspecified),
             "does not know",
@@ -410,10 +411,7 @@ async fn a_lie_about_order_position_or_rows_gets_into_the_file() {
         (declare(table(1, "items")), "declared again"),
         (declare(table(1, "notes")), "declared again"),
         (rows(1, upsert(&[Integer(4)]), false), "items"),
-        (
-            rows(1, upsert(&[Integer(4), Null, Null]), false),
-            "items",
-        ),
+        (rows(1, upsert(&[Integer(4), Null, Null]), false), "items"),
         (rows(1, upsert(&[Text("4"), Null]), false), "items"),
         (rows(1, upsert(&[Integer(4), Blob(b"x")]), false), "items"),
         (rows(1, upsert(&[Null, Null]), false), "items"),
@@ -438,10 +436,7 @@ async fn a_lie_about_order_position_or_rows_gets_into_the_file() {
     let whole = || vec![begin(false, &[]), good(), commit(LATER)];
     for (lie, complaint) in [
         (with(whole(), ""), "without resume token"),
-        (
-            with(vec![begin(false, &[]), good()], "x"),
-            "in the middle",
-        ),
+        (with(vec![begin(false, &[]), good()], "x"), "in the middle"),
         (with(whole(), &"x".repeat(70_000)), "64 KiB"),
     ] {
         victim.refuses(&lie, complaint).await;
@@ -484,18 +479,33 @@ async fn a_lie_about_tables_reaches_what_a_program_has_in_the_file_or_what_is_ou
         (changed(|t| t.name = "a\0b".into()), "NUL"),
         (changed(|t| t.name = String::new()), "empty"),
         (changed(|t| t.schema = "s".repeat(300)), "longer than"),
-        (changed(|t| t.columns[1].name = "ID".into()), "differ only by case"),
+        (
+            changed(|t| t.columns[1].name = "ID".into()),
+            "differ only by case",
+        ),
         (changed(|t| t.columns[1].name = "a\0".into()), "NUL"),
         (changed(|t| t.columns[1].storage = 9), "storage"),
         (changed(|t| t.columns[1].conflict = 9), "conflict policy"),
-        (changed(|t| t.columns[1].key_position = 9), "places in its key"),
+        (
+            changed(|t| t.columns[1].key_position = 9),
+            "places in its key",
+        ),
         (changed(|t| t.columns[1].key_position = 1), "one place"),
         (changed(|t| t.columns[0].key_position = 0), "no key"),
-        (changed(|t| t.columns[0].storage = Real as i32), "float in the key"),
+        (
+            changed(|t| t.columns[0].storage = Real as i32),
+            "float in the key",
+        ),
         (changed(|t| t.columns.clear()), "no columns"),
         (changed(|t| t.purpose = 9), "purpose"),
-        (changed(|t| t.purpose = v1::Purpose::Receipts as i32), "its purpose needs"),
-        (changed(|t| t.columns[1].postgres_type = "x".repeat(2000)), "too long"),
+        (
+            changed(|t| t.purpose = v1::Purpose::Receipts as i32),
+            "its purpose needs",
+        ),
+        (
+            changed(|t| t.columns[1].postgres_type = "x".repeat(2000)),
+            "too long",
+        ),
         (
             changed(|t| {
                 t.columns[1].default_kind = v1::DefaultKind::Value as i32;
@@ -560,7 +570,13 @@ async fn a_lie_about_tables_reaches_what_a_program_has_in_the_file_or_what_is_ou
         ),
         (
             (0..1600)
-                .map(|i| column(&format!("{i}{}", "\"".repeat(120)), Integer, u32::from(i == 0)))
+                .map(|i| {
+                    column(
+                        &format!("{i}{}", "\"".repeat(120)),
+                        Integer,
+                        u32::from(i == 0),
+                    )
+                })
                 .collect(),
             vec![ValueRef::Integer(1); 1600],
         ),
@@ -612,7 +628,10 @@ async fn a_lie_about_sizes_fills_memory_or_ends_the_program() {
         // Above the limit of a message, in fact and by its head alone; a compression of gRPC's that nobody agreed to; no protobuf;
         // groups within groups.
         (vec![large], "OUT_OF_RANGE"),
-        (vec![Bytes::from_static(&[0, 255, 255, 255, 255])], "OUT_OF_RANGE"),
+        (
+            vec![Bytes::from_static(&[0, 255, 255, 255, 255])],
+            "OUT_OF_RANGE",
+        ),
         (vec![Bytes::from_static(&[1, 0, 0, 0, 1, 0])], "INTERNAL"),
         (vec![Bytes::from_static(&[9, 0, 0, 0, 1, 0])], "INTERNAL"),
         (
@@ -620,7 +639,11 @@ async fn a_lie_about_sizes_fills_memory_or_ends_the_program() {
             "INTERNAL",
         ),
         (
-            vec![[&[0, 0, 0, 0x27, 0x10][..], &[0x0b; 10_000]].concat().into()],
+            vec![
+                [&[0, 0, 0, 0x27, 0x10][..], &[0x0b; 10_000]]
+                    .concat()
+                    .into(),
+            ],
             "INTERNAL",
         ),
     ] {
@@ -640,7 +663,11 @@ async fn a_lie_about_sizes_fills_memory_or_ends_the_program() {
     let mut lie = vec![down(vec![begin(false, &[])])];
     lie.extend((2..100).map(|id| {
         let name = format!("t{id}");
-        down(vec![declare(v1::Table { id, name, ..wide.clone() })])
+        down(vec![declare(v1::Table {
+            id,
+            name,
+            ..wide.clone()
+        })])
     }));
     victim.refuses(&lie, "16 MiB").await;
 }
@@ -653,7 +680,7 @@ async fn a_transaction_without_end_is_held_in_memory_or_seen() {
     // Rows of a table that is there, and of one that is sent whole.
     for reset in [&[][..], &[1]] {
         let stream = victim.good().await;
-        let before = content(&victim.replica);
+        let before = content(&victim.replica).await;
         assert!(stream.say(&down(vec![begin(false, reset)])).await);
         let body = "x".repeat(1 << 20);
         for id in 0..MESSAGES {
@@ -661,12 +688,14 @@ async fn a_transaction_without_end_is_held_in_memory_or_seen() {
             let said = stream.say(&down(vec![rows(1, upsert(&row), false)])).await;
             assert!(said, "{}", victim.replica.log());
         }
-        stream.end(&[("grpc-status", "14"), ("grpc-message", "over")]).await;
+        stream
+            .end(&[("grpc-status", "14"), ("grpc-message", "over")])
+            .await;
         let call = victim.call("Replicate").await;
         let peak = victim.replica.memory_peak_bytes();
         println!("{} MiB", peak >> 20);
         assert!(peak < MEMORY_BYTES_MAX, "{} MiB", peak >> 20);
-        is_as_before(&victim.replica, &before, "without end");
+        is_as_before(&victim.replica, &before, "without end").await;
         victim.waiting = Some(call);
         drop(victim.good().await);
         victim.again();
@@ -681,11 +710,14 @@ async fn a_lie_in_headers_or_trailers_is_believed_or_printed_as_it_came() {
     for (headers, complaint) in [
         (&compressed[..], "UNIMPLEMENTED"),
         (&[("content-type", "text/html")], "text/html"),
-        (&[("grpc-status", "5"), ("grpc-message", "no%0Asuch%1B[2J")], "NOT_FOUND"),
+        (
+            &[("grpc-status", "5"), ("grpc-message", "no%0Asuch%1B[2J")],
+            "NOT_FOUND",
+        ),
     ] {
         drop(victim.good().await);
         victim.again();
-        let before = content(&victim.replica);
+        let before = content(&victim.replica).await;
         let stream = victim.call("Replicate").await.answer(headers);
         stream.say(&victim.copy(&[])).await;
         let error = until(complaint, DEADLINE, || async {
@@ -695,13 +727,22 @@ async fn a_lie_in_headers_or_trailers_is_believed_or_printed_as_it_came() {
         })
         .await;
         assert!(!error.contains(char::is_control), "{error:?}");
-        is_as_before(&victim.replica, &before, complaint);
+        is_as_before(&victim.replica, &before, complaint).await;
         victim.again();
     }
     for (trailers, complaint) in [
         (&[("grpc-status", "99999")][..], "UNKNOWN"),
-        (&[("grpc-status", "8"), ("grpc-retry-pushback-ms", "-1")], "RESOURCE_EXHAUSTED"),
-        (&[("grpc-status", "14"), ("grpc-message", "a%0A2026 ERROR forged%1B[31m")], "forged"),
+        (
+            &[("grpc-status", "8"), ("grpc-retry-pushback-ms", "-1")],
+            "RESOURCE_EXHAUSTED",
+        ),
+        (
+            &[
+                ("grpc-status", "14"),
+                ("grpc-message", "a%0A2026 ERROR forged%1B[31m"),
+            ],
+            "forged",
+        ),
     ] {
         let stream = victim.good().await;
         stream.end(trailers).await;
@@ -710,7 +751,10 @@ async fn a_lie_in_headers_or_trailers_is_believed_or_printed_as_it_came() {
         assert!(error.contains(complaint), "{error}");
         assert!(!error.contains(char::is_control), "{error:?}");
         let log = victim.replica.log();
-        assert!(!log.contains('\u{1b}') && !log.lines().any(|line| line.starts_with("2026 ERROR")), "{log}");
+        assert!(
+            !log.contains('\u{1b}') && !log.lines().any(|line| line.starts_with("2026 ERROR")),
+            "{log}"
+        );
         victim.waiting = Some(call);
         drop(victim.good().await);
         victim.again();

@@ -28,7 +28,9 @@ async fn status(fixture: &Fixture) -> Value {
 
 fn columns(replica: &Replica) -> String {
     let sql = "SELECT group_concat(name || ' ' || type) FROM pragma_table_info('t')";
-    (replica.open()).query_row(sql, [], |row| row.get(0)).unwrap()
+    (replica.open())
+        .query_row(sql, [], |row| row.get(0))
+        .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -89,7 +91,9 @@ async fn a_message_of_another_role_is_taken_for_the_streamers_own() {
     // All of it was read.
     replica.until_at(last).await;
     let pending = "SELECT pending FROM _anabranch_status";
-    let pending: i64 = (replica.open()).query_row(pending, [], |row| row.get(0)).unwrap();
+    let pending: i64 = (replica.open())
+        .query_row(pending, [], |row| row.get(0))
+        .unwrap();
     assert_eq!(pending, 1);
     let now = status(&fixture).await;
     assert_eq!(now["epoch"], epoch);
@@ -107,14 +111,20 @@ async fn a_message_of_another_role_is_taken_for_the_streamers_own() {
     let mine = [("t", "SELECT * FROM t WHERE team = 1")];
     replica.until_equal(database, &mine).await;
     assert_eq!(last_error(&replica).await.unwrap(), "");
-    assert_eq!(metric(&replica, "anabranch_replica_streams_total").await, 1.0);
+    assert_eq!(
+        metric(&replica, "anabranch_replica_streams_total").await,
+        1.0
+    );
     assert_eq!(
         metric(&fixture.streamer, "anabranch_streamer_disconnects_total").await,
         0.0
     );
     for (log, began) in [fixture.streamer.log(), replica.log()].iter().zip(began) {
         let since = &log[began..];
-        assert!(!since.contains(" WARN ") && !since.contains(" ERROR "), "{since}");
+        assert!(
+            !since.contains(" WARN ") && !since.contains(" ERROR "),
+            "{since}"
+        );
     }
 }
 

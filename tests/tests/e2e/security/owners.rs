@@ -83,7 +83,9 @@ async fn streamer(database: &Database, tables: &[&str]) -> Streamer {
 async fn traps(server: &Server, database: &Database, since: usize) -> BTreeSet<String> {
     let log = server.log().await;
     let streamer = format!(" as {} streamer", database.name());
-    let all = log[since..].lines().filter_map(|line| line.split_once("LOG:  trap "));
+    let all = log[since..]
+        .lines()
+        .filter_map(|line| line.split_once("LOG:  trap "));
     all.map(|(_, trap)| trap.to_owned())
         .filter(|trap| trap.ends_with(&streamer))
         .collect()
@@ -114,7 +116,10 @@ async fn code_of_a_tables_owner_runs_as_the_role_that_copies_it() {
     streamer.spawn();
     assert_eq!(streamer.exit().await.code(), Some(1));
     let log = streamer.log();
-    assert!(log.contains("row-level security") && log.contains("guarded"), "{log}");
+    assert!(
+        log.contains("row-level security") && log.contains("guarded"),
+        "{log}"
+    );
     assert_eq!(traps(&server, &database, began).await, BTreeSet::new());
     database
         .execute(&format!("ALTER ROLE \"{name} streamer\" BYPASSRLS"))
@@ -122,7 +127,8 @@ async fn code_of_a_tables_owner_runs_as_the_role_that_copies_it() {
     streamer.start().await;
     let replica = Replica::config(&streamer).subscribe("s").start().await;
     let rows = async || {
-        let sql = "SELECT (SELECT count(*) FROM plain WHERE m = 'happy'), (SELECT count(*) FROM guarded)";
+        let sql =
+            "SELECT (SELECT count(*) FROM plain WHERE m = 'happy'), (SELECT count(*) FROM guarded)";
         let row = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?));
         replica.until_caught_up(&database).await;
         (replica.open()).query_row(sql, [], row).unwrap()
@@ -175,10 +181,17 @@ async fn what_is_no_table_is_read() {
         let output = streamer.command("check").output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned()
             + &String::from_utf8_lossy(&output.stderr);
-        assert!([Some(1), Some(2)].contains(&output.status.code()), "{table}: {said}");
+        assert!(
+            [Some(1), Some(2)].contains(&output.status.code()),
+            "{table}: {said}"
+        );
         assert!(said.contains(complaint), "{table}: {said}");
         streamer.spawn();
-        assert_eq!(streamer.exit().await.code(), output.status.code(), "{table}");
+        assert_eq!(
+            streamer.exit().await.code(),
+            output.status.code(),
+            "{table}"
+        );
     }
     let log = server.log().await;
     assert!(!log[began..].contains("LOG:  trap "), "something was read");
@@ -250,7 +263,8 @@ async fn a_function_or_an_operator_in_public_that_fits_better_runs_as_the_stream
         }
         streamer.start().await;
         let replica = Replica::config(&streamer).subscribe("s").start().await;
-        let write = "INSERT INTO public.t SELECT max(id) + 1, pg_catalog.random()::text FROM public.t";
+        let write =
+            "INSERT INTO public.t SELECT max(id) + 1, pg_catalog.random()::text FROM public.t";
         owner.batch_execute(write).await.unwrap();
         replica.until_equal(&database, &[("t", select)]).await;
         // What is looked at from time to time is looked at, too, when it begins.
@@ -269,7 +283,10 @@ async fn a_function_or_an_operator_in_public_that_fits_better_runs_as_the_stream
     // From a mirror that is there, and from nothing.
     run().await;
     std::fs::remove_dir_all(streamer.dir().join("data")).unwrap();
-    let slot = format!("SELECT pg_drop_replication_slot('anabranch_{}')", database.name());
+    let slot = format!(
+        "SELECT pg_drop_replication_slot('anabranch_{}')",
+        database.name()
+    );
     database.execute(&slot).await;
     run().await;
     assert_eq!(traps(&server, &database, began).await, BTreeSet::new());

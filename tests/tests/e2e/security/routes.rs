@@ -160,7 +160,10 @@ async fn a_page_of_the_streamer_is_shown_to_who_is_led_to_it_or_brought_there() 
             ),
         ] {
             let answer = ask(&target, &headers).await;
-            assert!((400..500).contains(&answer.status), "{target} {headers:?}: {answer:?}");
+            assert!(
+                (400..500).contains(&answer.status),
+                "{target} {headers:?}: {answer:?}"
+            );
             assert!(!shows(&answer), "{target} {headers:?}: {answer:?}");
         }
         let named = by_http2(&address, &format!("http://evil.example:{port}{page}")).await;
@@ -197,8 +200,15 @@ async fn a_page_of_the_streamer_is_shown_to_who_is_led_to_it_or_brought_there() 
     assert_eq!(mode & 0o777, 0o600, "{mode:o}");
     let told = of(&all, &["src/connected.rs"]);
     for (_, page) in told {
-        let answer = raw(&address, &format!("GET {page} HTTP/1.1\r\nHost: {address}\r\n")).await;
-        assert!(answer.status == 404 || answer.body.is_empty(), "{page}: {answer:?}");
+        let answer = raw(
+            &address,
+            &format!("GET {page} HTTP/1.1\r\nHost: {address}\r\n"),
+        )
+        .await;
+        assert!(
+            answer.status == 404 || answer.body.is_empty(),
+            "{page}: {answer:?}"
+        );
     }
 }
 
@@ -206,7 +216,9 @@ async fn a_page_of_the_streamer_is_shown_to_who_is_led_to_it_or_brought_there() 
 #[tokio::test(flavor = "multi_thread")]
 async fn somebody_from_outside_is_taken_for_local_by_what_he_says() {
     let Some(outside) = own_address() else {
-        anabranch_tests::announce("NOT TESTED: pages asked for from outside: this machine has loopback only");
+        anabranch_tests::announce(
+            "NOT TESTED: pages asked for from outside: this machine has loopback only",
+        );
         return;
     };
     let fixture = Fixture::start(|config| config.listen_everywhere()).await;
@@ -216,13 +228,16 @@ async fn somebody_from_outside_is_taken_for_local_by_what_he_says() {
         for said in [
             format!("Host: 127.0.0.1:{port}\r\n"),
             format!("Host: localhost:{port}\r\nX-Forwarded-For: 127.0.0.1\r\n"),
-            format!("Host: localhost:{port}\r\nForwarded: for=127.0.0.1\r\nX-Real-IP: 127.0.0.1\r\n"),
+            format!(
+                "Host: localhost:{port}\r\nForwarded: for=127.0.0.1\r\nX-Real-IP: 127.0.0.1\r\n"
+            ),
         ] {
             let answer = raw(&address, &format!("GET {page} HTTP/1.1\r\n{said}")).await;
             assert_eq!(answer.status, 401, "{page} {said:?}: {answer:?}");
         }
         let token = fixture.token("a", 1);
-        let known = format!("GET {page} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\n");
+        let known =
+            format!("GET {page} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\n");
         assert_eq!(raw(&address, &known).await.status, 200);
     }
 }
@@ -261,9 +276,8 @@ async fn a_page_of_the_replica_answers_or_acts_for_a_web_page_of_somebody_else()
     let address = replica.address().to_owned();
     let (_, port) = address.rsplit_once(':').unwrap();
     for (method, page) in &pages {
-        let ask = async |more: &str| {
-            raw(&address, &format!("{method} {page} HTTP/1.1\r\n{more}")).await
-        };
+        let ask =
+            async |more: &str| raw(&address, &format!("{method} {page} HTTP/1.1\r\n{more}")).await;
         for host in [
             String::new(),
             "Host: evil.example\r\n".into(),
@@ -273,7 +287,10 @@ async fn a_page_of_the_replica_answers_or_acts_for_a_web_page_of_somebody_else()
             format!("Host: {address}\r\nHost: evil.example:{port}\r\n"),
         ] {
             let answer = ask(&host).await;
-            assert!([400, 421].contains(&answer.status), "{page} {host:?}: {answer:?}");
+            assert!(
+                [400, 421].contains(&answer.status),
+                "{page} {host:?}: {answer:?}"
+            );
             assert!(!shows(&answer), "{page} {host:?}: {answer:?}");
         }
         if method == "GET" {
@@ -297,9 +314,16 @@ async fn a_page_of_the_replica_answers_or_acts_for_a_web_page_of_somebody_else()
         let fetched = ask(&format!("{host}Sec-Fetch-Site: cross-site\r\n")).await;
         assert_eq!(fetched.status, 403, "{page}: {fetched:?}");
         // A page of this machine, and what is no page.
-        for origin in ["", "Origin: http://localhost:3000\r\n", "Origin: http://127.0.0.1:80\r\n"] {
+        for origin in [
+            "",
+            "Origin: http://localhost:3000\r\n",
+            "Origin: http://127.0.0.1:80\r\n",
+        ] {
             let answer = ask(&format!("{host}{origin}")).await;
-            assert!(![403, 421].contains(&answer.status), "{page} {origin}: {answer:?}");
+            assert!(
+                ![403, 421].contains(&answer.status),
+                "{page} {origin}: {answer:?}"
+            );
         }
     }
     let status = http::get(&address, "/status").await.unwrap();

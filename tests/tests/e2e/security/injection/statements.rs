@@ -19,11 +19,15 @@ pub fn logged() -> Options {
 pub fn shapes(log: &str) -> BTreeSet<String> {
     let mut shapes = BTreeSet::new();
     for entry in log.replace("\n\t", "\u{0}").lines() {
-        let Some((application, rest)) = entry.strip_prefix('<').and_then(|rest| rest.split_once("> "))
+        let Some((application, rest)) = entry
+            .strip_prefix('<')
+            .and_then(|rest| rest.split_once("> "))
         else {
             continue;
         };
-        let Some(said) = rest.strip_prefix("LOG:  ").filter(|_| application.starts_with("anabranch"))
+        let Some(said) = rest
+            .strip_prefix("LOG:  ")
+            .filter(|_| application.starts_with("anabranch"))
         else {
             continue;
         };
@@ -43,7 +47,9 @@ pub fn shape(sql: &str) -> String {
     let mut shape = String::new();
     let mut rest = sql;
     while let Some(first) = rest.chars().next() {
-        let word = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+        let word = rest
+            .find(|c: char| !c.is_alphanumeric() && c != '_')
+            .unwrap_or(rest.len());
         let (kept, length) = match first {
             'e' | 'E' if rest[1..].starts_with('\'') => ("'?'", 1 + quoted(&rest[1..], true)),
             '\'' => ("'?'", quoted(rest, false)),
@@ -56,16 +62,21 @@ pub fn shape(sql: &str) -> String {
                 }
             },
             '-' if rest.starts_with("--") => ("--", rest.find('\n').unwrap_or(rest.len())),
-            '/' if rest.starts_with("/*") => ("/**/", rest.find("*/").map_or(rest.len(), |at| at + 2)),
+            '/' if rest.starts_with("/*") => {
+                ("/**/", rest.find("*/").map_or(rest.len(), |at| at + 2))
+            }
             '0'..='9' => {
                 // An LSN too, which has a slash in it.
-                let number = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '/');
+                let number =
+                    rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '/');
                 ("0", number.unwrap_or(rest.len()))
             }
             _ if word > 0 => (&rest[..word], word),
-            _ if first.is_whitespace() => {
-                (" ", rest.find(|c: char| !c.is_whitespace()).unwrap_or(rest.len()))
-            }
+            _ if first.is_whitespace() => (
+                " ",
+                rest.find(|c: char| !c.is_whitespace())
+                    .unwrap_or(rest.len()),
+            ),
             _ => (&rest[..first.len_utf8()], first.len_utf8()),
         };
         shape.push_str(kept);
@@ -121,11 +132,17 @@ fn dollar(text: &str) -> Option<usize> {
 #[test]
 fn a_statement_that_holds_another_has_the_shape_of_one() {
     let same = [
-        ("SELECT 'a', 1 FROM \"t\"", "SELECT 'it''s; --', 77 FROM \"x\"\"; DROP\""),
+        (
+            "SELECT 'a', 1 FROM \"t\"",
+            "SELECT 'it''s; --', 77 FROM \"x\"\"; DROP\"",
+        ),
         ("SELECT E'a'", "SELECT E'\\'; DROP TABLE t; --'"),
         ("SELECT $$a$$", "SELECT $x$ '; $$ $x$"),
         ("SELECT $1", "SELECT $12"),
-        ("ADD TABLE \"a\".\"b\"", "ADD TABLE \"a\".\"b\", \"c\".\"d\", \"e\".\"f\""),
+        (
+            "ADD TABLE \"a\".\"b\"",
+            "ADD TABLE \"a\".\"b\", \"c\".\"d\", \"e\".\"f\"",
+        ),
         ("SELECT 1 -- a", "SELECT 1 -- b"),
     ];
     for (one, other) in same {

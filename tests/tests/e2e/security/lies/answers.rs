@@ -23,7 +23,11 @@ fn writable(receipts: &[[ValueRef<'_>; 3]], lsn: u64) -> v1::Down {
         begin(true, &[1, 2]),
         declare(items),
         declare(receipt_table),
-        rows(1, upsert(&[ValueRef::Integer(1), ValueRef::Text("one")]), false),
+        rows(
+            1,
+            upsert(&[ValueRef::Integer(1), ValueRef::Text("one")]),
+            false,
+        ),
     ];
     elements.extend(receipts.iter().map(|row| rows(2, upsert(row), false)));
     elements.push(commit(lsn));
@@ -66,7 +70,8 @@ async fn pending() -> (Victim, Answer) {
 fn is_pending(replica: &Replica) {
     let sql = "SELECT (SELECT body FROM items WHERE id = 3), (SELECT count(*) FROM _anabranch_outbox), pending, rejected
                FROM _anabranch_status";
-    let columns = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?));
+    let columns =
+        |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?));
     let found: (String, i64, i64, i64) = replica.open().query_row(sql, [], columns).unwrap();
     assert_eq!(found, ("mine".into(), 1, 1, 0));
     let log = replica.log();
