@@ -4,7 +4,8 @@
 //! that SQLite holds in this process. What acts is POST, all else GET.
 //!
 //! There is no token: who may connect to loopback or to the socket may ask. A page in a browser may connect to loopback
-//! too, under a name that its owner lets point here ("DNS rebinding"): so the Host header must be a loopback one.
+//! too, under a name that its owner lets point here ("DNS rebinding"): so the Host header must be a loopback one. And it may
+//! POST to our right name, only that it is not told the answer ("CSRF"): so what acts must not be asked by a page of elsewhere.
 //!
 //! - [`server`]: listening, connections, their limits.
 //! - `events`: `/changes` as server-sent events.
@@ -17,7 +18,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     extract::{RawQuery, Request, State},
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -116,8 +117,27 @@ async fn check_host(State(view): State<View>, request: Request, next: Next) -> R
             );
             return refuse(StatusCode::MISDIRECTED_REQUEST, right);
         }
+        if !request.method().is_safe() && is_of_foreign_page(request.headers()) {
+            let error = "a page of another site must not have anything done here";
+            return refuse(StatusCode::FORBIDDEN, error.into());
+        }
     }
     next.run(request).await
+}
+
+/// Whether a browser says that a page which is not of this machine asks. It says so with each POST, and nothing else does.
+fn is_of_foreign_page(headers: &HeaderMap) -> bool {
+    let is_foreign = |origin: &HeaderValue| {
+        let uri = origin
+            .to_str()
+            .ok()
+            .and_then(|text| text.parse::<Uri>().ok());
+        let authority = uri.as_ref().and_then(Uri::authority);
+        !authority.is_some_and(|authority| is_loopback(authority.host()))
+    };
+    let mut origins = headers.get_all(header::ORIGIN).iter();
+    let site = headers.get("sec-fetch-site");
+    origins.any(is_foreign) || site.is_some_and(|site| site == "cross-site")
 }
 
 /// Whether a Host header names loopback and our port.
@@ -126,13 +146,17 @@ fn is_ours(host: &str, port: u16) -> bool {
         Some((name, said)) if !said.contains(']') => (name, said.parse().ok()),
         _ => (host, Some(80)),
     };
+    said == Some(port) && is_loopback(name)
+}
+
+/// Whether a name, or an address as it is in a URL, is that of loopback.
+fn is_loopback(name: &str) -> bool {
     let address = name
         .strip_prefix('[')
         .and_then(|name| name.strip_suffix(']'))
         .unwrap_or(name);
-    said == Some(port)
-        && (name.eq_ignore_ascii_case("localhost")
-            || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()))
+    name.eq_ignore_ascii_case("localhost")
+        || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 async fn readyz(State(view): State<View>) -> Response {

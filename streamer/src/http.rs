@@ -99,21 +99,20 @@ fn is_local(request: &Request) -> bool {
     let peer = request.extensions().get::<SocketAddr>();
     let headers = request.headers();
     let forwarded = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
-    let host = match request.uri().authority() {
-        Some(authority) => Some(authority.as_str()),
-        None => headers
-            .get(header::HOST)
-            .and_then(|host| host.to_str().ok()),
-    };
-    let host = host.and_then(|host| host.parse::<Authority>().ok());
     let is_here = |host: &Authority| {
         let host = host.host().trim_matches(['[', ']']);
         let address = host.parse::<IpAddr>();
         host == "localhost" || address.is_ok_and(|ip| ip.to_canonical().is_loopback())
     };
+    // HTTP/2 has the name in the target, HTTP/1.1 in a header, and some have it twice: each must be ours.
+    let mut named = headers.get_all(header::HOST).iter().map(|host| {
+        let host = host.to_str().ok()?;
+        host.parse::<Authority>().ok()
+    });
     peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback())
         && !forwarded.iter().any(|name| headers.contains_key(*name))
-        && host.as_ref().is_none_or(is_here)
+        && request.uri().authority().is_none_or(is_here)
+        && named.all(|host| host.as_ref().is_some_and(is_here))
 }
 
 async fn status(State(pages): State<Arc<Pages>>) -> Json<Status> {

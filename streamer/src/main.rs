@@ -271,7 +271,9 @@ fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
 
 fn log(format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"))
+        // Whatever is asked for. It logs statements; and in them what a replica is shown is told by values of its rows.
+        .add_directive("tokio_postgres=warn".parse().expect("it is a directive"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);

@@ -3,9 +3,10 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use anabranch_proto::{
-    PROTOCOL_VERSION, packed,
+    PROTOCOL_VERSION, ops, packed,
     v1::{self, anabranch_client::AnabranchClient, element, up, write_up},
 };
+use bytes::{Bytes, BytesMut};
 use prost::Message;
 use tokio::sync::mpsc;
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
@@ -35,6 +36,8 @@ pub struct First {
     pub reset: usize,
     /// Bytes of rows, as they came.
     pub rows: Vec<u8>,
+    /// The records of rows, each with the id of its table.
+    pub records: Vec<(u32, Bytes)>,
     /// Proves them.
     pub resume_token: Vec<u8>,
 }
@@ -120,12 +123,22 @@ impl Stream {
     /// The first transaction.
     pub async fn first(&mut self) -> Result<First, Status> {
         let mut first = First::default();
+        let mut rest = BytesMut::new();
         loop {
             let message = self.next().await?;
             first.rows.extend(message.encode_to_vec());
             for element in &message.elements {
                 match &element.kind {
                     Some(element::Kind::Begin(begin)) => first.reset += begin.reset.len(),
+                    Some(element::Kind::Rows(rows)) => {
+                        rest.extend_from_slice(&rows.ops);
+                        if !rows.continued {
+                            let mut ops = std::mem::take(&mut rest).freeze();
+                            while let Some((_, record)) = ops::take(&mut ops).expect("ops") {
+                                first.records.push((rows.table, record));
+                            }
+                        }
+                    }
                     Some(element::Kind::Commit(_)) => {
                         first.resume_token = message.resume_token.to_vec();
                         return Ok(first);

@@ -6,6 +6,7 @@
 //! - [`light`]: thousands of replicas in one process, without files.
 //! - [`authority`]: certificates that only a test trusts.
 //! - [`caller`]: calls as no replica of ours makes them. [`issuer`]: tokens, and whoever publishes their keys.
+//! - [`liar`]: a streamer that says what no streamer of ours says.
 //! - [`wait`]: waiting for a condition, never for time. [`seed`]: chance that can be had again.
 //! - [`nested`]: random shapes with subqueries, and what they mean.
 //! - [`oracle`]: what a replica's file must hold, found out without any of our own decoding.
@@ -21,6 +22,7 @@ pub mod authority;
 pub mod caller;
 pub mod http;
 pub mod issuer;
+pub mod liar;
 pub mod light;
 pub mod nested;
 pub mod oracle;

@@ -26,8 +26,9 @@ pub(super) type Tables = HashMap<u32, Arc<Table>>;
 /// Far above what replicas subscribe to; bounds what a stream can make us remember.
 const TABLES_MAX: usize = 10_000;
 
-/// What all declarations of a stream may take together: thousands of wide tables do.
-const DECLARED_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// What all declarations of a stream may take together: a thousand wide tables do. They are held more than once, and all of it must
+/// have room in what `memory_max` leaves.
+const DECLARED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Longest reason of a table's state that is taken.
 const REASON_BYTES_MAX: usize = 4096;
@@ -163,7 +164,7 @@ impl Grammar {
         let before = self.tables.get(&declared.id);
         let others = self.declared_bytes - before.map_or(0, |before| before.declared_bytes);
         if others + table.declared_bytes > DECLARED_BYTES_MAX {
-            return broken("declarations above 64 MiB");
+            return broken("declarations above 16 MiB");
         }
         match self.tables.get(&declared.id) {
             Some(known) if known.name != table.name => {

@@ -15,7 +15,7 @@ use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Error,
+    Error, capture,
     error::Doing,
     names::{self, quote},
     receipts,
@@ -253,7 +253,8 @@ pub(super) fn declare(connection: &Connection, table: &Table) -> Result<(bool, b
             }
             changed = true;
         }
-        if table.writable {
+        // One of more columns is read-only here.
+        if table.writable && wanted.columns.len() <= capture::WRITABLE_COLUMNS_MAX {
             wanted.create_entries(connection, &entries)?;
             if !fits {
                 let layout = serde_json::to_string(&wanted)

@@ -19,6 +19,9 @@ use super::{Error, File, error::Doing, table::Table, transaction::Write};
 /// Blocks that one answer may have: a sequence that others use as well comes in several.
 const BLOCKS_MAX: usize = 10_000;
 
+/// Ids that one answer may have: far above what a streamer leases, and what is left of all answers can still be added up.
+const IDS_MAX: i64 = 1 << 32;
+
 pub(super) const TABLES: &str = "
 CREATE TABLE IF NOT EXISTS _anabranch_leases(
     id INTEGER PRIMARY KEY,
@@ -138,13 +141,16 @@ impl File {
     }
 }
 
-/// How many ids these are; `None`: one of them is not a block.
+/// How many ids these are; `None`: one of them is not a block, or they are more than anybody needs. Where SQLite's arithmetic
+/// goes one step beyond an end it must not leave 64 bits: it would go on in floats.
 fn count(blocks: &[v1::Block]) -> Option<i64> {
     if blocks.len() > BLOCKS_MAX {
         return None;
     }
     let mut ids = 0i64;
     for block in blocks {
+        block.first.checked_sub(block.step)?;
+        block.last.checked_add(block.step)?;
         let between = block.last.checked_sub(block.first)?;
         if between.checked_rem(block.step)? != 0 {
             return None;
@@ -155,5 +161,5 @@ fn count(blocks: &[v1::Block]) -> Option<i64> {
         }
         ids = ids.checked_add(more)?;
     }
-    Some(ids)
+    Some(ids).filter(|ids| *ids <= IDS_MAX)
 }

@@ -265,17 +265,17 @@ pub async fn server(
     let sql = &client.client;
     let row = sql
         .query_one(
-            "SELECT current_setting('server_version_num')::int, current_setting('server_version'),
-                    current_setting('wal_level'),
-                    current_setting('max_replication_slots')::int, (SELECT count(*) FROM pg_replication_slots)::int,
-                    current_setting('max_wal_senders')::int, (SELECT count(*) FROM pg_stat_replication)::int,
+            "SELECT pg_catalog.current_setting('server_version_num')::int, pg_catalog.current_setting('server_version'),
+                    pg_catalog.current_setting('wal_level'),
+                    pg_catalog.current_setting('max_replication_slots')::int, (SELECT pg_catalog.count(*) FROM pg_replication_slots)::int,
+                    pg_catalog.current_setting('max_wal_senders')::int, (SELECT pg_catalog.count(*) FROM pg_stat_replication)::int,
                     EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1),
-                    (SELECT pg_encoding_to_char(encoding)::text FROM pg_database WHERE datname = current_database()),
-                    current_setting('fsync') = 'on', current_setting('full_page_writes') = 'on',
+                    (SELECT pg_catalog.pg_encoding_to_char(encoding)::text FROM pg_database WHERE datname = pg_catalog.current_database()),
+                    pg_catalog.current_setting('fsync') = 'on', pg_catalog.current_setting('full_page_writes') = 'on',
                     r.rolname::text,
                     r.rolsuper OR r.rolreplication OR EXISTS (
-                        SELECT FROM pg_roles g WHERE g.rolname = 'rds_replication' AND pg_has_role(g.oid, 'MEMBER')),
-                    pg_is_in_recovery()
+                        SELECT FROM pg_roles g WHERE g.rolname = 'rds_replication' AND pg_catalog.pg_has_role(g.oid, 'MEMBER')),
+                    pg_catalog.pg_is_in_recovery()
                FROM pg_roles r WHERE r.rolname = current_user",
             &[&slot],
         )
@@ -370,8 +370,8 @@ async fn slot_findings(
     let row = client
         .client
         .query_opt(
-            "SELECT coalesce(wal_status, ''), coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::float8
-               FROM pg_replication_slots WHERE slot_name = $1 AND NOT pg_is_in_recovery()",
+            "SELECT coalesce(wal_status, ''), coalesce(pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), restart_lsn), 0)::float8
+               FROM pg_replication_slots WHERE slot_name = $1 AND NOT pg_catalog.pg_is_in_recovery()",
             &[&slot],
         )
         .await?;
@@ -411,7 +411,7 @@ pub async fn retained(client: &Client, slot: &str) -> Result<Option<u64>, Error>
     let row = client
         .client
         .query_opt(
-            "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8
+            "SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), restart_lsn)::float8
                FROM pg_replication_slots WHERE slot_name = $1",
             &[&slot],
         )
@@ -510,7 +510,7 @@ pub async fn row_security(client: &Client, tables: &[Name]) -> Result<Vec<Findin
                FROM unnest($1::text[], $2::text[]) w(schema, name)
                JOIN pg_namespace n ON n.nspname = w.schema
                JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = w.name
-              WHERE row_security_active(c.oid)",
+              WHERE pg_catalog.row_security_active(c.oid)",
             &[&schemas, &names],
         )
         .await?;

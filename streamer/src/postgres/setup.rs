@@ -115,15 +115,15 @@ pub async fn plan(client: &Client, wanted: Wanted<'_>) -> Result<Script, sql::Er
     // Not to_regclass(): it fails where the role may not use the schema.
     let row = sql
         .query_one(
-            "SELECT current_user::text, current_database()::text,
+            "SELECT current_user::text, pg_catalog.current_database()::text,
                     r.rolsuper OR r.rolreplication OR EXISTS (
-                        SELECT FROM pg_roles g WHERE g.rolname = 'rds_replication' AND pg_has_role(g.oid, 'MEMBER')),
+                        SELECT FROM pg_roles g WHERE g.rolname = 'rds_replication' AND pg_catalog.pg_has_role(g.oid, 'MEMBER')),
                     n.oid IS NOT NULL, source.oid IS NOT NULL, streamers.oid IS NOT NULL,
-                    coalesce(has_schema_privilege(n.oid, 'USAGE'), false),
-                    coalesce(has_table_privilege(source.oid, 'SELECT'), false),
-                    coalesce(has_table_privilege(streamers.oid, 'SELECT')
-                         AND has_table_privilege(streamers.oid, 'INSERT')
-                         AND has_table_privilege(streamers.oid, 'UPDATE'), false)
+                    coalesce(pg_catalog.has_schema_privilege(n.oid, 'USAGE'), false),
+                    coalesce(pg_catalog.has_table_privilege(source.oid, 'SELECT'), false),
+                    coalesce(pg_catalog.has_table_privilege(streamers.oid, 'SELECT')
+                         AND pg_catalog.has_table_privilege(streamers.oid, 'INSERT')
+                         AND pg_catalog.has_table_privilege(streamers.oid, 'UPDATE'), false)
                FROM pg_roles r
                LEFT JOIN pg_namespace n ON n.nspname = 'anabranch'
                LEFT JOIN pg_class source ON source.relnamespace = n.oid AND source.relname = 'source'
@@ -209,18 +209,18 @@ async fn given_away(client: &Client, login: Option<&str>) -> Result<Vec<String>,
     let rows = client
         .client
         .query(
-            "SELECT format('REVOKE %s ON %s FROM %I', string_agg(h.privilege_type, ', ' ORDER BY h.privilege_type), h.what, r.rolname)
-               FROM (SELECT 'r' AS kind, c.relowner AS owner, 'anabranch.' || quote_ident(c.relname) AS what, a.*
-                       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, aclexplode(c.relacl) a
+            "SELECT pg_catalog.format('REVOKE %s ON %s FROM %I', pg_catalog.string_agg(h.privilege_type, ', ' ORDER BY h.privilege_type), h.what, r.rolname)
+               FROM (SELECT 'r' AS kind, c.relowner AS owner, 'anabranch.' || pg_catalog.quote_ident(c.relname) AS what, a.*
+                       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, pg_catalog.aclexplode(c.relacl) a
                       WHERE n.nspname = 'anabranch' AND c.relkind = 'r'
                      UNION ALL
                      SELECT 'f', p.proowner,
-                            format('FUNCTION anabranch.%I(%s)', p.proname, oidvectortypes(p.proargtypes)), a.*
-                       FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace, aclexplode(p.proacl) a
+                            pg_catalog.format('FUNCTION anabranch.%I(%s)', p.proname, pg_catalog.oidvectortypes(p.proargtypes)), a.*
+                       FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace, pg_catalog.aclexplode(p.proacl) a
                       WHERE n.nspname = 'anabranch' AND p.prosecdef) h
                JOIN pg_roles r ON r.oid = h.grantee
               WHERE h.grantee <> h.owner AND r.rolname <> current_user AND r.rolname IS DISTINCT FROM $1
-                AND EXISTS (SELECT FROM pg_default_acl d, aclexplode(d.defaclacl) g
+                AND EXISTS (SELECT FROM pg_default_acl d, pg_catalog.aclexplode(d.defaclacl) g
                              WHERE d.defaclrole = h.owner AND d.defaclobjtype = h.kind::\"char\" AND g.grantee = h.grantee)
               GROUP BY h.what, r.rolname ORDER BY h.what, r.rolname",
             &[&login],
@@ -243,8 +243,8 @@ async fn grants(
     let rows = client
         .client
         .query(
-            "SELECT w.schema, w.name, has_schema_privilege(coalesce($3::text, current_user::text)::name, n.oid, 'USAGE'),
-                    (SELECT bool_and(has_column_privilege(coalesce($3::text, current_user::text)::name, c.oid, a.attnum, 'SELECT'))
+            "SELECT w.schema, w.name, pg_catalog.has_schema_privilege(coalesce($3::text, current_user::text)::name, n.oid, 'USAGE'),
+                    (SELECT pg_catalog.bool_and(pg_catalog.has_column_privilege(coalesce($3::text, current_user::text)::name, c.oid, a.attnum, 'SELECT'))
                        FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
                FROM unnest($1::text[], $2::text[]) WITH ORDINALITY w(schema, name, i)
                JOIN pg_namespace n ON n.nspname = w.schema
@@ -322,7 +322,7 @@ pub async fn published(
         .query(
             "SELECT p.oid, c.oid, n.nspname::text, c.relname::text,
                     (p.xmin::text::bigint << 32) | m.oid::bigint, c.relfilenode,
-                    (SELECT hashtextextended(coalesce(string_agg(a.xmin::text, ' ' ORDER BY a.attnum), ''), 0)
+                    (SELECT pg_catalog.hashtextextended(coalesce(pg_catalog.string_agg(a.xmin::text, ' ' ORDER BY a.attnum), ''), 0)
                        FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0)
                FROM pg_publication p
                LEFT JOIN (pg_publication_rel m JOIN pg_class c ON c.oid = m.prrelid
@@ -405,7 +405,7 @@ pub async fn secrets(client: &Client) -> Result<Secrets, sql::Error> {
     let row = client
         .client
         .query_one(
-            "SELECT encode(nonce, 'hex'), token_key FROM anabranch.source",
+            "SELECT pg_catalog.encode(nonce, 'hex'), token_key FROM anabranch.source",
             &[],
         )
         .await?;

@@ -130,7 +130,7 @@ fn compare(
 }
 
 /// A name as both Postgres and SQLite take it.
-fn quote(name: &str) -> String {
+pub fn quote(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 

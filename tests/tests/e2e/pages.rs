@@ -166,7 +166,7 @@ async fn pages_say_what_is_before_during_and_after_a_loss_of_postgres() {
 }
 
 /// An address of this machine that is not loopback. There may be none; nothing is sent to find out.
-fn own_address() -> Option<std::net::IpAddr> {
+pub fn own_address() -> Option<std::net::IpAddr> {
     let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
     socket.connect("192.0.2.1:9").ok()?;
     let address = socket.local_addr().ok()?.ip();

@@ -2,11 +2,18 @@
 //!
 //! The checklist is that of credentials and reading; writes have theirs in `roles`, `rights` and `writer`.
 
+mod bombs;
+mod canaries;
 mod certificates;
 mod credentials;
 mod floods;
+mod injection;
+mod lies;
 mod limits;
+mod messages;
+mod owners;
 mod published;
+mod routes;
 mod tenants;
 
 use std::{
@@ -35,6 +42,22 @@ use tonic_reflection::pb::v1::{
 const SETUP: &str = "CREATE TABLE t (id int PRIMARY KEY, team int NOT NULL, v text);
     INSERT INTO t SELECT g, g % 3 + 1, 'canary-of-team-' || g % 3 + 1 FROM generate_series(1, 30) g";
 const SHAPE: &str = "[shape.s]\nparams.team = { claim = \"team_id\" }\ntables = [\"SELECT * FROM t WHERE team = $team\"]\nwritable = true";
+
+/// Of the roles that tests make.
+const PASSWORD: &str = "a role's own";
+
+/// Makes a role that may log in, and connects as it. Its name begins with that of the database.
+async fn role(database: &Database, name: &str, attributes: &str) -> tokio_postgres::Client {
+    let name = format!("{} {name}", database.name());
+    let password = PASSWORD.replace('\'', "''");
+    let sql = format!("CREATE ROLE \"{name}\" LOGIN {attributes} PASSWORD '{password}'");
+    database.execute(&sql).await;
+    let url = database.url_as(&name, PASSWORD);
+    let connected = tokio_postgres::connect(&url, tokio_postgres::NoTls).await;
+    let (client, connection) = connected.unwrap();
+    tokio::spawn(connection);
+    client
+}
 
 /// A database, a streamer that believes one key, and files of a test.
 struct Fixture {

@@ -118,13 +118,13 @@ fn creates(name: &str) -> Finding {
 /// Those of the roles that may create in `public`. A superuser may do anything anyhow.
 async fn may_create(client: &Client, names: &[String]) -> Result<Vec<String>, Error> {
     let sql = "SELECT rolname::text FROM pg_roles, pg_namespace WHERE nspname = 'public' AND rolname = ANY ($1)
-                  AND NOT rolsuper AND has_schema_privilege(pg_roles.oid, pg_namespace.oid, 'CREATE') ORDER BY 1";
+                  AND NOT rolsuper AND pg_catalog.has_schema_privilege(pg_roles.oid, pg_namespace.oid, 'CREATE') ORDER BY 1";
     let rows = client.client.query(sql, &[&names]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 async fn missing(client: &Client, names: &[String]) -> Result<Vec<String>, Error> {
-    let sql = "SELECT w.name FROM unnest($1::text[]) w(name) WHERE w.name NOT IN (SELECT rolname FROM pg_roles) ORDER BY 1";
+    let sql = "SELECT w.name FROM pg_catalog.unnest($1::text[]) w(name) WHERE w.name NOT IN (SELECT rolname FROM pg_roles) ORDER BY 1";
     let rows = client.client.query(sql, &[&names]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
@@ -134,11 +134,11 @@ async fn rights(client: &Client, role: &Role, table: &Name) -> Result<Vec<Findin
     let row = client
         .client
         .query_opt(
-            "SELECT has_schema_privilege($3::text::name, n.oid, 'USAGE'),
-                    has_any_column_privilege($3::text::name, c.oid, 'INSERT')
-                        OR has_any_column_privilege($3::text::name, c.oid, 'UPDATE')
-                        OR has_table_privilege($3::text::name, c.oid, 'DELETE'),
-                    c.relrowsecurity AND NOT c.relforcerowsecurity AND pg_has_role($3::text::name, c.relowner, 'USAGE')
+            "SELECT pg_catalog.has_schema_privilege($3::text::name, n.oid, 'USAGE'),
+                    pg_catalog.has_any_column_privilege($3::text::name, c.oid, 'INSERT')
+                        OR pg_catalog.has_any_column_privilege($3::text::name, c.oid, 'UPDATE')
+                        OR pg_catalog.has_table_privilege($3::text::name, c.oid, 'DELETE'),
+                    c.relrowsecurity AND NOT c.relforcerowsecurity AND pg_catalog.pg_has_role($3::text::name, c.relowner, 'USAGE')
                FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
               WHERE n.nspname = $1 AND c.relname = $2",
             &[&table.schema, &table.name, &role.name],
@@ -179,12 +179,12 @@ async fn sees(client: &Client, role: &str, table: &Name) -> Result<Option<Findin
             "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, pg_roles r
               WHERE n.nspname = $1 AND c.relname = $2 AND r.rolname = $3
                 AND c.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
-                AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE'))
+                AND (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role(r.oid, c.relowner, 'USAGE'))
                 AND NOT EXISTS (
                     SELECT FROM pg_policy y
                      WHERE y.polrelid = c.oid AND y.polpermissive AND y.polcmd IN ('r', '*')
-                       AND EXISTS (SELECT FROM unnest(y.polroles) p(oid)
-                                    WHERE CASE WHEN p.oid = 0 THEN true ELSE pg_has_role(r.oid, p.oid, 'USAGE') END))",
+                       AND EXISTS (SELECT FROM pg_catalog.unnest(y.polroles) p(oid)
+                                    WHERE CASE WHEN p.oid = 0 THEN true ELSE pg_catalog.pg_has_role(r.oid, p.oid, 'USAGE') END))",
             &[&table.schema, &table.name, &role],
         )
         .await?;

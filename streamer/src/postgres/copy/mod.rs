@@ -148,7 +148,7 @@ impl Snapshot {
         let moved = first
             .client
             .query(
-                "SELECT oid FROM pg_class WHERE oid = ANY($1) AND relfilenode IS DISTINCT FROM pg_relation_filenode(oid)",
+                "SELECT oid FROM pg_class WHERE oid = ANY($1) AND relfilenode IS DISTINCT FROM pg_catalog.pg_relation_filenode(oid)",
                 &[&oids],
             )
             .await?;
@@ -211,7 +211,7 @@ impl Snapshot {
         let sizes = first
             .client
             .query(
-                "SELECT oid, greatest(reltuples, 0)::float8, pg_table_size(oid) FROM pg_class WHERE oid = ANY($1)",
+                "SELECT oid, greatest(reltuples, 0)::float8, pg_catalog.pg_table_size(oid) FROM pg_class WHERE oid = ANY($1)",
                 &[&oids],
             )
             .await?;

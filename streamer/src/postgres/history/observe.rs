@@ -11,11 +11,11 @@ use crate::postgres::{
 /// Columns differ by version; as JSON a missing one is NULL.
 const SLOT: &str = "
     SELECT plugin::text, database::text, temporary, two_phase, active_pid, confirmed_flush_lsn::text,
-           CASE WHEN wal_status = 'lost' OR to_jsonb(s) ->> 'conflicting' = 'true'
-                     OR to_jsonb(s) ->> 'invalidation_reason' IS NOT NULL
-                THEN coalesce(to_jsonb(s) ->> 'invalidation_reason', 'its WAL was removed') END,
-           CASE WHEN NOT pg_is_in_recovery()
-                THEN pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 END
+           CASE WHEN wal_status = 'lost' OR pg_catalog.to_jsonb(s) ->> 'conflicting' = 'true'
+                     OR pg_catalog.to_jsonb(s) ->> 'invalidation_reason' IS NOT NULL
+                THEN coalesce(pg_catalog.to_jsonb(s) ->> 'invalidation_reason', 'its WAL was removed') END,
+           CASE WHEN NOT pg_catalog.pg_is_in_recovery()
+                THEN pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), restart_lsn)::float8 END
       FROM pg_replication_slots s
      WHERE slot_name = $1";
 
@@ -30,15 +30,15 @@ pub async fn observe(
     let sql = &client.client;
     let row = sql
         .query_one(
-            "SELECT (SELECT system_identifier FROM pg_control_system())::text, pg_is_in_recovery(), d.oid, d.datname::text,
-                    (SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+            "SELECT (SELECT system_identifier FROM pg_catalog.pg_control_system())::text, pg_catalog.pg_is_in_recovery(), d.oid, d.datname::text,
+                    (SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
                        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                       WHERE n.nspname = 'anabranch' AND c.relname = 'source'),
-                    (SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+                    (SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
                        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                       WHERE n.nspname = 'anabranch' AND c.relname = 'streamers'),
                     (SELECT oid FROM pg_publication WHERE pubname = $1)
-               FROM pg_database d WHERE d.datname = current_database()",
+               FROM pg_database d WHERE d.datname = pg_catalog.current_database()",
             &[&publication],
         )
         .await?;
@@ -57,7 +57,10 @@ pub async fn observe(
     };
     let nonce = match readable(4, "source")? {
         true => sql
-            .query_opt("SELECT encode(nonce, 'hex') FROM anabranch.source", &[])
+            .query_opt(
+                "SELECT pg_catalog.encode(nonce, 'hex') FROM anabranch.source",
+                &[],
+            )
             .await?
             .map(|row| row.get(0)),
         false => None,
@@ -115,7 +118,7 @@ pub async fn claim(
         .execute(
             "INSERT INTO anabranch.streamers (slot, nonce, publication) VALUES ($1, $2, $3)
              ON CONFLICT (slot) DO UPDATE
-                SET nonce = excluded.nonce, publication = excluded.publication, renewed_at = now()",
+                SET nonce = excluded.nonce, publication = excluded.publication, renewed_at = pg_catalog.now()",
             &[&slot, &claim.to, &publication],
         )
         .await?;
@@ -140,7 +143,7 @@ pub async fn renew(client: &Client, slot: &str, claim: &Claim) -> Result<bool, E
     let renewed = client
         .client
         .execute(
-            "UPDATE anabranch.streamers SET nonce = $2, renewed_at = now() WHERE slot = $1 AND nonce = ANY($3)",
+            "UPDATE anabranch.streamers SET nonce = $2, renewed_at = pg_catalog.now() WHERE slot = $1 AND nonce = ANY($3)",
             &[&slot, &claim.to, &claim.from],
         )
         .await?;

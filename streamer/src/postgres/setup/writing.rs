@@ -331,7 +331,7 @@ pub(super) async fn plan(
         let member = client
             .client
             .query_opt(
-                "SELECT coalesce((SELECT pg_has_role(l.oid, r.oid, 'MEMBER') FROM pg_roles l WHERE l.rolname = $1), false)
+                "SELECT coalesce((SELECT pg_catalog.pg_has_role(l.oid, r.oid, 'MEMBER') FROM pg_roles l WHERE l.rolname = $1), false)
                    FROM pg_roles r WHERE r.rolname = $2",
                 &[&writing.role, role],
             )
@@ -357,7 +357,7 @@ async fn standing(client: &Client, role: &str, quoted: &str) -> Result<Option<St
     let may = client
         .client
         .query_opt(
-            "SELECT has_table_privilege(r.oid, c.oid, 'SELECT')
+            "SELECT pg_catalog.has_table_privilege(r.oid, c.oid, 'SELECT')
                FROM pg_roles r, pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
               WHERE r.rolname = $1 AND n.nspname = 'anabranch' AND c.relname = 'replicas'",
             &[&role],
@@ -376,7 +376,7 @@ async fn made(
     let rows = client
         .client
         .query(
-            "SELECT c.relname::text, has_table_privilege(c.oid, 'SELECT')
+            "SELECT c.relname::text, pg_catalog.has_table_privilege(c.oid, 'SELECT')
                FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
               WHERE n.nspname = 'anabranch'",
             &[],
@@ -420,8 +420,8 @@ async fn functions(
     // Not to_regprocedure(): it fails where the role may not use the schema.
     let found = sql
         .query(
-            "SELECT p.oid, p.proname::text, oidvectortypes(p.proargtypes), p.prosrc, p.prosecdef, p.proconfig,
-                    EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+            "SELECT p.oid, p.proname::text, pg_catalog.oidvectortypes(p.proargtypes), p.prosrc, p.prosecdef, p.proconfig,
+                    EXISTS (SELECT FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
                              WHERE a.grantee = 0)
                FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
               WHERE n.nspname = 'anabranch' AND p.proname = ANY ($1)",
@@ -433,7 +433,7 @@ async fn functions(
     let present = sql
         .query(
             "SELECT r.rolname::text,
-                    coalesce((SELECT has_schema_privilege(r.oid, n.oid, 'USAGE')
+                    coalesce((SELECT pg_catalog.has_schema_privilege(r.oid, n.oid, 'USAGE')
                                 FROM pg_namespace n WHERE n.nspname = 'anabranch'), false)
                FROM pg_roles r WHERE r.rolname = ANY ($1)",
             &[&writers],
@@ -484,7 +484,7 @@ async fn functions(
             let may = match oid {
                 Some(oid) if known || !is_login => sql
                     .query_one(
-                        "SELECT has_function_privilege($1, $2::oid, 'EXECUTE')",
+                        "SELECT pg_catalog.has_function_privilege($1, $2::oid, 'EXECUTE')",
                         &[writer, &oid],
                     )
                     .await?

@@ -191,20 +191,35 @@ async fn a_flood_of_frames_or_idle_connections_keep_a_healthy_replica_waiting() 
     replica.until_equal(&fixture.database, &mine).await;
 }
 
+/// A call of gRPC, but for its messages.
+pub(super) struct Post<'a> {
+    pub path: &'a str,
+    pub token: &'a str,
+    /// Beside those that every call has.
+    pub headers: &'a [(&'static str, &'a str)],
+}
+
 /// Posts these bytes as a gRPC message stream; the gRPC status that comes.
-async fn post(address: &str, path: &str, token: &str, body: Vec<u8>) -> String {
+pub(super) async fn post(address: &str, call: Post<'_>, body: Vec<u8>) -> String {
+    let Post {
+        path,
+        token,
+        headers,
+    } = call;
     let stream = TcpStream::connect(address).await.unwrap();
     let (mut sender, connection) =
         hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
             .await
             .unwrap();
     tokio::spawn(connection);
-    let request = Request::post(format!("http://{address}{path}"))
+    let mut request = Request::post(format!("http://{address}{path}"))
         .header(header::CONTENT_TYPE, "application/grpc")
         .header(header::AUTHORIZATION, format!("Bearer {token}"))
-        .header("te", "trailers")
-        .body(Full::new(Bytes::from(body)))
-        .unwrap();
+        .header("te", "trailers");
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(Full::new(Bytes::from(body))).unwrap();
     let asked = async {
         let response = sender.send_request(request).await.unwrap();
         let of = |headers: &header::HeaderMap| {
@@ -268,7 +283,12 @@ async fn a_length_that_is_a_lie_is_believed() {
         "/anabranch.v1.Anabranch/Write",
     ] {
         for body in &bodies {
-            let status = post(&address, path, &token, body.clone()).await;
+            let call = Post {
+                path,
+                token: &token,
+                headers: &[],
+            };
+            let status = post(&address, call, body.clone()).await;
             // INVALID_ARGUMENT, RESOURCE_EXHAUSTED, OUT_OF_RANGE, UNIMPLEMENTED (of the compression), INTERNAL
             let expected = ["3", "8", "11", "12", "13"];
             assert!(expected.contains(&&*status), "{status} for {body:?}");
