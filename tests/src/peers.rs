@@ -92,10 +92,15 @@ impl Peer {
 
     /// Changes one key of its config file, for when it is started again.
     pub fn reconfigure(&self, path: &str, value: impl Into<toml::Value>) {
+        self.rewrite(|table| set(table, path, value.into()));
+    }
+
+    /// Changes its config file in any way, for when it is started again.
+    pub fn rewrite(&self, change: impl FnOnce(&mut toml::Table)) {
         let file = self.config_file();
         let text = fs::read_to_string(&file).expect("read a config");
         let mut table = text.parse().expect("a config that we wrote");
-        set(&mut table, path, value.into());
+        change(&mut table);
         let text = toml::to_string(&table).expect("a config is a table");
         fs::write(file, text).expect("write a config");
     }
