@@ -27,6 +27,7 @@ use std::{
 };
 
 use anabranch_proto::Lsn;
+use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -176,6 +177,14 @@ impl Peer {
     /// GETs a path of its HTTP.
     pub async fn get(&self, path: &str) -> anyhow::Result<Answer> {
         http::get(&self.address, path).await
+    }
+
+    /// A number from its `/metrics`.
+    pub async fn metric(&self, name: &str) -> anyhow::Result<f64> {
+        let page = self.get("/metrics").await?.ok()?;
+        let mut values = page.lines().filter_map(|line| line.strip_prefix(name));
+        let value = values.find_map(|value| value.strip_prefix(' ')?.parse().ok());
+        value.with_context(|| format!("no {name} in:\n{page}"))
     }
 
     /// kill -9. Nothing happens if it does not run.

@@ -127,6 +127,7 @@ struct Counts {
     rolled_back: usize,
     returns: usize,
     returns_with_other_claims: usize,
+    catch_ups: f64,
     looks: usize,
     /// Words found where they may be, over all looks.
     found: usize,
@@ -268,6 +269,7 @@ impl Scene {
             self.come_back(place, false).await;
         }
         self.look().await;
+        self.note_catch_ups().await;
         self.count_outcomes();
     }
 
@@ -330,6 +332,7 @@ impl Scene {
         match fault {
             Fault::StreamerKilled => {
                 self.segments();
+                self.note_catch_ups().await;
                 self.streamer.kill();
                 self.transactions(0..4).await;
                 self.streamer.spawn();
@@ -420,6 +423,7 @@ impl Scene {
         self.segments();
         // It may have been started a moment ago.
         self.streamer.until_ready().await;
+        self.note_catch_ups().await;
         assert!(self.streamer.terminate().await.success());
         self.definitions.change(&mut self.rng);
         let shapes = self.definitions.shapes();
@@ -429,6 +433,13 @@ impl Scene {
         self.observe().await;
         self.transactions(0..3).await;
         self.streamer.start().await;
+    }
+
+    /// Before it ends: then it counts anew.
+    async fn note_catch_ups(&mut self) {
+        // It may have just been started.
+        let counted = self.streamer.metric("anabranch_streamer_catch_ups_total");
+        self.counts.catch_ups += counted.await.unwrap_or_default();
     }
 
     fn other_claims(&mut self, place: usize) {
@@ -454,11 +465,9 @@ impl Scene {
     }
 
     /// How many it has begun.
-    async fn streams(&self, place: usize) -> anyhow::Result<u64> {
-        let page = self.tenants[place].replica.get("/metrics").await?.ok()?;
-        let name = "anabranch_replica_streams_total ";
-        let value = page.lines().find_map(|line| line.strip_prefix(name));
-        Ok(value.unwrap_or("0").parse()?)
+    async fn streams(&self, place: usize) -> anyhow::Result<f64> {
+        let replica = &self.tenants[place].replica;
+        replica.metric("anabranch_replica_streams_total").await
     }
 
     fn token_file(&self, subject: &str) -> PathBuf {
@@ -662,30 +671,30 @@ impl Scene {
     /// Into everything.
     async fn look(&mut self) {
         self.counts.looks += 1;
-        for tenant in self
-            .tenants
-            .iter_mut()
-            .filter(|tenant| tenant.away.is_none())
-        {
+        // What should not have come may also be why nothing comes any more.
+        for tenant in &mut self.tenants {
+            tenant.judge(&self.canaries);
+        }
+        let there = |tenant: &&mut Tenant| tenant.away.is_none();
+        for tenant in self.tenants.iter_mut().filter(there) {
             tenant.until_at(self.number).await;
-            let selects = self.definitions.selects();
-            let selects: Vec<_> = selects
+            tenant.begins_anew(&self.canaries);
+            let found = tenant.judge_files(&self.canaries);
+            self.counts.found += tenant.judge_blindness(&found);
+            for page in ["/status", "/metrics", "/healthz", "/readyz"] {
+                judge_page(&self.canaries, &tenant.replica, page).await;
+            }
+            // The claims and the definitions are what they are believed to be.
+            let selects: Vec<_> = (self.definitions.selects())
                 .map(|(table, select)| (table, tenant.select(select)))
                 .collect();
             let tables: Vec<_> = selects
                 .iter()
-                .map(|(table, select)| (*table, &**select))
+                .map(|(table, sql)| (*table, &**sql))
                 .collect();
-            // What the claims and the definitions are believed to be is what they are.
             compare_file(&self.database, &tenant.replica.file(), &tables)
                 .await
                 .unwrap_or_else(|difference| panic!("{}: {difference:#}", tenant.subject));
-            tenant.begins_anew(&self.canaries);
-            let there = tenant.judge_files(&self.canaries);
-            self.counts.found += tenant.judge_blindness(&there);
-            for page in ["/status", "/metrics", "/healthz", "/readyz"] {
-                judge_page(&self.canaries, &tenant.replica, page).await;
-            }
         }
         for tenant in self.tenants.iter().filter(|tenant| tenant.away.is_some()) {
             tenant.judge_files(&self.canaries);
