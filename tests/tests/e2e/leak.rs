@@ -33,15 +33,21 @@ use tempfile::TempDir;
 
 use self::{
     canary::Canaries,
-    data::{Data, Definitions, PERSONS, TEAMS},
+    data::{Data, Definitions, PERSONS, TABLES, TEAMS},
     tenant::{Away, Tenant},
 };
 
 /// Faults where nobody says how many.
 const STEPS: usize = 40;
 
-/// Replicas, each with claims of its own.
-const TENANTS: usize = 3;
+/// Replicas, each with claims of its own, and what they subscribe to: of those that are served together no SELECT looks into
+/// other tables.
+const TENANTS: [&[&str]; 4] = [
+    &TABLES,
+    &TABLES,
+    &TABLES,
+    &["projects", "bookings", "number"],
+];
 
 /// Faults between two looks into everything.
 const LOOK_EVERY: usize = 6;
@@ -81,7 +87,7 @@ enum Write {
     Missing,
 }
 
-const FAULTS: [Fault; 18] = [
+const FAULTS: [Fault; 19] = [
     Fault::StreamerKilled,
     Fault::ShapesChanged,
     Fault::ShapesChanged,
@@ -100,10 +106,8 @@ const FAULTS: [Fault; 18] = [
     Fault::Write(Write::Unchecked),
     Fault::Write(Write::KeyOfAnother),
     Fault::Write(Write::OutOfShape),
+    Fault::Write(Write::Missing),
 ];
-
-/// Is made of a cut and a write.
-const MISSING: Fault = Fault::Write(Write::Missing);
 
 struct Scene {
     database: Database,
@@ -128,6 +132,8 @@ struct Counts {
     returns: usize,
     returns_with_other_claims: usize,
     catch_ups: f64,
+    /// Words that were shown only while somebody was away, and so must not come.
+    only_while_away: usize,
     looks: usize,
     /// Words found where they may be, over all looks.
     found: usize,
@@ -159,7 +165,6 @@ async fn a_replica_is_sent_what_its_shapes_do_not_show() {
         if steps > FAULTS.len() {
             let missing = FAULTS
                 .iter()
-                .chain([&MISSING])
                 .find(|fault| !counts.faults.contains_key(fault));
             assert_eq!(missing, None, "it never happened");
             assert!(
@@ -216,7 +221,7 @@ impl Scene {
             next_id,
             counts: Counts::default(),
         };
-        for place in 0..TENANTS {
+        for place in 0..TENANTS.len() {
             scene.join(place as i64 + 1).await;
         }
         scene
@@ -230,12 +235,18 @@ impl Scene {
             .set("zstd", false)
             .token_file(&self.token_file(&subject))
             .through(&proxy);
-        for (table, _) in self.definitions.selects() {
+        let tables = TENANTS[who as usize - 1];
+        for table in tables {
             config = config.subscribe(table);
         }
         let claims = (who, (who - 1) % TEAMS + 1);
-        self.tenants
-            .push(Tenant::new(config.prepare(), proxy, subject, claims));
+        self.tenants.push(Tenant::new(
+            config.prepare(),
+            tables,
+            proxy,
+            subject,
+            claims,
+        ));
         let place = self.tenants.len() - 1;
         self.say_token(place, 3600);
         self.observe().await;
@@ -255,17 +266,16 @@ impl Scene {
             println!("step {step}, transaction {}: {fault:?}", self.number);
             self.fault(fault).await;
             self.transactions(0..4).await;
-            for place in 0..TENANTS {
+            for place in 0..TENANTS.len() {
                 if self.rng.random_bool(0.4) {
-                    let with_other_claims = self.rng.random_ratio(1, 3);
-                    self.come_back(place, with_other_claims).await;
+                    self.come_back(place, self.comes_as_another()).await;
                 }
             }
             if step % LOOK_EVERY == 0 {
                 self.look().await;
             }
         }
-        for place in 0..TENANTS {
+        for place in 0..TENANTS.len() {
             self.come_back(place, false).await;
         }
         self.look().await;
@@ -280,7 +290,7 @@ impl Scene {
         }
     }
 
-    fn data(&mut self, make: impl FnOnce(&mut Data<'_>) -> String) -> String {
+    fn data<T>(&mut self, make: impl FnOnce(&mut Data<'_>) -> T) -> T {
         make(&mut Data {
             rng: &mut self.rng,
             canaries: &mut self.canaries,
@@ -315,9 +325,9 @@ impl Scene {
     async fn observe(&mut self) {
         for place in 0..self.tenants.len() {
             let tenant = &self.tenants[place];
-            let selects = self.definitions.selects();
+            let selects = tenant.selects(self.definitions).into_iter();
             let rows: Vec<_> = selects
-                .map(|(_, select)| format!("SELECT t::text FROM ({}) t", tenant.select(select)))
+                .map(|(_, select)| format!("SELECT t::text FROM ({select}) t"))
                 .collect();
             let rows = self.database.query(&rows.join(" UNION ALL "), &[]).await;
             let text: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
@@ -346,9 +356,6 @@ impl Scene {
             Fault::ConnectionCut => {
                 self.perhaps_caught_up(place).await;
                 self.cut(place).await;
-                if self.rng.random() {
-                    self.write_missing(place).await;
-                }
             }
             Fault::ConnectionTorn => {
                 let bytes = self.rng.random_range(1..3000);
@@ -380,16 +387,34 @@ impl Scene {
                 let sql = self.data(|data| data.moves());
                 self.commit(&sql).await;
             }
+            Fault::Write(Write::Missing) => self.write_missing(place).await,
             Fault::Write(write) => self.write(place, write).await,
         }
+        if self.tenants[place].away.is_some() {
+            self.visit(place).await;
+        }
+    }
+
+    /// Rows come that one would see that is away, and go before it is back.
+    async fn visit(&mut self, place: usize) {
+        let (me, team) = (self.tenants[place].me, self.tenants[place].team);
+        let (comes, goes) = self.data(|data| data.visit(me, team));
+        self.commit_for_good(&comes).await;
+        self.transactions(0..2).await;
+        self.commit_for_good(&goes).await;
     }
 
     /// One that is there, and is no longer busy.
     async fn somebody(&mut self) -> usize {
-        let place = self.rng.random_range(0..TENANTS);
-        self.come_back(place, false).await;
+        let place = self.rng.random_range(0..TENANTS.len());
+        self.come_back(place, self.comes_as_another()).await;
         self.tenants[place].until_at(self.number).await;
         place
+    }
+
+    /// Every third that comes back.
+    fn comes_as_another(&self) -> bool {
+        self.counts.returns % 3 == 1
     }
 
     async fn perhaps_caught_up(&mut self, place: usize) {
@@ -553,6 +578,7 @@ impl Scene {
         }
         self.tenants[place].begins_anew(&self.canaries);
         self.observe().await;
+        self.counts.only_while_away += self.tenants[place].missed_for_good();
         if std::mem::take(&mut self.tenants[place].revoked) {
             self.say_revoked().await;
         }
@@ -635,37 +661,32 @@ impl Scene {
 
     /// While it is cut off a booking becomes another team's, with other words, and a program that does not know changes it.
     async fn write_missing(&mut self, place: usize) {
-        let tenant = &self.tenants[place];
-        let theirs = format!("SELECT id FROM bookings WHERE team = {}", tenant.team);
-        let theirs = self.database.query(&theirs, &[]).await;
-        let has = |id: &i64| {
-            let found = tenant.replica.open().query_row(
-                "SELECT 1 FROM bookings WHERE id = ?1",
-                [id],
-                |_| Ok(()),
-            );
-            found.is_ok()
-        };
-        let Some(id) = theirs
-            .iter()
-            .map(|row| i64::from(row.get::<_, i32>(0)))
-            .find(has)
-        else {
-            return;
-        };
-        let team = tenant.team % TEAMS + 1;
-        let sql = self.data(|data| {
-            let (note, secret) = (data.canary("bookings.note"), data.canary("bookings.secret"));
-            format!("UPDATE bookings SET team = {team}, note = '{note}', secret = '{secret}' WHERE id = {id};")
-        });
-        self.commit_for_good(&sql).await;
+        let row = self
+            .database
+            .query("SELECT min(id) FROM bookings", &[])
+            .await;
+        let id: i32 = row[0].get(0);
+        let mine = self.tenants[place].team;
+        self.give(id, mine).await;
+        self.tenants[place].until_at(self.number).await;
+        self.cut(place).await;
+        self.give(id, mine % TEAMS + 1).await;
         let note = self.written(place, "note");
-        self.tenants[place].program(&format!(
-            "UPDATE bookings SET note = '{note}' WHERE id = {id}"
-        ));
+        let sql = format!("UPDATE bookings SET note = '{note}' WHERE id = {id}");
+        self.tenants[place].program(&sql);
         self.come_back(place, false).await;
         self.answered(place).await;
-        *self.counts.faults.entry(MISSING).or_default() += 1;
+    }
+
+    /// A booking becomes a team's.
+    async fn give(&mut self, id: i32, team: i64) {
+        let sql = self.data(|data| {
+            let (note, secret) = (data.canary("bookings.note"), data.canary("bookings.secret"));
+            format!(
+                "UPDATE bookings SET team = {team}, note = '{note}', secret = '{secret}' WHERE id = {id};"
+            )
+        });
+        self.commit_for_good(&sql).await;
     }
 
     /// Into everything.
@@ -685,9 +706,7 @@ impl Scene {
                 judge_page(&self.canaries, &tenant.replica, page).await;
             }
             // The claims and the definitions are what they are believed to be.
-            let selects: Vec<_> = (self.definitions.selects())
-                .map(|(table, select)| (table, tenant.select(select)))
-                .collect();
+            let selects = tenant.selects(self.definitions);
             let tables: Vec<_> = selects
                 .iter()
                 .map(|(table, sql)| (*table, &**sql))

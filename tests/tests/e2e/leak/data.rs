@@ -205,6 +205,38 @@ impl Data<'_> {
         sql
     }
 
+    /// Rows of all tables that somebody may see by most definitions; and what takes them away again, or gives them to others.
+    pub fn visit(&mut self, me: i64, team: i64) -> (String, String) {
+        let mut word = |of: &str| self.canary(&format!("{of}, a visitor,"));
+        let (project, task, comment) = (word("projects.id"), word("tasks.id"), word("comments.id"));
+        let (note, name, title) = (word("notes.id"), word("projects.name"), word("tasks.title"));
+        let (body, text, secret) = (
+            word("comments.body"),
+            word("notes.body"),
+            word("tasks.secret"),
+        );
+        let member = self.id();
+        let comes = format!(
+            "INSERT INTO projects VALUES ('{project}', {team}, false, '{name}');
+             INSERT INTO members VALUES ({member}, '{project}', {me});
+             INSERT INTO tasks VALUES ('{task}', '{project}', {me}, '{title}', '{secret}');
+             INSERT INTO comments VALUES ('{comment}', '{task}', '{body}');
+             INSERT INTO notes VALUES ('{note}', '{project}', '{text}');\n"
+        );
+        let goes = match self.rng.random() {
+            true => format!(
+                "DELETE FROM projects WHERE id = '{project}'; DELETE FROM notes WHERE id = '{note}';\n"
+            ),
+            false => format!(
+                "UPDATE projects SET team = team % {TEAMS} + 1 WHERE id = '{project}';
+                 UPDATE members SET person = person % {PERSONS} + 1 WHERE id = {member};
+                 UPDATE tasks SET owner = owner % {PERSONS} + 1 WHERE id = '{task}';
+                 INSERT INTO hidden VALUES ({member}, '{project}', {me});\n"
+            ),
+        };
+        (comes, goes)
+    }
+
     fn statement(&mut self) -> String {
         let tables = [
             "projects", "members", "members", "tasks", "tasks", "comments", "hidden", "notes",

@@ -16,7 +16,7 @@ use anabranch_tests::{
     wait::{DEADLINE, until},
 };
 
-use super::{canary::Canaries, wire::Connection};
+use super::{canary::Canaries, data::Definitions, wire::Connection};
 
 /// Why a replica is not there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub enum Away {
 
 pub struct Tenant {
     pub replica: Replica,
+    /// What it subscribes to.
+    tables: &'static [&'static str],
     pub proxy: Proxy,
     pub subject: String,
     pub me: i64,
@@ -40,6 +42,8 @@ pub struct Tenant {
     pub revoked: bool,
     /// Transactions at which it was shown something, since the one of its file as of which the segment began.
     seen: Vec<(i64, BTreeSet<String>)>,
+    /// What was shown while it was away.
+    missed: BTreeSet<String>,
     /// What may come in this segment.
     allowed: BTreeSet<String>,
     /// What ever might come.
@@ -54,10 +58,17 @@ pub struct Tenant {
 
 impl Tenant {
     /// Before it is started.
-    pub fn new(replica: Replica, proxy: Proxy, subject: String, (me, team): (i64, i64)) -> Tenant {
+    pub fn new(
+        replica: Replica,
+        tables: &'static [&'static str],
+        proxy: Proxy,
+        subject: String,
+        (me, team): (i64, i64),
+    ) -> Tenant {
         proxy.record();
         Tenant {
             replica,
+            tables,
             proxy,
             subject,
             me,
@@ -65,6 +76,7 @@ impl Tenant {
             away: None,
             revoked: false,
             seen: Vec::new(),
+            missed: BTreeSet::new(),
             allowed: BTreeSet::new(),
             ever: BTreeSet::new(),
             written: BTreeSet::new(),
@@ -74,10 +86,14 @@ impl Tenant {
         }
     }
 
-    /// A SELECT of a shape as it is for this one.
-    pub fn select(&self, select: &str) -> String {
-        let select = select.replace("$me", &self.me.to_string());
-        select.replace("$team", &self.team.to_string())
+    /// By table, the SELECTs of its shapes as they are for this one.
+    pub fn selects(&self, definitions: Definitions) -> Vec<(&'static str, String)> {
+        let bound = |select: &str| {
+            let select = select.replace("$me", &self.me.to_string());
+            select.replace("$team", &self.team.to_string())
+        };
+        let own = (definitions.selects()).filter(|(table, _)| self.tables.contains(table));
+        own.map(|(table, select)| (table, bound(select))).collect()
     }
 
     /// Postgres shows it this after that transaction.
@@ -86,7 +102,15 @@ impl Tenant {
             self.allowed.extend(shown.iter().cloned());
             self.ever.extend(shown.iter().cloned());
             self.seen.push((number, shown));
+        } else {
+            self.missed.extend(shown);
         }
+    }
+
+    /// What was shown only while it was away, now that it is back.
+    pub fn missed_for_good(&mut self) -> usize {
+        let missed = std::mem::take(&mut self.missed);
+        missed.difference(&self.allowed).count()
     }
 
     pub fn writes(&mut self, canary: &str) {
