@@ -16,6 +16,8 @@ use anabranch_tests::{
     wait::{DEADLINE, until},
 };
 
+use memchr::memmem;
+
 use super::{canary::Canaries, data::Definitions, wire::Connection};
 
 /// Why a replica is not there.
@@ -190,6 +192,10 @@ impl Tenant {
         let mut there = BTreeSet::new();
         for (name, bytes) in files(self.replica.dir()) {
             if name == "log" {
+                assert!(
+                    memmem::find(&bytes, b"TRACE").is_some(),
+                    "it logs less than it can"
+                );
                 let found = canaries.found_in_log(&bytes);
                 self.refuse("has in its log", canaries, &found);
                 continue;
