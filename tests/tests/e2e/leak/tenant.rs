@@ -235,7 +235,7 @@ impl Tenant {
             .collect();
         assert!(
             leaked.is_empty(),
-            "{} (me {}, team {}) {what} {} words that it was not shown:\n{}",
+            "{} (me {}, team {}) {what} {} words that must not be there:\n{}",
             self.subject,
             self.me,
             self.team,
