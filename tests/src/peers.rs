@@ -27,6 +27,7 @@ use std::{
 };
 
 use anabranch_proto::Lsn;
+use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -92,10 +93,15 @@ impl Peer {
 
     /// Changes one key of its config file, for when it is started again.
     pub fn reconfigure(&self, path: &str, value: impl Into<toml::Value>) {
+        self.rewrite(|table| set(table, path, value.into()));
+    }
+
+    /// Changes its config file in any way, for when it is started again.
+    pub fn rewrite(&self, change: impl FnOnce(&mut toml::Table)) {
         let file = self.config_file();
         let text = fs::read_to_string(&file).expect("read a config");
         let mut table = text.parse().expect("a config that we wrote");
-        set(&mut table, path, value.into());
+        change(&mut table);
         let text = toml::to_string(&table).expect("a config is a table");
         fs::write(file, text).expect("write a config");
     }
@@ -171,6 +177,14 @@ impl Peer {
     /// GETs a path of its HTTP.
     pub async fn get(&self, path: &str) -> anyhow::Result<Answer> {
         http::get(&self.address, path).await
+    }
+
+    /// A number from its `/metrics`.
+    pub async fn metric(&self, name: &str) -> anyhow::Result<f64> {
+        let page = self.get("/metrics").await?.ok()?;
+        let mut values = page.lines().filter_map(|line| line.strip_prefix(name));
+        let value = values.find_map(|value| value.strip_prefix(' ')?.parse().ok());
+        value.with_context(|| format!("no {name} in:\n{page}"))
     }
 
     /// kill -9. Nothing happens if it does not run.

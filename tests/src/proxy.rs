@@ -15,7 +15,7 @@
 //! blocks its thread stops no traffic.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     io,
     sync::{
         Arc, Mutex,
@@ -43,6 +43,9 @@ const READ_BYTES_MAX: usize = 16 * 1024;
 
 /// How much may be under way in a delayed direction before the sender is made to wait.
 const DELAYED_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// How much is recorded each way, until it is taken.
+const RECORD_BYTES_MAX: usize = 256 * 1024 * 1024;
 
 /// A direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,7 +139,35 @@ impl Faults {
 #[derive(Debug, Default)]
 struct Meter {
     bytes: AtomicU64,
-    record: Mutex<Option<BytesMut>>,
+    record: Mutex<Option<Record>>,
+}
+
+/// What is kept of it, by the number of the connection.
+#[derive(Debug, Default)]
+struct Record {
+    connections: BTreeMap<u64, BytesMut>,
+    bytes: usize,
+}
+
+impl Record {
+    /// What is too much is counted only.
+    fn keep(&mut self, connection: u64, bytes: &[u8]) {
+        self.bytes += bytes.len();
+        if self.bytes <= RECORD_BYTES_MAX {
+            let kept = self.connections.entry(connection).or_default();
+            kept.extend_from_slice(bytes);
+        }
+    }
+
+    /// What there is. Panics if it is a part: whoever looks into it must see all.
+    fn whole(&self) -> &BTreeMap<u64, BytesMut> {
+        let bytes = self.bytes;
+        assert!(
+            bytes <= RECORD_BYTES_MAX,
+            "{bytes} bytes passed since a record was begun, and it holds {RECORD_BYTES_MAX}"
+        );
+        &self.connections
+    }
 }
 
 #[derive(Debug)]
@@ -238,17 +269,38 @@ impl Proxy {
         self.meter(way).bytes.load(Ordering::SeqCst)
     }
 
-    /// Keeps what is forwarded from now on, for [`recorded`](Self::recorded).
+    /// Keeps what is forwarded from now on, for [`recorded`](Self::recorded) and [`take_recorded`](Self::take_recorded): at
+    /// most 256 MiB each way.
     pub fn record(&self) {
         for meter in [&self.shared.up, &self.shared.down] {
-            *meter.record.lock().expect("no panic under it") = Some(BytesMut::new());
+            *meter.record.lock().expect("no panic under it") = Some(Record::default());
         }
     }
 
-    /// What was forwarded since [`record`](Self::record), the connections' bytes in the order in which they came.
+    /// What was forwarded since [`record`](Self::record), one connection's bytes after another's.
     pub fn recorded(&self, way: Way) -> Bytes {
         let record = self.meter(way).record.lock().expect("no panic under it");
-        record.clone().unwrap_or_default().freeze()
+        let connections = record.iter().flat_map(|record| record.whole().values());
+        connections
+            .fold(BytesMut::new(), |mut all, bytes| {
+                all.extend_from_slice(bytes);
+                all
+            })
+            .freeze()
+    }
+
+    /// Takes what was forwarded since [`record`](Self::record), or since it was last taken: by connection, whose numbers
+    /// grow and mean the same each time.
+    pub fn take_recorded(&self, way: Way) -> Vec<(u64, Bytes)> {
+        let taken = {
+            let mut record = self.meter(way).record.lock().expect("no panic under it");
+            record.replace(Record::default()).unwrap_or_default()
+        };
+        taken.whole();
+        let connections = taken.connections.into_iter();
+        connections
+            .map(|(connection, bytes)| (connection, bytes.freeze()))
+            .collect()
     }
 
     fn meter(&self, way: Way) -> &Meter {
@@ -277,13 +329,13 @@ async fn listen(listener: TcpListener, shared: Arc<Shared>) {
         let Ok((client, _)) = listener.accept().await else {
             continue;
         };
-        shared.accepted.fetch_add(1, Ordering::SeqCst);
-        runtime().spawn(serve(client, shared.clone()));
+        let connection = shared.accepted.fetch_add(1, Ordering::SeqCst);
+        runtime().spawn(serve(client, connection, shared.clone()));
     }
 }
 
 /// One connection, to its end.
-async fn serve(mut client: TcpStream, shared: Arc<Shared>) {
+async fn serve(mut client: TcpStream, connection: u64, shared: Arc<Shared>) {
     shared.open.fetch_add(1, Ordering::SeqCst);
     let mut cuts = shared.cuts.subscribe();
     let faults = shared.faults.borrow().1.clone();
@@ -295,7 +347,7 @@ async fn serve(mut client: TcpStream, shared: Arc<Shared>) {
     } else {
         tokio::select! {
             how = cut(&mut cuts) => how,
-            how = forward(&mut client, &target, &shared) => how,
+            how = forward(&mut client, &target, connection, &shared) => how,
         }
     };
     end(&client, how);
@@ -319,7 +371,7 @@ fn end(stream: &TcpStream, how: Cut) {
 }
 
 /// Forwards both ways until one of them ends the connection, and tells how it is to end.
-async fn forward(client: &mut TcpStream, target: &str, shared: &Shared) -> Cut {
+async fn forward(client: &mut TcpStream, target: &str, connection: u64, shared: &Shared) -> Cut {
     let Ok(server) = TcpStream::connect(target).await else {
         return Cut::Reset;
     };
@@ -329,8 +381,8 @@ async fn forward(client: &mut TcpStream, target: &str, shared: &Shared) -> Cut {
     let mut server = Server(server, shared);
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.0.split();
-    let up = pump(&from_client, to_server, Way::Up, shared);
-    let down = pump(&from_server, to_client, Way::Down, shared);
+    let up = pump(&from_client, to_server, Way::Up, connection, shared);
+    let down = pump(&from_server, to_client, Way::Down, connection, shared);
     let (mut up, mut down) = (std::pin::pin!(up), std::pin::pin!(down));
     let mut ended = 0;
     let (mut up_open, mut down_open) = (true, true);
@@ -369,6 +421,7 @@ async fn pump(
     from: &ReadHalf<'_>,
     mut to: WriteHalf<'_>,
     way: Way,
+    connection: u64,
     shared: &Shared,
 ) -> io::Result<Option<Cut>> {
     let mut faults = shared.faults.subscribe();
@@ -417,7 +470,7 @@ async fn pump(
                 }
                 let meter = shared.meter(way);
                 if let Some(record) = &mut *meter.record.lock().expect("no panic under it") {
-                    record.extend_from_slice(&bytes);
+                    record.keep(connection, &bytes);
                 }
                 meter.bytes.fetch_add(bytes.len() as u64, Ordering::SeqCst);
                 // Counted first: whoever has got them can rely on that.

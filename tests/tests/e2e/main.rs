@@ -15,6 +15,7 @@ mod identity;
 mod ids;
 mod kills;
 mod large;
+mod leak;
 mod ledger;
 mod moves;
 mod pages;

@@ -274,13 +274,11 @@ async fn a_condition_with_subqueries_becomes_another_one() {
     let reshaped = scene
         .reshape(
             |scene| {
-                let text = std::fs::read_to_string(scene.streamer.config_file()).unwrap();
-                let mut config: toml::Table = text.parse().unwrap();
-                let shape = config["shape"]["s"].as_table_mut().unwrap();
-                shape.remove("params");
-                shape.insert("tables".into(), vec![toml::Value::from(plain)].into());
-                let text = toml::to_string(&config).unwrap();
-                std::fs::write(scene.streamer.config_file(), text).unwrap();
+                scene.streamer.rewrite(|config| {
+                    let shape = config["shape"]["s"].as_table_mut().unwrap();
+                    shape.remove("params");
+                    shape.insert("tables".into(), vec![toml::Value::from(plain)].into());
+                });
             },
             "three",
             "SELECT 1",

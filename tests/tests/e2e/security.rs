@@ -135,13 +135,7 @@ fn program(replica: &Replica) -> rusqlite::Connection {
 
 /// The value of a metric of a program.
 async fn metric(peer: &anabranch_tests::peers::Peer, name: &str) -> f64 {
-    let text = peer.get("/metrics").await.unwrap().ok().unwrap();
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(&format!("{name} ")));
-    line.unwrap_or_else(|| panic!("no {name} in:\n{text}"))
-        .parse()
-        .unwrap()
+    peer.metric(name).await.unwrap()
 }
 
 /// Calls any method with an empty message.

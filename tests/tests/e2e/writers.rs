@@ -227,14 +227,6 @@ async fn feed(database: &Database, stop: &AtomicBool, fed: &AtomicU64) {
     }
 }
 
-/// A number from `/metrics`.
-async fn metric(replica: &Replica, name: &str) -> f64 {
-    let text = replica.get("/metrics").await.unwrap().ok().unwrap();
-    text.lines()
-        .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
-        .unwrap_or_else(|| panic!("no {name} in {text}"))
-}
-
 /// A replica whose file programs write.
 struct Stage {
     database: Database,
@@ -300,7 +292,11 @@ impl Stage {
                 program.engine, program.committed, program.longest
             );
         }
-        let held = metric(&self.replica, "anabranch_replica_write_lock_max_seconds").await;
+        let held = self
+            .replica
+            .metric("anabranch_replica_write_lock_max_seconds")
+            .await
+            .unwrap();
         println!("the replica held the write lock for {held} s at most");
         committed
     }
@@ -355,14 +351,23 @@ async fn a_writer_gets_busy_or_its_transactions_are_torn_or_merged() {
     let disturber = tokio::task::spawn_blocking(move || disturb(&file, &stopped));
 
     let (began, fed) = (Instant::now(), AtomicU64::new(0));
-    let before = metric(&stage.replica, "anabranch_replica_rows_total").await;
+    let before = stage
+        .replica
+        .metric("anabranch_replica_rows_total")
+        .await
+        .unwrap();
     tokio::select! {
         () = feed(&stage.database, &stage.stop, &fed) => {}
         () = tokio::time::sleep(length) => {}
         Some(ended) = stage.programs.join_next() => { ended.expect("no writer gets an error"); }
     }
     let took = began.elapsed();
-    let applied = metric(&stage.replica, "anabranch_replica_rows_total").await - before;
+    let applied = stage
+        .replica
+        .metric("anabranch_replica_rows_total")
+        .await
+        .unwrap()
+        - before;
     let behind = Instant::now();
     stage.replica.until_caught_up(&stage.database).await;
     let behind = behind.elapsed();

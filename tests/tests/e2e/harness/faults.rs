@@ -48,6 +48,10 @@ async fn bytes_pass_are_counted_and_recorded() {
     assert_eq!(proxy.recorded(Way::Down), "answer");
     assert_eq!((proxy.bytes(Way::Up), proxy.bytes(Way::Down)), (20, 6));
     assert_eq!((proxy.accepted(), proxy.open()), (1, 1));
+    assert_eq!(proxy.take_recorded(Way::Down), [(0, "answer".into())]);
+    arrives(b"another", &mut server, &mut client).await;
+    assert_eq!(proxy.take_recorded(Way::Down), [(0, "another".into())]);
+    assert!(proxy.recorded(Way::Down).is_empty());
 }
 
 #[tokio::test]
