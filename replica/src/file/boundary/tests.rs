@@ -643,7 +643,9 @@ mod watch {
 
     /// Whether it wakes within a time in which pauses alone would wake it only because they began short.
     async fn wakes(watch: &mut Watch, within: Duration) -> bool {
-        tokio::time::timeout(within, watch.changed()).await.is_ok()
+        tokio::time::timeout(within, watch.changed())
+            .await
+            .is_ok_and(|told| told.is_ok())
     }
 
     /// Pauses have become so long that only a write can wake it.
@@ -766,7 +768,7 @@ mod watch {
             let mut woke = false;
             while !woke && began.elapsed() < Duration::from_secs(10) {
                 woke = tokio::select! {
-                    () = watch.changed() => true,
+                    told = watch.changed() => told.is_ok(),
                     () = tokio::task::yield_now() => false,
                 };
             }
