@@ -99,6 +99,10 @@ enum Shapes {
     },
 }
 
+/// Threads beside the runtime's own: one for each reader of the mirror, and some that take over from one that waits for the engine.
+/// When many replicas come at once more would be started, up to hundreds, and each keeps some megabytes of the allocator's.
+const BLOCKING_THREADS_MAX: usize = 12;
+
 /// A definite error.
 const FAILED: u8 = 1;
 /// Wrong usage or config.
@@ -114,7 +118,11 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(USAGE, &error),
     };
-    let runtime = match tokio::runtime::Runtime::new() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .enable_all()
+        .build();
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => return fail(FAILED, &error),
     };

@@ -390,8 +390,8 @@ impl Session {
                 join = false;
             }
             drop(reader);
-            if round == Round::Filling {
-                // What there is goes out now: the replica takes it in while Postgres is read on.
+            if round == Round::Filling || room.is_short() {
+                // What there is goes out now: the replica takes it in while Postgres is read on, or memory is short.
                 encoder.end_message(Bytes::new());
             }
             // A round may find nothing to send, and so may those after it.

@@ -52,10 +52,12 @@ impl Timer {
     pub async fn rings(&self) -> Result<(), Error> {
         loop {
             let mut ready = self.0.readable().await.map_err(|error| failed(&error))?;
-            match rustix::io::read(self.0.get_ref(), &mut [0; 8]) {
+            let read = rustix::io::read(self.0.get_ref(), &mut [0; 8]);
+            // Also where it has rung: the next ring is then told by the runtime, behind what else is ready.
+            ready.clear_ready();
+            match read {
                 Ok(_) => return Ok(()),
-                Err(Errno::AGAIN) => ready.clear_ready(),
-                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(failed(error)),
             }
         }
