@@ -3,7 +3,7 @@
 use std::{os::fd::OwnedFd, time::Duration};
 
 use rustix::{
-    io::Errno,
+    io::{Errno, retry_on_intr},
     time::{
         Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
         timerfd_settime,
@@ -52,12 +52,12 @@ impl Timer {
     pub async fn rings(&self) -> Result<(), Error> {
         loop {
             let mut ready = self.0.readable().await.map_err(|error| failed(&error))?;
-            let read = rustix::io::read(self.0.get_ref(), &mut [0; 8]);
+            let read = retry_on_intr(|| rustix::io::read(self.0.get_ref(), &mut [0; 8]));
             // Also where it has rung: the next ring is then told by the runtime, behind what else is ready.
             ready.clear_ready();
             match read {
                 Ok(_) => return Ok(()),
-                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(Errno::AGAIN) => {}
                 Err(error) => return Err(failed(error)),
             }
         }
