@@ -53,7 +53,8 @@ impl Counts {
         println!("{self:#?}");
         let refused: usize = self.refused.values().sum();
         let all = self.accepted + refused;
-        assert!(self.accepted * 10 > all && refused * 10 > all, "{self:?}");
+        // Where rights are drawn by lot, few tables may be hardly writable: of six hundred writes 58 were accepted once.
+        assert!(self.accepted * 20 > all && refused * 20 > all, "{self:?}");
         for why in ["42501", "update_missing"] {
             assert!(self.refused.contains_key(why), "{self:?}");
         }
