@@ -643,7 +643,7 @@ fn new_list() -> u64 {
 }
 
 /// By which rows of inner tables are found.
-fn inner_indexes(bounds: &[&[Bound]]) -> Vec<Index> {
+pub(crate) fn inner_indexes(bounds: &[&[Bound]]) -> Vec<Index> {
     let mut indexes: Vec<Index> = Vec::new();
     for bound in bounds.iter().copied().flatten() {
         for step in bound.select.subqueries() {

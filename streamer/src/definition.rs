@@ -15,7 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    catchup::View,
+    catchup::{View, inner_indexes},
     engine::{Input, Inputs},
     lookup::Index,
     mirror::Kept,
@@ -157,16 +157,10 @@ impl Used {
 /// The definition of a view, with the fingerprint that tokens name it by.
 fn kept(view: &TableView) -> Option<Kept> {
     let bounds = view.bounds();
-    let mut indexes = Vec::new();
-    for step in bounds.iter().flat_map(|bound| bound.select.subqueries()) {
-        if !indexes.contains(&step.subquery.inner) {
-            indexes.push(step.subquery.inner.clone());
-        }
-    }
     Some(Kept {
         fingerprint: view.fingerprint(),
         text: serde_json::to_string(&Definition::of(bounds)).ok()?,
-        indexes,
+        indexes: inner_indexes(&[bounds]),
     })
 }
 

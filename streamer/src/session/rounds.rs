@@ -38,26 +38,24 @@ impl Rounds {
 
     /// Room for a round.
     pub fn take(self: &Arc<Self>) -> Room {
-        let mut bytes = 0;
-        let more = |held: usize| {
-            bytes = self.share(held, 1);
-            Some(held + bytes)
-        };
-        let ordering = (Ordering::Relaxed, Ordering::Relaxed);
-        let _ = self.held.fetch_update(ordering.0, ordering.1, more);
-        self.room(bytes)
+        self.room(self.reserve(1, ROUND_BYTES))
     }
 
     /// Room for rounds that are filled at once, for each the same. `bytes_max`: together.
     pub fn take_many(self: &Arc<Self>, count: usize, bytes_max: usize) -> Vec<Room> {
+        let bytes = self.reserve(count, bytes_max);
+        (0..count).map(|_| self.room(bytes)).collect()
+    }
+
+    /// The bytes of each.
+    fn reserve(&self, count: usize, bytes_max: usize) -> usize {
         let mut bytes = 0;
         let more = |held: usize| {
             bytes = self.share(held, count).min(bytes_max / count.max(1));
             Some(held + bytes * count)
         };
-        let ordering = (Ordering::Relaxed, Ordering::Relaxed);
-        let _ = self.held.fetch_update(ordering.0, ordering.1, more);
-        (0..count).map(|_| self.room(bytes)).collect()
+        let _ = (self.held).fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        bytes
     }
 
     fn share(&self, held: usize, count: usize) -> usize {
