@@ -437,13 +437,7 @@ async fn rows_of_programs(scene: &Scene, written: &[(String, String)]) {
         }
     }
     all.commit().unwrap();
-    until("all is answered", 2 * DEADLINE, || async {
-        let sql = "SELECT pending || ' ' || rejected FROM _anabranch_status";
-        let told: String = replica.open().query_row(sql, [], |row| row.get(0))?;
-        anyhow::ensure!(told == "0 0", "{told}");
-        Ok(())
-    })
-    .await;
+    until_all_is_taken(&replica).await;
     let rows = scene.database.query("SELECT k, v FROM w", &[]).await;
     let found: BTreeMap<String, String> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
     assert!(
@@ -537,4 +531,15 @@ async fn a_text_becomes_a_part_of_a_statement() {
         BTreeSet::from([shape("SELECT 'it'; SELECT 1 --'")])
     );
     assert!(!harmless.is_superset(&injected));
+}
+
+/// All that programs wrote into its file is answered, and nothing is rejected.
+async fn until_all_is_taken(replica: &Replica) {
+    until("all is answered", 2 * DEADLINE, || async {
+        let sql = "SELECT pending || ' ' || rejected FROM _anabranch_status";
+        let told: String = replica.open().query_row(sql, [], |row| row.get(0))?;
+        anyhow::ensure!(told == "0 0", "{told}");
+        Ok(())
+    })
+    .await;
 }

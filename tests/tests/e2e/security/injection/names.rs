@@ -119,13 +119,7 @@ async fn mirror(server: &Server, publication: &str, tables: &[Named]) -> BTreeSe
             .unwrap();
     }
     written.commit().unwrap();
-    until("all is answered", 2 * DEADLINE, || async {
-        let sql = "SELECT pending || ' ' || rejected FROM _anabranch_status";
-        let told: String = replica.open().query_row(sql, [], |row| row.get(0))?;
-        anyhow::ensure!(told == "0 0", "{told}");
-        Ok(())
-    })
-    .await;
+    super::until_all_is_taken(&replica).await;
     for named in &tables[..writable] {
         let [key, value] = [&named.names[1], &named.names[2]].map(|name| quote(name));
         let sql = format!(
