@@ -9,6 +9,7 @@ mod dial;
 mod feedback;
 pub mod history;
 pub mod pgoutput;
+mod pipeline;
 mod reader;
 mod relation;
 pub mod replication;

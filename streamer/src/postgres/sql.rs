@@ -142,15 +142,6 @@ impl Client {
         self.server_version
     }
 
-    /// SQL that makes the session what it was when it began, but for prepared statements: whoever used it before may have
-    /// set what it liked.
-    pub fn renewal(&self) -> String {
-        format!(
-            "RESET ALL; {} SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES",
-            pin_later(self.server_version)
-        )
-    }
-
     async fn pin(&mut self, session: Use) -> Result<(), Error> {
         let row = self.client.simple_query(&verification(session)).await?;
         let row = row.iter().find_map(|message| match message {
@@ -301,6 +292,15 @@ pub(super) fn pin_later(server_version: u32) -> String {
         .filter(|(since, _, _)| *since <= server_version)
         .map(|(_, name, value)| format!("SET {name} = {value};"))
         .collect()
+}
+
+/// SQL that makes a session what it was when it began, but for prepared statements: whoever used it before may have set
+/// what it liked.
+pub(super) fn renewal(server_version: u32) -> String {
+    format!(
+        "RESET ALL; {} SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES",
+        pin_later(server_version)
+    )
 }
 
 /// Quotes an identifier.

@@ -1,7 +1,9 @@
-//! One connection in the walsender's dialect: startup, authentication, simple queries, and the way into streaming.
+//! One connection of our own: startup, authentication, simple queries, and the way into what we do with it: streaming, or
+//! statements without waiting.
 //!
-//! tokio-postgres can neither ask for `replication=database` nor stream in both directions; this is the little that
-//! is needed beside it, on the same crate for the bytes of messages (`postgres-protocol`). Two messages that the
+//! tokio-postgres can neither ask for `replication=database` nor stream in both directions, and each statement is one
+//! round trip of Postgres' for it; this is the little that is needed beside it, on the same crate for the bytes of messages
+//! (`postgres-protocol`). Two messages that the
 //! crate does not know are handled before it sees them: CopyBothResponse and NegotiateProtocolVersion.
 //!
 //! The server is not trusted with our memory: the length of a message is checked before room is made for it.
@@ -42,7 +44,25 @@ const NEGOTIATE: u8 = b'v';
 /// One row of a simple query.
 pub(super) type Row = Vec<Option<String>>;
 
-/// A connection with `replication=database`, logged in.
+/// What a connection is for.
+#[derive(Clone, Copy)]
+enum Purpose<'a> {
+    /// `replication=database`, with these settings where the URL has no others.
+    Replication(&'a [(&'a str, &'a str)]),
+    /// To write what programs wrote.
+    Writing,
+}
+
+impl Purpose<'_> {
+    fn session(self) -> sql::Use {
+        match self {
+            Purpose::Replication(_) => sql::Use::Ours,
+            Purpose::Writing => sql::Use::Writing,
+        }
+    }
+}
+
+/// A connection, logged in.
 pub(super) struct Wire {
     socket: Socket,
     read: BytesMut,
@@ -68,9 +88,24 @@ impl Wire {
         let login = Login {
             target,
             application_name,
-            suggested,
+            purpose: Purpose::Replication(suggested),
         };
         dial::connect(target, &login).await
+    }
+
+    /// The same, to write what programs wrote.
+    pub async fn connect_to_write(target: &Target, application_name: &str) -> Result<Wire, Error> {
+        let login = Login {
+            target,
+            application_name,
+            purpose: Purpose::Writing,
+        };
+        dial::connect(target, &login).await
+    }
+
+    /// The connection alone, and what has arrived since the last answer.
+    pub fn into_parts(self) -> (Socket, BytesMut) {
+        (self.socket, self.read)
     }
 
     /// `major * 10000 + minor`.
@@ -143,10 +178,10 @@ impl Wire {
         self.socket.flush().await.map_err(broken)
     }
 
-    async fn pin(&mut self) -> Result<(), Error> {
-        let rows = self.query(&sql::verification(sql::Use::Ours)).await?;
+    async fn pin(&mut self, session: sql::Use) -> Result<(), Error> {
+        let rows = self.query(&sql::verification(session)).await?;
         let row = rows.first();
-        self.server_version = sql::verify(sql::Use::Ours, |place| row?.get(place)?.as_deref())?;
+        self.server_version = sql::verify(session, |place| row?.get(place)?.as_deref())?;
         let later = sql::pin_later(self.server_version);
         if !later.is_empty() {
             self.query(&later).await?;
@@ -313,24 +348,28 @@ impl Wire {
                 self.read.reserve(length - self.read.len());
             }
             if self.socket.read_buf(&mut self.read).await.map_err(broken)? == 0 {
-                return Err(Error::Transient("Postgres closed the connection".into()));
+                return Err(closed());
             }
         }
     }
 }
 
-fn broken(error: io::Error) -> Error {
+pub(super) fn broken(error: io::Error) -> Error {
     Error::Transient(format!("the connection to Postgres broke: {error}"))
 }
 
-fn unexpected() -> Error {
+pub(super) fn closed() -> Error {
+    Error::Transient("Postgres closed the connection".into())
+}
+
+pub(super) fn unexpected() -> Error {
     Error::Transient("Postgres sent what the protocol does not allow".into())
 }
 
 struct Login<'a> {
     target: &'a Target,
     application_name: &'a str,
-    suggested: &'a [(&'a str, &'a str)],
+    purpose: Purpose<'a>,
 }
 
 impl dial::Login for Login<'_> {
@@ -340,7 +379,7 @@ impl dial::Login for Login<'_> {
         let Login {
             target,
             application_name,
-            suggested,
+            purpose,
         } = self;
         let mut wire = Wire {
             socket,
@@ -350,15 +389,20 @@ impl dial::Login for Login<'_> {
             ready: false,
         };
         let name = target.application_name.as_deref();
-        let options = sql::options(target, sql::Use::Ours, suggested);
+        let (suggested, replication) = match purpose {
+            Purpose::Replication(suggested) => (*suggested, Some(("replication", "database"))),
+            Purpose::Writing => (&[][..], None),
+        };
+        let options = sql::options(target, purpose.session(), suggested);
         let parameters = [
             ("user", target.user.as_str()),
             ("database", &target.database),
-            ("replication", "database"),
+        ];
+        let parameters = parameters.into_iter().chain(replication).chain([
             ("application_name", name.unwrap_or(application_name)),
             ("client_encoding", "UTF8"),
             ("options", &options),
-        ];
+        ]);
         let mut bytes = BytesMut::new();
         frontend::startup_message(parameters, &mut bytes)
             .map_err(|error| Failed::Broken(Error::Definite(error.to_string())))?;
@@ -378,7 +422,8 @@ impl dial::Login for Login<'_> {
         wire.ready = true;
         wire.socket.logged_in = true;
         dial::check_session(target, |name| wire.parameter(name).map(str::to_owned))?;
-        wire.pin().await.map_err(Failed::Broken)?;
+        let session = purpose.session();
+        wire.pin(session).await.map_err(Failed::Broken)?;
         Ok(wire)
     }
 }

@@ -39,6 +39,7 @@
 //!
 //! What is *not* here: sessions, gRPC, and which replica may write what ([`Rules`] is given in).
 
+mod books;
 mod facts;
 mod flight;
 mod outcome;
@@ -54,30 +55,24 @@ use std::{
     time::Duration,
 };
 
-use anabranch_proto::{Lsn, Nonce, record};
+use anabranch_proto::{Nonce, record};
+pub use books::{Block, Books, Claimed, Judged};
 pub use outcome::{Error, Outcome, Rejection};
 pub use rules::{Rule, Rules};
-use tokio_postgres::error::SqlState;
+pub(super) use value::Param;
 
 use self::{
-    facts::Facts,
-    flight::{Cause, Failure, Flight, Prepared, Step},
+    flight::{Cause, Failure, Flight, Step},
     outcome::{Class, bounded, classify, told},
     statement::{GONE, HIDDEN, Left, OUT_OF_SHAPE, Sql, Target, Touch, UNREADABLE},
-    value::Param,
 };
 use super::{
-    setup::{
-        ALREADY_CLAIMED, CLAIMS_KEPT_DAYS, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED,
-        SETTLED_KEPT,
-    },
-    sql::{self, Client},
+    pipeline::Pipeline,
+    setup::{ALREADY_CLAIMED, FORKED, OTHER_SUBJECT, OUT_OF_ORDER, REFUSED},
+    sql,
     target::Target as Server,
 };
-use crate::{
-    table::{Oid, Table},
-    write::{Change, Entry, Hash, Kind, LocalTransaction, WriteTable},
-};
+use crate::write::{Change, Entry, Hash, Kind, LocalTransaction, WriteTable};
 
 /// How often a transaction is tried that others keep from its locks.
 const ATTEMPTS_MAX: u32 = 6;
@@ -87,9 +82,6 @@ const WAIT_MAX: Duration = Duration::from_millis(20);
 
 /// As many transactions are sent together: one that fails makes those behind it be sent again.
 const TOGETHER_MAX: usize = 128;
-
-/// As many claims are forgotten by one statement.
-const PRUNED_AT_ONCE: i32 = 1000;
 
 /// As many rows are looked at by one statement after the effects.
 const CHECKED_AT_ONCE: usize = 1000;
@@ -141,39 +133,22 @@ const REJECT: &str = "SELECT anabranch.reject($1::pg_catalog.text, $2::pg_catalo
      $6::pg_catalog.uuid[], $7::pg_catalog.int4, $8::pg_catalog.text, $9::pg_catalog.text, $10::pg_catalog.text, \
      $11::pg_catalog.text)";
 
-/// Which entries are claimed.
-const JUDGE: &str =
-    "SELECT nonce::pg_catalog.text, outcome, sqlstate FROM anabranch.judge($1::pg_catalog.uuid[])";
-
-/// Asked behind that, when it is durable: up to where the WAL is; and from when on claims are kept for sure.
-const JUDGED: &str = "SELECT pg_catalog.pg_current_wal_flush_lsn()::pg_catalog.text, \
-     greatest(0, floor(extract('epoch' from pg_catalog.now() - pg_catalog.make_interval(days => $1))))::pg_catalog.int8";
-
-/// Forgets claims that are too old, some at a time.
-const PRUNE: &str = "SELECT anabranch.prune($1, $2)";
-
-const SETTLE: &str = "SELECT anabranch.settle($1::pg_catalog.text, $2::pg_catalog.text, $3::pg_catalog.int8, $4::pg_catalog.int4)";
-
-const STANDING: &str =
-    "SELECT subject, seq, hash FROM anabranch.replicas WHERE replica = $1::pg_catalog.text";
-
-const LEASE: &str = "SELECT first, last, step FROM anabranch.lease($1::pg_catalog.oid, $2::pg_catalog.int2, $3::pg_catalog.text, $4::pg_catalog.int4)";
-
 /// Claims stay in force for the last look: policies for everybody read them, for the login role too, and may fail without.
-const AFTER: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE";
+const AFTER: [&str; 2] = ["SET CONSTRAINTS ALL IMMEDIATE", "SET LOCAL ROLE NONE"];
 
-/// Compiling takes longer than any of our statements.
-const NO_JIT: &str = "SET jit = off";
+/// Compiling takes longer than any of our statements. And a streamer whose machine is gone must be noticed where Postgres
+/// waits for the rest of a group, too.
+const SETTINGS: &str = "SET jit = off; SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 5; \
+     SET tcp_keepalives_count = 4";
 
 /// Without it what was given up goes on in Postgres, behind a lock say, with a connection of the server's.
+/// Since Postgres 14, and not on every system.
 const NOTICES: &str = "SET client_connection_check_interval = '1s'";
 
 /// A connection that writes. One transaction at a time: a second replica needs a second one, or waits.
 pub struct Writer {
-    client: Client,
-    prepared: Prepared,
-    /// Of tables, for the roles that wrote them.
-    facts: HashMap<(Oid, Option<String>), (u32, Arc<Facts>)>,
+    pipeline: Pipeline,
+    books: Arc<Books>,
     /// A transaction is under way, or was when its future was dropped.
     busy: bool,
     /// Something was committed that may not be durable yet.
@@ -200,17 +175,6 @@ pub struct Replica {
     pub claims_json: String,
 }
 
-/// Ids of a sequence, `step` apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Block {
-    /// The first.
-    pub first: i64,
-    /// The last, the first too if there is one only.
-    pub last: i64,
-    /// Never 0.
-    pub step: i64,
-}
-
 /// What became of transactions that were sent together.
 #[derive(Debug)]
 pub struct Applied {
@@ -218,28 +182,6 @@ pub struct Applied {
     pub outcomes: Vec<Outcome>,
     /// Why there are not as many as transactions: what stopped the next one.
     pub error: Option<Error>,
-}
-
-/// What became of entries that were asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Judged {
-    /// Those that were answered.
-    pub claimed: Vec<Claimed>,
-    /// Of entries that were captured at or after this it is known; in seconds since 1970.
-    pub kept_since: u64,
-    /// Their effects are in the WAL up to here, durably.
-    pub lsn: Lsn,
-}
-
-/// An entry that was answered.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Claimed {
-    /// Which.
-    pub nonce: Nonce,
-    /// As what it was rejected; `None`: it took effect.
-    pub outcome: Option<String>,
-    /// Why.
-    pub sqlstate: Option<String>,
 }
 
 /// What is to be done about a failure.
@@ -252,48 +194,41 @@ enum Verdict {
 }
 
 impl Writer {
-    /// Connects.
+    /// Connects, with books of its own.
     pub async fn connect(server: &Server) -> Result<Writer, sql::Error> {
-        let client = Client::connect_to_write(server, "anabranch writer").await?;
-        client.client.batch_execute(NO_JIT).await?;
-        let mut renewal = format!("{}; {NO_JIT}", client.renewal());
-        // Since Postgres 14, and not on every system.
-        if client.client.batch_execute(NOTICES).await.is_ok() {
-            renewal = format!("{renewal}; {NOTICES}");
-        }
+        Self::connect_with(server, Arc::new(Books::new(server.clone()))).await
+    }
+
+    /// Connects.
+    pub async fn connect_with(server: &Server, books: Arc<Books>) -> Result<Writer, sql::Error> {
+        let connected =
+            Pipeline::connect_to_write(server, "anabranch writer", SETTINGS, &[NOTICES]);
+        let (pipeline, set) = connected.await?;
         Ok(Writer {
-            client,
-            renewal,
+            renewal: format!("{}; {set}", sql::renewal(pipeline.server_version())),
+            pipeline,
+            books,
             replica: None,
-            prepared: Prepared::default(),
-            facts: HashMap::new(),
             busy: false,
             unflushed: false,
             read_only: false,
         })
     }
 
-    /// Whether it can be used: the connection is there, to a server that takes writes, and no transaction was given up in
-    /// its middle.
-    pub fn is_usable(&self) -> bool {
-        !self.busy && !self.read_only && !self.client.client.is_closed()
+    /// What is asked beside writing.
+    pub fn books(&self) -> &Books {
+        &self.books
     }
 
-    /// The last transaction of a replica that is answered, and its hash.
-    pub async fn standing(&mut self, replica: &Replica) -> Result<Option<(u64, Hash)>, Error> {
-        self.usable()?;
-        let client = &self.client.client;
-        let statement = self.prepared.get(client, STANDING).await.map_err(failed)?;
-        let row = client.query_opt(&statement, &[&replica.id]).await;
-        let Some(row) = row.map_err(failed)? else {
-            return Ok(None);
-        };
-        if row.get::<_, &str>(0) != replica.subject {
-            return Err(Error::OtherSubject);
-        }
-        let hash = row.get::<_, &[u8]>(2).try_into();
-        let hash = hash.map_err(|_| Error::Definite("anabranch.replicas holds no hash".into()))?;
-        Ok(Some((row.get::<_, i64>(1).cast_unsigned(), hash)))
+    /// Whether it can be used: the connection is there, to a server that takes writes, and no transaction was given up in
+    /// its middle.
+    pub fn is_usable(&mut self) -> bool {
+        !self.busy && !self.read_only && self.pipeline.is_open()
+    }
+
+    /// Whether the last transactions that it made were this replica's.
+    pub fn is_of(&self, replica: &str) -> bool {
+        self.replica.as_deref() == Some(replica)
     }
 
     /// Applies the transaction that comes after the one with the hash `previous`, or records that it is rejected.
@@ -337,12 +272,12 @@ impl Writer {
             .await
             .err();
         if self.unflushed {
-            match self.client.client.batch_execute(FLUSH).await {
+            match self.flush().await {
                 Ok(()) => self.unflushed = false,
                 Err(lost) => {
                     // They come again, and are known then.
                     outcomes.truncate(durable);
-                    error = error.or(Some(failed(lost)));
+                    error = error.or(Some(lost));
                 }
             }
         }
@@ -398,10 +333,10 @@ impl Writer {
                                 || rejection.outcome == UPDATE_MISSING) =>
                     {
                         looked_again = true;
-                        self.facts.clear();
+                        self.books.forget_facts();
                         // A statement does not depend on rights but by the facts.
                         if ![NOT_ALLOWED, REFUSED].contains(&&*rejection.sqlstate) {
-                            self.prepared.clear();
+                            self.pipeline.forget_all();
                         }
                     }
                     Verdict::Reject(rejection) => {
@@ -451,20 +386,19 @@ impl Writer {
                 text(&bounded(&rejection.message)),
                 optional(rejection.constraint.as_deref().map(bounded)),
             ];
-            let client = &self.client.client;
-            let done = match self.prepared.get(client, REJECT).await {
-                Ok(statement) => client.execute_raw(&statement, params).await,
-                Err(error) => Err(error),
+            let reject = Sql {
+                text: REJECT.into(),
+                params,
             };
-            let Err(error) = done else {
+            let Some(failure) = self
+                .alone(async |flight| {
+                    flight.statement(Step::Claim, &reject).await;
+                })
+                .await
+            else {
                 self.unflushed = false;
                 return Ok(Outcome::Rejected(rejection));
             };
-            let failure = Failure {
-                step: Step::Claim,
-                cause: Cause::Sql(error),
-            };
-            self.read_only |= is_of_read_only(&failure);
             match judge(failure, seq) {
                 Verdict::Answered => return Ok(Outcome::AlreadyAnswered),
                 Verdict::Fail(error) => return Err(error),
@@ -477,98 +411,30 @@ impl Writer {
         }
     }
 
-    /// What became of entries, whichever copy of the file sent them.
-    pub async fn judge(&mut self, asked: &[Nonce]) -> Result<Judged, Error> {
-        self.usable()?;
-        let client = &self.client.client;
-        let judge = self.prepared.get(client, JUDGE).await.map_err(failed)?;
-        let rows = client
-            .query(&judge, &[&nonces(asked.iter().copied())])
-            .await;
-        let mut claimed = Vec::new();
-        for row in rows.map_err(failed)? {
-            let nonce = row.get::<_, &str>(0).replace('-', "");
-            let nonce = u128::from_str_radix(&nonce, 16);
-            let nonce = nonce.map_err(|_| Error::Definite("a nonce is no uuid".into()))?;
-            claimed.push(Claimed {
-                nonce: Nonce::from_bytes(nonce.to_be_bytes()),
-                outcome: row.get(1),
-                sqlstate: row.get(2),
-            });
+    /// Makes durable what was committed.
+    async fn flush(&mut self) -> Result<(), Error> {
+        let failure = self.alone(async |flight| flight.simple(Step::Begin, FLUSH).await);
+        match failure.await.map(|failure| failure.cause) {
+            None => Ok(()),
+            Some(Cause::Said(said)) => Err(said.error().into()),
+            Some(Cause::Broken(why)) => Err(Error::Transient(why)),
+            Some(Cause::Rejected(rejection)) => Err(Error::Definite(rejection.message)),
         }
-        // A claim is seen before it is durable: a crash could take it back behind what we say, and with it that WAL.
-        client.batch_execute(FLUSH).await.map_err(failed)?;
-        let judged = self.prepared.get(client, JUDGED).await.map_err(failed)?;
-        let days = CLAIMS_KEPT_DAYS as i32;
-        let row = client.query_one(&judged, &[&days]).await.map_err(failed)?;
-        let lsn = row.get::<_, &str>(0).parse();
-        Ok(Judged {
-            claimed,
-            kept_since: row.get::<_, i64>(1).cast_unsigned(),
-            lsn: lsn.map_err(|_| Error::Definite("an LSN can't be read".into()))?,
-        })
     }
 
-    /// Forgets claims and settled rejections that are older than they are kept, some of them. True: there may be more.
-    pub async fn prune(&mut self) -> Result<bool, Error> {
-        self.usable()?;
-        let client = &self.client.client;
-        let statement = self.prepared.get(client, PRUNE).await.map_err(failed)?;
-        let days = CLAIMS_KEPT_DAYS as i32;
-        let row = client
-            .query_one(&statement, &[&days, &PRUNED_AT_ONCE])
-            .await;
-        Ok(row.map_err(failed)?.get::<_, i64>(0) >= i64::from(PRUNED_AT_ONCE))
+    /// Sends what is no local transaction, by itself.
+    async fn alone(&mut self, send: impl AsyncFnOnce(&mut Flight<'_>)) -> Option<Failure> {
+        self.busy = true;
+        let mut flight = Flight::new(&mut self.pipeline);
+        flight.next_transaction().await;
+        send(&mut flight).await;
+        let failure = flight.finish().await.pop().flatten();
+        self.busy = false;
+        self.read_only |= failure.as_ref().is_some_and(is_of_read_only);
+        failure
     }
 
-    /// The replica has the rejections up to `seq`. Forgets those that are far behind that. Of an id that belongs to another
-    /// subject nothing is: a rejection that is forgotten before its replica has it would look as if it had been applied.
-    pub async fn settle(&mut self, replica: &Replica, seq: u64) -> Result<(), Error> {
-        self.usable()?;
-        let client = &self.client.client;
-        let statement = self.prepared.get(client, SETTLE).await.map_err(failed)?;
-        let params = [
-            Param::Text(replica.id.clone()),
-            Param::Text(replica.subject.clone()),
-            Param::Text(seq.to_string()),
-            Param::Text(SETTLED_KEPT.to_string()),
-        ];
-        let settled = client.execute_raw(&statement, params).await;
-        settled.map(drop).map_err(failed)
-    }
-
-    /// Takes ids from the sequence that fills in the key of a table, for good. None: there is no such sequence, or the
-    /// replica may not insert.
-    pub async fn lease(
-        &mut self,
-        replica: &Replica,
-        table: &Table,
-        wanted: u32,
-    ) -> Result<Vec<Block>, Error> {
-        self.usable()?;
-        let Some(key) = table.integer_key() else {
-            return Ok(Vec::new());
-        };
-        let client = &self.client.client;
-        let statement = self.prepared.get(client, LEASE).await.map_err(failed)?;
-        let params = [
-            Param::Text(table.oid.to_string()),
-            Param::Text(table.columns[key].attnum.to_string()),
-            (replica.role.clone()).map_or(Param::Null, Param::Text),
-            Param::Text(wanted.to_string()),
-        ];
-        let [a, b, c, d] = &params;
-        let rows = client.query(&statement, &[a, b, c, d]).await;
-        let rows = rows.map_err(failed)?;
-        let block = |row: &tokio_postgres::Row| Block {
-            first: row.get(0),
-            last: row.get(1),
-            step: row.get(2),
-        };
-        Ok(rows.iter().map(block).collect())
-    }
-
-    fn usable(&self) -> Result<(), Error> {
+    fn usable(&mut self) -> Result<(), Error> {
         if self.is_usable() {
             Ok(())
         } else {
@@ -597,14 +463,14 @@ impl Writer {
         self.busy = true;
         let is_other = self.replica.as_ref() != Some(&replica.id);
         let mut renewal = is_other.then_some(&*self.renewal);
-        let mut flight = Flight::new(&self.client.client, &mut self.prepared);
+        let mut flight = Flight::new(&mut self.pipeline);
         let mut previous = *previous;
         let mut last = false;
         for (i, (transaction, targets)) in transactions.iter().zip(&found).enumerate() {
             let transaction = transaction.as_ref();
             last = i + 1 == transactions.len();
             let claim = if last { CLAIM } else { CLAIM_NOT_LAST };
-            flight.next_transaction();
+            flight.next_transaction().await;
             if let Some(renewal) = renewal.take() {
                 flight.simple(Step::Begin, renewal).await;
             }
@@ -667,23 +533,10 @@ impl Writer {
         }
         Ok(Ok(Target {
             rule: Arc::clone(rule),
-            facts: self.facts(&rule.table, role).await?,
+            facts: self.books.facts(&rule.table, role).await?,
             places,
             key,
         }))
-    }
-
-    async fn facts(&mut self, table: &Table, role: Option<&str>) -> Result<Arc<Facts>, Error> {
-        let place = (table.oid, role.map(str::to_owned));
-        if let Some((version, facts)) = self.facts.get(&place)
-            && *version == table.version
-        {
-            return Ok(Arc::clone(facts));
-        }
-        let facts = Arc::new(facts::read(&self.client.client, table, role).await?);
-        let kept = (table.version, Arc::clone(&facts));
-        self.facts.insert(place, kept);
-        Ok(facts)
     }
 }
 
@@ -708,7 +561,9 @@ async fn send(
     targets: &[Result<Target, Rejection>],
     claim: &str,
 ) {
-    flight.simple(Step::Begin, "BEGIN READ WRITE").await;
+    flight
+        .statement(Step::Begin, &sql("BEGIN READ WRITE"))
+        .await;
     let claim = Sql {
         text: claim.into(),
         params: vec![
@@ -722,21 +577,33 @@ async fn send(
             Param::Text(replica.claims_json.clone()),
         ],
     };
-    flight.statement(Step::Claim, claim).await;
+    flight.statement(Step::Claim, &claim).await;
     let checks = effects(flight, transaction, targets).await;
     if !flight.has_failed() {
-        flight.simple(Step::Constraints, AFTER).await;
+        for after in AFTER {
+            flight.statement(Step::Constraints, &sql(after)).await;
+        }
         for (rule, check) in checks {
-            flight.statement(Step::Check(rule), check).await;
+            flight.statement(Step::Check(rule), &check).await;
         }
     }
+    // Its COMMIT goes with the next one's BEGIN: what fails before must not skip it.
+    flight.end_group().await;
     // What fails unnoticed makes a ROLLBACK of the COMMIT; what we found ourselves Postgres knows nothing of.
     let end = if flight.has_failed() {
         "ROLLBACK"
     } else {
         "COMMIT"
     };
-    flight.simple(Step::Commit, end).await;
+    flight.statement(Step::Commit, &sql(end)).await;
+}
+
+/// Without parameters.
+fn sql(text: &str) -> Sql {
+    Sql {
+        text: text.into(),
+        params: Vec::new(),
+    }
 }
 
 /// Sends what the entries do, until one is known to fail. What is to be looked at afterwards.
@@ -755,7 +622,7 @@ async fn effects(
                 let facts = targets[entry.table()].as_ref().ok();
                 let facts = facts.filter(|_| entry.kind() == Kind::Insert);
                 let facts = facts.map(|target| Arc::clone(&target.facts));
-                flight.statement(Step::Effect(i, facts), sql).await;
+                flight.statement(Step::Effect(i, facts), &sql).await;
             }
             Ok(None) => {}
             Err(mut rejection) => {
@@ -841,19 +708,18 @@ fn effect(
 /// What a failure of transaction `seq` means.
 fn judge(failure: Failure, seq: u64) -> Verdict {
     let is_of_read_only = is_of_read_only(&failure);
-    let error = match failure.cause {
+    let said = match failure.cause {
         Cause::Rejected(rejection) => return Verdict::Reject(rejection),
-        Cause::Sql(error) => error,
+        Cause::Broken(why) => return Verdict::Fail(Error::Transient(why)),
+        Cause::Said(said) => said,
     };
-    let Some(said) = error.as_db_error() else {
-        return Verdict::Fail(failed(error));
-    };
-    let sqlstate = said.code().code();
+    let sqlstate = &*said.sqlstate;
+    let error = said.error();
     if is_of_read_only {
-        return Verdict::Fail(Error::Transient(failed(error).to_string()));
+        return Verdict::Fail(Error::Transient(error.to_string()));
     }
     let stored = || {
-        said.column()
+        (said.column.as_ref())
             .and_then(|column| column.parse().ok())
             .unwrap_or(0)
     };
@@ -875,34 +741,34 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         entry,
         outcome: Cow::Owned(outcome.to_owned()),
         sqlstate: sqlstate.to_owned(),
-        message: match said.routine() {
+        message: match said.routine.as_deref() {
             // In the words of the application.
-            Some(RAISE) => bounded(said.message()),
-            _ => bounded(&told(sqlstate, said.message())),
+            Some(RAISE) => bounded(&said.message),
+            _ => bounded(&told(sqlstate, &said.message)),
         },
-        constraint: said.constraint().map(bounded),
+        constraint: said.constraint.as_deref().map(bounded),
     };
     // A function of the application may raise what it likes, whatever it means by it: no operator will mend that, and it may
     // be raised each time.
     let raised = match &failure.step {
-        _ if said.routine() != Some(RAISE) => None,
+        _ if said.routine.as_deref() != Some(RAISE) => None,
         Step::Effect(entry, _) => Some(rejection(Some(*entry), "error")),
         Step::Constraints | Step::Commit => Some(rejection(None, "error")),
         Step::Begin | Step::Claim | Step::Check(_) => None,
     };
     match classify(sqlstate) {
         Class::Final => {}
-        Class::Transient if raised.is_none() => return Verdict::Fail(failed(error)),
+        Class::Transient if raised.is_none() => return Verdict::Fail(error.into()),
         Class::Retry | Class::Transient => {
-            return Verdict::Retry(bounded(&failed(error).to_string()), raised);
+            return Verdict::Retry(bounded(&error.to_string()), raised);
         }
     }
-    let outcome = said.column().unwrap_or("error");
+    let outcome = said.column.as_deref().unwrap_or("error");
     Verdict::Reject(match &failure.step {
         // Not the transaction's fault.
-        Step::Begin | Step::Claim => return Verdict::Fail(failed(error)),
+        Step::Begin | Step::Claim => return Verdict::Fail(error.into()),
         Step::Check(rule) if sqlstate == REFUSED => {
-            let entry = said.datatype().and_then(|entry| entry.parse().ok());
+            let entry = (said.datatype.as_ref()).and_then(|entry| entry.parse().ok());
             let table = rule.table.full_name();
             let because = |why: String| Rejection {
                 message: bounded(&why),
@@ -930,14 +796,14 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
             return Verdict::Fail(Error::Definite(format!(
                 "the role that logs in to write can't look at {}: {sqlstate}: {}",
                 rule.table.full_name(),
-                told(sqlstate, said.message())
+                told(sqlstate, &said.message)
             )));
         }
         Step::Effect(entry, _) if sqlstate == REFUSED => rejection(Some(*entry), outcome),
         Step::Effect(entry, Some(facts))
             if sqlstate == "23505"
-                && (said.constraint())
-                    .is_some_and(|constraint| facts.keys.iter().any(|key| key == constraint)) =>
+                && (said.constraint.as_ref())
+                    .is_some_and(|constraint| facts.keys.contains(constraint)) =>
         {
             rejection(Some(*entry), "insert_exists")
         }
@@ -948,19 +814,14 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
 
 /// Whether it failed as a standby fails, which does not even begin a transaction that writes.
 fn is_of_read_only(failure: &Failure) -> bool {
-    let Cause::Sql(error) = &failure.cause else {
+    let Cause::Said(said) = &failure.cause else {
         return false;
     };
-    match (&failure.step, error.code().map(SqlState::code)) {
-        (Step::Begin, Some(sqlstate)) => matches!(sqlstate, READ_ONLY | "0A000"),
-        (Step::Claim, sqlstate) => sqlstate == Some(READ_ONLY),
+    match &failure.step {
+        Step::Begin => matches!(&*said.sqlstate, READ_ONLY | "0A000"),
+        Step::Claim => said.sqlstate == READ_ONLY,
         _ => false,
     }
-}
-
-/// What Postgres said, or the connection.
-fn failed(error: tokio_postgres::Error) -> Error {
-    sql::Error::from(error).into()
 }
 
 /// Waits before another attempt: longer each time, and never as long as others do.

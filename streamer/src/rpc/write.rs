@@ -27,13 +27,14 @@ use crate::{
     metrics::Metrics,
     postgres::{
         target::Target,
-        writer::{self, Outcome, Rejection, Replica, Rules, Writer},
+        writer::{self, Books, Outcome, Rejection, Replica, Rules, Writer},
     },
     table::Table,
     write::{Hash, Invalid, Kind, LocalTransaction, NO_HASH, Policy, WriteTable},
 };
 
-/// Connections that write, at most: about as many as a small server can use at once. Each call takes one for a batch.
+/// Connections that write, at most: about as many as a small server can use at once. Each call takes one for a batch. There is
+/// one more, for the books.
 pub const WRITERS_MAX: usize = 8;
 
 /// Local transactions of one replica that wait for their turn.
@@ -60,6 +61,7 @@ const NAME_BYTES_MAX: usize = 63;
 /// The connections that write.
 pub struct Writers {
     target: Target,
+    books: Arc<Books>,
     /// When claims are to be pruned next. Claims are made by those who do it, so it keeps up.
     prune_due: Mutex<Instant>,
     /// As many as there may be.
@@ -79,6 +81,7 @@ impl Writers {
     /// None is open yet.
     pub fn new(target: Target) -> Arc<Writers> {
         Arc::new(Writers {
+            books: Arc::new(Books::new(target.clone())),
             target,
             prune_due: Mutex::new(Instant::now()),
             free: Arc::new(Semaphore::new(WRITERS_MAX)),
@@ -86,13 +89,21 @@ impl Writers {
         })
     }
 
-    async fn take(&self) -> Result<Held<'_>, writer::Error> {
+    /// For a replica: rather one that it had before, which is as it left it.
+    async fn take(&self, replica: &str) -> Result<Held<'_>, writer::Error> {
         let place = Semaphore::acquire_owned(self.free.clone()).await;
         let place = place.expect("it is never closed");
-        let idle = self.lock().pop();
-        let writer = match idle.filter(Writer::is_usable) {
+        let idle = {
+            let mut idle = self.lock();
+            match idle.iter().rposition(|writer| writer.is_of(replica)) {
+                Some(place) => Some(idle.remove(place)),
+                None => idle.pop(),
+            }
+        };
+        let usable = idle.and_then(|mut writer| writer.is_usable().then_some(writer));
+        let writer = match usable {
             Some(writer) => writer,
-            None => Writer::connect(&self.target).await?,
+            None => Writer::connect_with(&self.target, self.books.clone()).await?,
         };
         Ok(Held {
             writers: self,
@@ -114,7 +125,7 @@ impl Writers {
             }
             *due = now + PRUNE_EVERY;
         }
-        if self.take().await?.writer().prune().await? {
+        if self.books.prune().await? {
             *self
                 .prune_due
                 .lock()
@@ -136,8 +147,11 @@ impl Held<'_> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        let writer = self.writer.take().filter(Writer::is_usable);
-        self.writers.lock().extend(writer);
+        if let Some(mut writer) = self.writer.take()
+            && writer.is_usable()
+        {
+            self.writers.lock().push(writer);
+        }
     }
 }
 
@@ -260,10 +274,7 @@ impl Call {
     async fn work(&self, waiting: &mut mpsc::Receiver<Work>) -> Result<(), Status> {
         let mut patience = Patience::default();
         let standing = loop {
-            let mut held = self.held(&mut patience).await?;
-            let tried = held.writer().standing(&self.replica).await;
-            drop(held);
-            match tried {
+            match self.writers.books.standing(&self.replica).await {
                 Ok(standing) => break Some(standing.unwrap_or((0, NO_HASH))),
                 Err(writer::Error::OtherSubject) => break None,
                 Err(error) => patience.after(error).await?,
@@ -432,11 +443,7 @@ impl Call {
     async fn judge(&self, nonces: &[Nonce]) -> Result<(), Status> {
         let mut patience = Patience::default();
         let judged = loop {
-            let tried = match self.writers.take().await {
-                Ok(mut held) => held.writer().judge(nonces).await,
-                Err(error) => Err(error),
-            };
-            match tried {
+            match self.writers.books.judge(nonces).await {
                 Ok(judged) => break judged,
                 Err(error) => patience.after(error).await?,
             }
@@ -463,10 +470,7 @@ impl Call {
     async fn settle(&self, seq: u64) -> Result<(), Status> {
         let mut patience = Patience::default();
         loop {
-            let mut held = self.held(&mut patience).await?;
-            let tried = held.writer().settle(&self.replica, seq).await;
-            drop(held);
-            match tried {
+            match self.writers.books.settle(&self.replica, seq).await {
                 Ok(()) => return Ok(()),
                 Err(error) => patience.after(error).await?,
             }
@@ -476,7 +480,7 @@ impl Call {
     /// A writer, as soon as there is one. It is given back before anything is waited for.
     async fn held<'a>(&'a self, patience: &mut Patience) -> Result<Held<'a>, Status> {
         loop {
-            match self.writers.take().await {
+            match self.writers.take(&self.replica.id).await {
                 Ok(held) => return Ok(held),
                 Err(error) => patience.after(error).await?,
             }
@@ -507,10 +511,8 @@ impl Call {
     async fn leased(&self, table: &Table) -> Result<Vec<writer::Block>, Status> {
         let mut patience = Patience::default();
         loop {
-            let mut held = self.held(&mut patience).await?;
-            let tried = held.writer().lease(&self.replica, table, LEASE_IDS).await;
-            drop(held);
-            match tried {
+            let books = &self.writers.books;
+            match books.lease(&self.replica, table, LEASE_IDS).await {
                 Ok(blocks) => return Ok(blocks),
                 Err(writer::Error::Definite(reason)) => {
                     let table = table.full_name();

@@ -60,7 +60,7 @@ async fn a_transaction_that_comes_again_has_no_effect_again() {
             .await,
         "1:3"
     );
-    assert_eq!(a.standing(&replica).await, Ok(Some((3, all[2].hash))));
+    assert_eq!(a.books().standing(&replica).await, Ok(Some((3, all[2].hash))));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -69,7 +69,7 @@ async fn what_is_not_the_next_transaction_is_not_applied() {
     let rules = fixture.rules(&["t"], &Policy::default()).await;
     let replica = fixture.replica("r1");
     let mut writer = fixture.writer().await;
-    assert_eq!(writer.standing(&replica).await, Ok(None));
+    assert_eq!(writer.books().standing(&replica).await, Ok(None));
     let mut program = Program::new(&rules, &["t"]);
     let all: Vec<_> = (1..=4)
         .map(|id| program.transaction(&[insert(0, &[Integer(id)])]))
@@ -106,7 +106,10 @@ async fn what_is_not_the_next_transaction_is_not_applied() {
         .apply(&thief, &all[0].hash, &all[1], &rules.rules)
         .await;
     assert_eq!(outcome, Err(Error::OtherSubject));
-    assert_eq!(writer.standing(&thief).await, Err(Error::OtherSubject));
+    assert_eq!(
+        writer.books().standing(&thief).await,
+        Err(Error::OtherSubject)
+    );
 
     assert_eq!(
         fixture
@@ -330,14 +333,14 @@ async fn a_rejected_transaction_says_why_and_blocks_nothing() {
     let outcome = writer.apply(&replica, &previous, &own, &rules.rules).await;
     assert_eq!(outcome, Ok(Outcome::Applied));
 
-    writer.settle(&replica, own.seq - 2).await.unwrap();
+    writer.books().settle(&replica, own.seq - 2).await.unwrap();
     let settled = "SELECT bool_and(settled)::text FROM anabranch.rejections";
     assert_eq!(fixture.text(settled).await, "true");
     fixture
         .database
         .execute("UPDATE anabranch.rejections SET at = now() - interval '31 days'")
         .await;
-    writer.prune().await.unwrap();
+    writer.books().prune().await.unwrap();
     let left = "SELECT count(*)::text FROM anabranch.rejections";
     assert_eq!(fixture.text(left).await, "0");
 }
@@ -919,6 +922,75 @@ async fn a_message_quotes_what_the_replica_is_not_shown() {
 }
 
 /// What is known of a table's triggers may be old.
+/// Postgres quotes the whole of a value that it can't read.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_that_quotes_a_large_value_is_taken_for_a_broken_connection() {
+    let fixture = Fixture::new("CREATE TABLE t (id int PRIMARY KEY, u uuid)").await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let large = "CANARY ".repeat(500_000);
+    let all = [
+        program.transaction(&[insert(0, &[Integer(1), Text(&large)])]),
+        program.transaction(&[insert(0, &[Integer(2), Null])]),
+    ];
+    let applied = writer
+        .apply_many(&replica, &NO_HASH, &all, &rules.rules)
+        .await;
+    assert!(applied.error.is_none(), "{:?}", applied.error);
+    let rejection = rejected(&applied.outcomes[0]);
+    assert_eq!(rejection.sqlstate, "22P02");
+    assert!(!rejection.message.contains("CANARY"), "it is quoted");
+    assert_eq!(applied.outcomes[1], Outcome::Applied);
+    assert!(writer.is_usable());
+}
+
+/// A transaction may need more statements than are kept prepared.
+#[tokio::test(flavor = "multi_thread")]
+async fn more_statements_than_are_kept_are_mixed_up() {
+    let columns: Vec<_> = (1..=11).map(|i| format!("c{i} int")).collect();
+    let sql = format!(
+        "CREATE TABLE t (id int PRIMARY KEY, {})",
+        columns.join(", ")
+    );
+    let fixture = Fixture::new(&sql).await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let replica = fixture.replica("r1");
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let mut row = vec![Integer(1)];
+    row.extend([Null; 11]);
+    let mut previous = NO_HASH;
+    let first = program.transaction(&[insert(0, &row)]);
+    let outcome = writer
+        .apply(&replica, &previous, &first, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    previous = first.hash;
+    // Each set of columns is a statement; in transactions below the limit and above it.
+    let masks: Vec<String> = (1..2048).map(|set| format!("0{set:011b}")).collect();
+    for (round, at_once) in [(1, 100), (2, 900), (3, 2047)] {
+        for some in masks.chunks(at_once) {
+            let entries: Vec<_> = some
+                .iter()
+                .map(|mask| {
+                    let values = vec![Integer(round); mask.matches('1').count()];
+                    update(0, &[Integer(1)], mask, &values)
+                })
+                .collect();
+            let transaction = program.transaction(&entries);
+            let outcome = writer
+                .apply(&replica, &previous, &transaction, &rules.rules)
+                .await;
+            assert_eq!(outcome, Ok(Outcome::Applied));
+            previous = transaction.hash;
+        }
+        let sum = "SELECT (c1 + c2 + c3 + c4 + c5 + c6 + c7 + c8 + c9 + c10 + c11)::text FROM t";
+        assert_eq!(fixture.text(sum).await, (11 * round).to_string());
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_update_that_a_new_trigger_suppresses_is_taken_for_one_that_missed() {
     let fixture =
@@ -1266,7 +1338,7 @@ async fn a_server_that_goes_away_loses_nothing() {
         assert!(matches!(error, Error::Transient(_)), "{error:?}");
     }
     let mut writer = fixture.writer().await;
-    let standing = writer.standing(&replica).await.unwrap();
+    let standing = writer.books().standing(&replica).await.unwrap();
     let stored = standing.map_or(0, |(seq, _)| seq);
     assert!(
         stored >= applied.outcomes.len() as u64,
@@ -1280,13 +1352,13 @@ async fn a_server_that_goes_away_loses_nothing() {
     assert_eq!(fixture.text("SELECT count(*)::text FROM t").await, "3000");
 }
 
-/// tokio-postgres has room for two pieces of an answer that nobody takes, and behind a third waits with all later ones.
+/// Notices and settings come in the middle of answers, and may be large.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_in_many_pieces_does_not_hold_up_what_waits_behind_it() {
     let fixture = Fixture::new(
         "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY);
          CREATE FUNCTION chat() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-             RAISE WARNING 'a piece ends here';
+             RAISE WARNING 'here %', repeat('x', CASE NEW.id % 30 WHEN 7 THEN 3000000 ELSE 1 END);
              PERFORM set_config('application_name', 'chat ' || NEW.id, true);
              RETURN NULL; END $$;
          CREATE TRIGGER chat AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION chat()",

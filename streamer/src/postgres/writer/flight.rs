@@ -1,44 +1,39 @@
 //! Statements that were sent and not answered yet.
 //!
-//! Postgres answers in order, so statements are sent without waiting, within limits, and a transaction costs one round
-//! trip. A statement behind one that failed does nothing: Postgres refuses it until the transaction ends, and makes a
-//! ROLLBACK of its COMMIT.
+//! Postgres answers in order, so statements are sent without waiting, within limits, and a batch of transactions costs one
+//! round trip. They are sent in groups (see [`pipeline`](super::super::pipeline)): the last statement of a transaction, and
+//! the next one up to where it is to be committed, or a part of a large one. A group whose statement fails is skipped from
+//! there on. What comes behind it of the transaction is refused by Postgres, which makes a ROLLBACK of its COMMIT; and the
+//! next one fails at its claim.
 //!
-//! # Why it can't stand still
-//!
-//! tokio-postgres hands on answers in the order of the statements, each in as many pieces as it comes: one ends where a
-//! read of the socket ends, and before each notice and each report of a setting. A statement has room for two pieces that
-//! nobody took. At the third (a trigger that warns and sets `application_name`, or an error whose answer is cut by the
-//! end of the read buffer, and whose ReadyForQuery comes later) the connection reads no further, until they are taken. So
-//! whoever waits for a later answer without taking the earlier ones waits for ever, with Postgres idle in a transaction.
-//! That is what a PREPARE in the middle did. Hence one rule: **whoever waits takes the answers, from the oldest on.**
-//! There are two places that wait, [`Flight::land_first`], which waits for the oldest itself, and [`Flight::meanwhile`],
-//! for everything else. With it nothing stands still:
-//!
-//! - The answer that the connection is handing on is the oldest one's, or nobody's any more: an answer is let go only when
-//!   it is whole, or an error, and pieces for one that was let go are thrown away.
-//! - After [`Flight::land_ready`] the oldest has taken all its pieces, and wakes us at the next one. So the connection
-//!   stands still for no longer than we take to be polled.
-//! - What is sent is put in a queue without a bound, so sending waits for nobody. What is under way is bounded by waiting
-//!   for the oldest answer, whose statement was sent.
+//! **Where we wait** is between groups: then Postgres has read all that it was sent, and knows for a transaction that is open how
+//! long nothing has come (`idle_in_transaction_session_timeout`), which in the middle of a group it does not.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    pin::{Pin, pin},
+    collections::VecDeque,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
-use tokio_postgres::{Client, Statement};
-
-use super::{facts::Facts, outcome::Rejection, rules::Rule, statement::Sql, value::Param};
+use super::{facts::Facts, outcome::Rejection, rules::Rule, statement::Sql};
+use crate::postgres::{
+    pipeline::{Answer, Pipeline, Said},
+    sql,
+};
 
 /// As many statements may be under way, and as many bytes of their parameters.
 const STATEMENTS_MAX: usize = 1024;
 const BYTES_MAX: usize = 4 << 20;
 
-/// As many prepared statements are kept.
-const PREPARED_MAX: usize = 512;
+/// As many are in a group.
+const GROUP_STATEMENTS_MAX: usize = 128;
+const GROUP_BYTES_MAX: usize = 64 << 10;
+
+/// Written as soon as there is as much, so that Postgres begins while we go on.
+const WRITE_BYTES: usize = 16 << 10;
+
+/// What a statement takes beside its parameters, about.
+const STATEMENT_BYTES: usize = 64;
 
 /// A part of the transaction, for telling what an error means.
 #[derive(Clone, Debug)]
@@ -69,87 +64,62 @@ pub struct Failure {
 /// What failed.
 #[derive(Debug)]
 pub enum Cause {
-    /// Postgres, or the connection.
-    Sql(tokio_postgres::Error),
+    /// The statement.
+    Said(Box<Said>),
+    /// The connection: nobody knows what became of it.
+    Broken(String),
     /// It can't even be asked of Postgres.
     Rejected(Rejection),
 }
 
-type Waiting<'a> = Pin<Box<dyn Future<Output = Result<(), tokio_postgres::Error>> + Send + 'a>>;
-
-enum Answer<'a> {
-    Waiting(Waiting<'a>),
-    Here(Result<(), tokio_postgres::Error>),
+/// What an answer is expected to.
+enum Sent {
+    /// A statement, and its text until it is prepared.
+    Statement(Option<String>),
+    /// Statements without parameters, which are a group.
+    Simple,
+    /// The end of a group.
+    Sync,
 }
 
-struct Flying<'a> {
+struct Flying {
+    /// By number.
     transaction: usize,
     step: Step,
     bytes: usize,
-    answer: Answer<'a>,
-}
-
-/// Prepared statements, by their text.
-#[derive(Default)]
-pub struct Prepared(HashMap<String, Statement>);
-
-impl Prepared {
-    /// Forgets all.
-    pub fn clear(&mut self) {
-        self.0.clear();
-    }
-
-    /// The statement, prepared now if it was not. Only where nothing is under way.
-    pub async fn get(
-        &mut self,
-        client: &Client,
-        text: &str,
-    ) -> Result<Statement, tokio_postgres::Error> {
-        if let Some(statement) = self.known(text) {
-            return Ok(statement);
-        }
-        let statement = client.prepare(text).await?;
-        self.keep(text, &statement);
-        Ok(statement)
-    }
-
-    fn known(&self, text: &str) -> Option<Statement> {
-        self.0.get(text).cloned()
-    }
-
-    fn keep(&mut self, text: &str, statement: &Statement) {
-        if self.0.len() >= PREPARED_MAX {
-            self.0.clear();
-        }
-        self.0.insert(text.to_owned(), statement.clone());
-    }
+    sent: Sent,
 }
 
 /// Sends, and keeps what failed.
 pub struct Flight<'a> {
-    client: &'a Client,
-    prepared: &'a mut Prepared,
-    flying: VecDeque<Flying<'a>>,
+    pipeline: &'a mut Pipeline,
+    flying: VecDeque<Flying>,
+    /// Of what is flying.
     bytes: usize,
+    /// Of the group that is not ended: statements and bytes.
+    group: (usize, usize),
     /// By transaction: the first error of it.
     failures: Vec<Option<Failure>>,
 }
 
 impl<'a> Flight<'a> {
     /// Nothing sent yet.
-    pub fn new(client: &'a Client, prepared: &'a mut Prepared) -> Self {
+    pub fn new(pipeline: &'a mut Pipeline) -> Self {
         Flight {
-            client,
-            prepared,
+            pipeline,
             flying: VecDeque::new(),
             bytes: 0,
+            group: (0, 0),
             failures: Vec::new(),
         }
     }
 
     /// What is sent from here on belongs to another transaction.
-    pub fn next_transaction(&mut self) {
+    pub async fn next_transaction(&mut self) {
         self.failures.push(None);
+        if let Some(sql) = self.pipeline.tidy() {
+            self.simple(Step::Begin, sql).await;
+        }
     }
 
     /// Whether the transaction is known to have failed.
@@ -162,39 +132,50 @@ impl<'a> Flight<'a> {
         self.failures.iter().any(Option::is_some)
     }
 
-    /// Sends statements without parameters.
-    pub async fn simple(&mut self, step: Step, sql: &'a str) {
-        let client = self.client;
-        self.send(step, 0, Box::pin(client.batch_execute(sql)))
-            .await;
+    /// Sends statements without parameters, which are not prepared.
+    pub async fn simple(&mut self, step: Step, sql: &str) {
+        self.end_group().await;
+        match self.pipeline.simple(sql) {
+            Ok(()) => self.push(step, 0, Sent::Simple),
+            Err(error) => self.fail(step, Cause::Broken(error.to_string())),
+        }
     }
 
     /// Sends a statement, which is prepared if it was not yet.
-    pub async fn statement(&mut self, step: Step, sql: Sql) {
-        let client = self.client;
-        let prepared = match self.prepared.known(&sql.text) {
-            Some(statement) => Ok(statement),
-            None => {
-                let made = self.meanwhile(client.prepare(&sql.text)).await;
-                made.inspect(|statement| self.prepared.keep(&sql.text, statement))
-            }
-        };
-        let statement = match prepared {
-            Ok(statement) => statement,
+    pub async fn statement(&mut self, step: Step, sql: &Sql) {
+        let bytes = sql.params.iter().map(|param| param.len()).sum::<usize>() + STATEMENT_BYTES;
+        match self.pipeline.statement(&sql.text, &sql.params) {
+            Ok(text) => self.push(step, bytes, Sent::Statement(text)),
             Err(error) => {
-                // What was sent before may be why, and is then what counts.
+                // Above a gigabyte, which no transaction may have.
                 self.land().await;
-                self.fail(step, Cause::Sql(error));
+                self.fail(step, Cause::Broken(error.to_string()));
                 return;
             }
-        };
-        let params: Vec<Param> = sql.params;
-        let bytes = params.iter().map(|param| param.len() + 16).sum();
-        let answer = Box::pin(async move {
-            client.execute_raw(&statement, params).await?;
-            Ok(())
-        });
-        self.send(step, bytes, answer).await;
+        }
+        self.group = (self.group.0 + 1, self.group.1 + bytes);
+        if self.group.0 >= GROUP_STATEMENTS_MAX || self.group.1 >= GROUP_BYTES_MAX {
+            self.end_group().await;
+        }
+    }
+
+    /// Ends a group. Waits until there is room for another one.
+    pub async fn end_group(&mut self) {
+        if self.group == (0, 0) {
+            return;
+        }
+        self.group = (0, 0);
+        self.pipeline.sync();
+        self.push(Step::Commit, 0, Sent::Sync);
+        if self.pipeline.unwritten() >= WRITE_BYTES {
+            // Takes what is here already.
+            self.land_until(|_| false, true).await;
+        }
+        self.land_until(
+            |flight| flight.flying.len() <= STATEMENTS_MAX && flight.bytes <= BYTES_MAX,
+            false,
+        )
+        .await;
     }
 
     /// Fails the transaction, if nothing that was sent did.
@@ -215,81 +196,102 @@ impl<'a> Flight<'a> {
         }
     }
 
-    async fn send(&mut self, step: Step, bytes: usize, mut answer: Waiting<'a>) {
-        // It is sent when it is polled first.
-        let polled = std::future::poll_fn(|context| Poll::Ready(answer.as_mut().poll(context)));
-        let answer = match polled.await {
-            Poll::Ready(answer) => Answer::Here(answer),
-            Poll::Pending => Answer::Waiting(answer),
-        };
+    fn push(&mut self, step: Step, bytes: usize, sent: Sent) {
         self.bytes += bytes;
         self.flying.push_back(Flying {
             transaction: self.failures.len() - 1,
             step,
             bytes,
-            answer,
+            sent,
         });
-        while self.flying.len() > STATEMENTS_MAX || self.bytes > BYTES_MAX {
-            self.land_first().await;
-        }
-    }
-
-    /// Waits for something of the connection that comes behind what is under way.
-    async fn meanwhile<T>(&mut self, later: impl Future<Output = T>) -> T {
-        let mut later = pin!(later);
-        std::future::poll_fn(|context| {
-            // It is sent first, and then waits behind them.
-            let polled = later.as_mut().poll(context);
-            if polled.is_pending() {
-                self.land_ready(context);
-            }
-            polled
-        })
-        .await
-    }
-
-    /// Takes what is here of the answers, from the oldest on; it wakes us when there is more.
-    fn land_ready(&mut self, context: &mut Context<'_>) {
-        while let Some(first) = self.flying.front_mut() {
-            let answer = match &mut first.answer {
-                Answer::Here(answer) => std::mem::replace(answer, Ok(())),
-                Answer::Waiting(waiting) => match waiting.as_mut().poll(context) {
-                    Poll::Ready(answer) => answer,
-                    Poll::Pending => return,
-                },
-            };
-            self.landed(answer);
-        }
     }
 
     async fn land(&mut self) {
-        while !self.flying.is_empty() {
-            self.land_first().await;
+        self.end_group().await;
+        self.land_until(|flight| flight.flying.is_empty(), false)
+            .await;
+    }
+
+    /// Writes, and takes answers, until it is enough; or only those that are here.
+    async fn land_until(&mut self, enough: impl Fn(&Self) -> bool, only_here: bool) {
+        std::future::poll_fn(|context| match self.poll_until(&enough, context) {
+            Poll::Pending if only_here => Poll::Ready(()),
+            polled => polled,
+        })
+        .await;
+    }
+
+    fn poll_until(
+        &mut self,
+        enough: impl Fn(&Self) -> bool,
+        context: &mut Context<'_>,
+    ) -> Poll<()> {
+        while !self.flying.is_empty() && !enough(self) {
+            match ready!(self.pipeline.poll(context)) {
+                Ok(answer) => self.answered(answer),
+                Err(error) => self.broke(&error),
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Of the oldest.
+    fn answered(&mut self, answer: Answer) {
+        let Some(first) = self.flying.front_mut() else {
+            return;
+        };
+        match (answer, &mut first.sent) {
+            (Answer::Parsed, Sent::Statement(text)) => *text = None,
+            (Answer::Done { rolled_back }, Sent::Statement(_)) => {
+                if rolled_back && matches!(first.step, Step::Commit) {
+                    let why = "Postgres took back what it should have committed".into();
+                    self.failed(Cause::Broken(why));
+                }
+                self.pop();
+            }
+            (Answer::Done { .. }, Sent::Simple) => {}
+            (Answer::Failed(said), _) => {
+                self.failed(Cause::Said(said));
+                // The rest of its group is not answered, which may have the beginning of another transaction.
+                while let Some(Sent::Statement(_)) = self.flying.front().map(|first| &first.sent) {
+                    self.failed(Cause::Broken("skipped behind an error".into()));
+                    self.pop();
+                }
+            }
+            (Answer::Ready, Sent::Simple | Sent::Sync) => self.pop(),
+            (Answer::Parsed | Answer::Done { .. } | Answer::Ready, _) => {
+                self.pipeline.give_up();
+                self.broke(&sql::Error::Transient(
+                    "Postgres answered what was not asked".into(),
+                ));
+            }
         }
     }
 
-    async fn land_first(&mut self) {
-        let answer = match self.flying.front_mut().map(|first| &mut first.answer) {
-            None => return,
-            Some(Answer::Here(answer)) => std::mem::replace(answer, Ok(())),
-            Some(Answer::Waiting(waiting)) => waiting.as_mut().await,
-        };
-        self.landed(answer);
-    }
-
-    /// The oldest is answered.
-    fn landed(&mut self, answer: Result<(), tokio_postgres::Error>) {
-        let Some(first) = self.flying.pop_front() else {
-            return;
-        };
-        self.bytes -= first.bytes;
-        if let Err(error) = answer
+    /// The transaction of the oldest failed.
+    fn failed(&mut self, cause: Cause) {
+        if let Some(first) = self.flying.front()
             && let Some(failure @ None) = self.failures.get_mut(first.transaction)
         {
-            *failure = Some(Failure {
-                step: first.step,
-                cause: Cause::Sql(error),
-            });
+            let step = first.step.clone();
+            *failure = Some(Failure { step, cause });
+        }
+    }
+
+    /// Nothing will be answered any more.
+    fn broke(&mut self, error: &sql::Error) {
+        while !self.flying.is_empty() {
+            self.failed(Cause::Broken(error.to_string()));
+            self.pop();
+        }
+    }
+
+    fn pop(&mut self) {
+        if let Some(first) = self.flying.pop_front() {
+            self.bytes -= first.bytes;
+            if let Sent::Statement(Some(text)) = first.sent {
+                self.pipeline.forget(&text);
+            }
         }
     }
 }

@@ -46,12 +46,15 @@ async fn an_entry_takes_effect_again_for_another_copy() {
     let other = again(&other);
     let outcome = writer.apply(&two, &NO_HASH, &other, &rules.rules).await;
     assert_eq!(outcome, Ok(Outcome::Applied));
-    assert_eq!(writer.standing(&two).await, Ok(Some((8, other.hash))));
+    assert_eq!(
+        writer.books().standing(&two).await,
+        Ok(Some((8, other.hash)))
+    );
 
     // And it is told what became of each.
     let nonces = all.iter().flat_map(|all| &all.entries).map(Entry::nonce);
     let asked: Vec<Nonce> = nonces.collect();
-    let judged = writer.judge(&asked).await.unwrap();
+    let judged = writer.books().judge(&asked).await.unwrap();
     let claimed = |place: usize| judged.claimed.iter().find(|one| one.nonce == asked[place]);
     assert_eq!(claimed(0), None);
     assert_eq!(claimed(1).unwrap().outcome, None);
@@ -95,7 +98,7 @@ async fn two_copies_that_send_the_same_at_once_both_have_an_effect() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_is_forgotten_before_it_is_old_by_both_clocks() {
     let fixture = Fixture::new("CREATE TABLE t (id int PRIMARY KEY)").await;
-    let mut writer = fixture.writer().await;
+    let writer = fixture.writer().await;
     // By the replica's clock and by Postgres', in days: forgotten is only what is old by both.
     fixture
         .database
@@ -107,10 +110,10 @@ async fn a_claim_is_forgotten_before_it_is_old_by_both_clocks() {
                     generate_series(1, 600) n",
         )
         .await;
-    assert!(writer.prune().await.unwrap(), "there are more");
-    while writer.prune().await.unwrap() {}
+    assert!(writer.books().prune().await.unwrap(), "there are more");
+    while writer.books().prune().await.unwrap() {}
     assert_eq!(fixture.text(CLAIMS).await, "2400");
-    let judged = writer.judge(&[Nonce::new(0, 0)]).await.unwrap();
+    let judged = writer.books().judge(&[Nonce::new(0, 0)]).await.unwrap();
     let kept: i64 = fixture
         .text("SELECT extract('epoch' FROM now() - interval '30 days')::bigint::text")
         .await

@@ -23,11 +23,15 @@ async fn somebody_elses_rejections_are_settled() {
     let outcome = writer.apply(&replica, &NO_HASH, &bad, &rules.rules).await;
     assert_eq!(rejected(&outcome.unwrap()).sqlstate, "23514");
     // A call that uses the id of another subject may say this as any other.
-    writer.settle(&thief, 1).await.unwrap();
-    writer.settle(&thief, i64::MAX as u64).await.unwrap();
+    writer.books().settle(&thief, 1).await.unwrap();
+    writer
+        .books()
+        .settle(&thief, i64::MAX as u64)
+        .await
+        .unwrap();
     let left = "SELECT concat_ws(' ', count(*), bool_or(settled)) FROM anabranch.rejections";
     assert_eq!(fixture.text(left).await, "1 f");
-    writer.settle(&replica, 1).await.unwrap();
+    writer.books().settle(&replica, 1).await.unwrap();
     assert_eq!(fixture.text(left).await, "1 t");
 }
 
@@ -68,7 +72,10 @@ async fn a_function_of_a_policy_claims_for_another_replica() {
         assert_eq!(rejected(&answer).sqlstate, "42501", "{what}: {answer:?}");
         previous = forged.hash;
     }
-    assert_eq!(writer.standing(&one).await, Ok(Some((1, first.hash))));
+    assert_eq!(
+        writer.books().standing(&one).await,
+        Ok(Some((1, first.hash)))
+    );
 }
 
 /// Whoever sets up may have said that others get rights to all that it will ever make.

@@ -100,11 +100,10 @@ async fn a_streamer_that_is_gone_keeps_rows_locked() {
         .await
         .unwrap();
     let mut program = Program::new(&rules, &["t", "u"]);
-    // The second statement is sent only when the first one is answered: it is not prepared yet.
-    let transaction = program.transaction(&[
-        update(0, &[Integer(1)], "01", &[Integer(1)]),
-        insert(1, &[Integer(1)]),
-    ]);
+    // More than is sent before the first is answered.
+    let mut entries = vec![update(0, &[Integer(1)], "01", &[Integer(1)])];
+    entries.extend((0..5000).map(|id| insert(1, &[Integer(id)])));
+    let transaction = program.transaction(&entries);
     let other = fixture.database.connect().await;
     other
         .batch_execute("BEGIN; UPDATE t SET n = 5")
