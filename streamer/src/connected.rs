@@ -62,10 +62,18 @@ pub struct Seat {
 /// The position of the last commit or heartbeat that a replica was sent.
 type Sent = Mutex<Option<Position>>;
 
-/// What is known of one that is here.
+/// What is known of one that is here: a [`Replica`], as small as it can be kept. There are thousands, and nobody may ever ask.
 struct Known {
-    replica: Replica,
+    replica: Box<str>,
+    subscriptions: Box<[Wanted]>,
+    claims: Arc<Map<String, Value>>,
     sent: Arc<Sent>,
+}
+
+/// A subscription: the shape, and the parameters.
+struct Wanted {
+    shape: Box<str>,
+    params: Box<[(Box<str>, Box<str>)]>,
 }
 
 /// One connected replica.
@@ -133,21 +141,13 @@ impl Connected {
         session: u64,
         replica: &str,
         subscriptions: &[v1::Subscription],
-        claims: &Map<String, Value>,
+        claims: &Arc<Map<String, Value>>,
     ) -> Seat {
-        let subscription = |subscription: &v1::Subscription| Subscription {
-            shape: subscription.shape.clone(),
-            params: subscription.params.clone(),
-        };
-        let replica = Replica {
-            replica: replica.to_owned(),
-            subscriptions: subscriptions.iter().map(subscription).collect(),
-            claims: claims.clone(),
-            sent: None,
-        };
         let sent = Arc::<Sent>::default();
         let known = Known {
-            replica,
+            replica: replica.into(),
+            subscriptions: subscriptions.iter().map(Wanted::new).collect(),
+            claims: claims.clone(),
             sent: sent.clone(),
         };
         self.lock().insert(session, known);
@@ -163,16 +163,45 @@ impl Connected {
         let seats = self.lock();
         let wanted = seats
             .values()
-            .filter(|known| id.is_none_or(|id| known.replica.replica == id));
-        let told = wanted.map(|known| Replica {
-            sent: lock(&known.sent).map(|position| position.to_string()),
-            ..known.replica.clone()
-        });
-        told.collect()
+            .filter(|known| id.is_none_or(|id| &*known.replica == id));
+        wanted.map(Known::told).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Known>> {
         lock(&self.seats)
+    }
+}
+
+impl Known {
+    fn told(&self) -> Replica {
+        Replica {
+            replica: self.replica.to_string(),
+            subscriptions: self.subscriptions.iter().map(Wanted::told).collect(),
+            claims: Map::clone(&self.claims),
+            sent: lock(&self.sent).map(|position| position.to_string()),
+        }
+    }
+}
+
+impl Wanted {
+    fn new(said: &v1::Subscription) -> Wanted {
+        let params = said.params.iter();
+        Wanted {
+            shape: said.shape[..].into(),
+            params: params
+                .map(|(name, value)| (name[..].into(), value[..].into()))
+                .collect(),
+        }
+    }
+
+    fn told(&self) -> Subscription {
+        let params = self.params.iter();
+        Subscription {
+            shape: self.shape.to_string(),
+            params: params
+                .map(|(name, value)| (name.to_string(), value.to_string()))
+                .collect(),
+        }
     }
 }
 
@@ -336,7 +365,7 @@ mod tests {
             params: HashMap::from([("from".into(), "7".into())]),
         };
         let claims = Map::from_iter([("team".to_owned(), Value::from(3))]);
-        connected.enter(session, id, &[subscription], &claims)
+        connected.enter(session, id, &[subscription], &Arc::new(claims))
     }
 
     #[tokio::test]

@@ -24,7 +24,8 @@ pub struct Encoder {
     bytes: usize,
     /// The run of ops that is open, and its table's id.
     run: Option<(u32, BytesMut)>,
-    ready: VecDeque<v1::Down>,
+    /// Boxed: a session keeps the room of those that it had at once.
+    ready: VecDeque<Box<v1::Down>>,
 }
 
 /// What an element costs beside the bytes in it, about.
@@ -150,16 +151,16 @@ impl Encoder {
             return;
         }
         self.bytes = 0;
-        self.ready.push_back(v1::Down {
+        self.ready.push_back(Box::new(v1::Down {
             elements: std::mem::take(&mut self.elements),
             resume_token,
             ..v1::Down::default()
-        });
+        }));
     }
 
     /// A message without elements: within a transaction, where no heartbeat may be, it says that the streamer lives.
     pub fn sign_of_life(&mut self) {
-        self.ready.push_back(v1::Down::default());
+        self.ready.push_back(Box::default());
     }
 
     /// The message in hand is large enough to be sent.
@@ -168,7 +169,7 @@ impl Encoder {
     }
 
     /// Takes the oldest finished message.
-    pub fn take(&mut self) -> Option<v1::Down> {
+    pub fn take(&mut self) -> Option<Box<v1::Down>> {
         self.ready.pop_front()
     }
 
@@ -188,11 +189,10 @@ impl Encoder {
             let ops = rest.split_to(MESSAGE_BYTES_TARGET);
             self.rows(table, ops, true);
             self.bytes = 0;
-            self.ready.push_back(v1::Down {
+            self.ready.push_back(Box::new(v1::Down {
                 elements: std::mem::take(&mut self.elements),
-                resume_token: Bytes::new(),
                 ..v1::Down::default()
-            });
+            }));
         }
         self.bytes = self
             .bytes

@@ -156,7 +156,7 @@ impl Service {
         principal: &Principal,
         hello: v1::Hello,
         admitted: Admitted,
-        out: mpsc::Sender<v1::Down>,
+        out: mpsc::Sender<Box<v1::Down>>,
     ) -> Result<Session, Status> {
         let core = &self.core;
         if hello.encoded_len() > HELLO_BYTES_MAX + 16 * token::FINGERPRINTS_MAX {
@@ -317,7 +317,7 @@ impl v1::anabranch_server::Anabranch for Service {
         };
         let (out, messages) = mpsc::channel(MESSAGES_AHEAD);
         let replica = hello.replica_id.clone();
-        let session = self.open(&principal, hello, admitted, out)?;
+        let mut session = self.open(&principal, hello, admitted, out)?;
         let permit = Permit::new(self.core.verifier.clone(), principal);
 
         let (over, ended) = oneshot::channel();
@@ -327,10 +327,10 @@ impl v1::anabranch_server::Anabranch for Service {
             tracing::info!(replica, session = session.handle.id(), "replica connected");
             let status = tokio::select! {
                 ended = session.run() => status_of(ended),
-                status = listen(up, &permit) => status,
+                status = listen(&mut up, &permit) => status,
                 status = permit.lost() => status,
             };
-            drop((counted, entered));
+            drop((session, up, counted, entered));
             tracing::info!(replica, reason = status.message(), "replica disconnected");
             let _ = over.send(status);
         });
@@ -368,7 +368,8 @@ impl v1::anabranch_server::Anabranch for Service {
                 role: role_of(&principal, writes.role.as_ref())?,
                 id: hello.replica_id,
                 subject: principal.subject.clone().unwrap_or_default(),
-                claims_json: serde_json::Value::from(principal.claims.clone()).to_string(),
+                claims_json: serde_json::Value::from(serde_json::Map::clone(&principal.claims))
+                    .to_string(),
             },
             rules: rules(&self.views(&bounds)?),
             metrics: self.core.metrics.clone(),
@@ -398,7 +399,8 @@ impl v1::anabranch_server::Anabranch for Service {
 
 /// The messages of a call, then the status that ends it.
 pub struct Downward<T> {
-    messages: mpsc::Receiver<T>,
+    /// Boxed: a channel has room for 32 and more, whatever its limit, and two calls of three never have one in it.
+    messages: mpsc::Receiver<Box<T>>,
     ended: oneshot::Receiver<Status>,
 }
 
@@ -407,7 +409,7 @@ impl<T> Stream for Downward<T> {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         if let Some(message) = ready!(self.messages.poll_recv(context)) {
-            return Poll::Ready(Some(Ok(message)));
+            return Poll::Ready(Some(Ok(*message)));
         }
         if self.ended.is_terminated() {
             return Poll::Ready(None);
@@ -421,7 +423,7 @@ impl<T> Stream for Downward<T> {
 }
 
 /// Takes acks and newer tokens until the replica ends the call, or says nothing for too long.
-async fn listen(mut up: Streaming<v1::Up>, permit: &Permit) -> Status {
+async fn listen(up: &mut Streaming<v1::Up>, permit: &Permit) -> Status {
     loop {
         match timeout(SILENCE_MAX, up.next()).await {
             Err(_) => return Status::unavailable("nothing was heard from the replica"),
@@ -433,7 +435,8 @@ async fn listen(mut up: Streaming<v1::Up>, permit: &Permit) -> Status {
             Ok(Some(Ok(v1::Up {
                 kind: Some(v1::up::Kind::Renew(renew)),
             }))) => {
-                if let Err(status) = permit.renew(&renew.token).await {
+                // Boxed: hours lie between one and the next.
+                if let Err(status) = Box::pin(permit.renew(&renew.token)).await {
                     return status;
                 }
             }

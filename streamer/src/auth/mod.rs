@@ -57,8 +57,8 @@ const CLAIMS_OF_A_TOKEN: [&str; 4] = ["exp", "iat", "nbf", "jti"];
 pub struct Principal {
     /// The claim `sub`, if there is one.
     pub subject: Option<String>,
-    /// All claims.
-    pub claims: Map<String, Value>,
+    /// All claims. Shared with whoever else keeps them as long as a call goes on.
+    pub claims: Arc<Map<String, Value>>,
     /// Its calls end then: `exp` and the leeway, or the end of the certificate. Static tokens do not expire.
     pub expires: Option<SystemTime>,
     /// What it was proved by.
@@ -99,7 +99,7 @@ impl Principal {
     }
 
     fn lasting(&self) -> Map<String, Value> {
-        let mut claims = self.claims.clone();
+        let mut claims = Map::clone(&self.claims);
         claims.retain(|name, _| !CLAIMS_OF_A_TOKEN.contains(&name.as_str()));
         claims
     }
@@ -404,7 +404,7 @@ impl Jwt {
 fn principal(claims: Map<String, Value>, expires: Option<SystemTime>, proof: Proof) -> Principal {
     Principal {
         subject: claims.get("sub").and_then(Value::as_str).map(str::to_owned),
-        claims,
+        claims: Arc::new(claims),
         expires,
         proof,
         certificate: None,

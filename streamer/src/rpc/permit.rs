@@ -1,11 +1,11 @@
 //! What lets a call go on: somebody who was let in, may still be, and may show a newer token meanwhile.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::{Mutex, watch};
+use tokio::sync::Notify;
 use tonic::Status;
 
 use crate::auth::{Principal, Refused, Shown, Verifier};
@@ -19,8 +19,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// Who makes a call.
 pub(super) struct Permit {
     verifier: Arc<Verifier>,
-    principal: watch::Sender<Arc<Principal>>,
-    renewing: Mutex<()>,
+    principal: Mutex<Arc<Principal>>,
+    /// Told that there is a newer one.
+    renewed: Notify,
+    renewing: tokio::sync::Mutex<()>,
 }
 
 impl Permit {
@@ -28,24 +30,24 @@ impl Permit {
     pub fn new(verifier: Arc<Verifier>, principal: Principal) -> Permit {
         Permit {
             verifier,
-            principal: watch::Sender::new(Arc::new(principal)),
-            renewing: Mutex::default(),
+            principal: Mutex::new(Arc::new(principal)),
+            renewed: Notify::new(),
+            renewing: tokio::sync::Mutex::default(),
         }
     }
 
     /// Until it expires, its key is no longer published, or it is revoked.
     pub async fn lost(&self) -> Status {
         let mut changes = self.verifier.changes();
-        let mut renewed = self.principal.subscribe();
         loop {
             changes.mark_unchanged();
-            let principal = renewed.borrow_and_update().clone();
+            let principal = self.principal();
             if let Err(refused) = self.verifier.holds(&principal) {
                 return Status::unauthenticated(refused.to_string());
             }
             tokio::select! {
                 _ = changes.changed() => {}
-                _ = renewed.changed() => {}
+                () = self.renewed.notified() => {}
                 () = look(principal.expires) => {}
             }
         }
@@ -55,7 +57,7 @@ impl Permit {
     pub async fn renew(&self, token: &str) -> Result<(), Status> {
         let _one = self.renewing.lock().await;
         tokio::time::sleep(RENEW_EVERY).await;
-        let current = self.principal.borrow().clone();
+        let current = self.principal();
         let authorization = format!("Bearer {token}");
         let shown = Shown {
             authorization: Some(&authorization),
@@ -78,8 +80,19 @@ impl Permit {
                 "the newer token has other claims; connect again with it",
             ));
         }
-        self.principal.send_replace(Arc::new(renewed));
+        *self.lock() = Arc::new(renewed);
+        self.renewed.notify_one();
         Ok(())
+    }
+
+    fn principal(&self) -> Arc<Principal> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<Principal>> {
+        self.principal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 

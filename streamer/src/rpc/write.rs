@@ -169,7 +169,7 @@ pub(super) struct Call {
     pub permit: Permit,
     /// How much he may do.
     pub entered: Entered,
-    pub down: mpsc::Sender<v1::WriteDown>,
+    pub down: mpsc::Sender<Box<v1::WriteDown>>,
 }
 
 /// What waits for its turn.
@@ -255,10 +255,12 @@ impl Call {
                     return Status::invalid_argument("a name in Postgres has at most 63 bytes");
                 }
                 Some(write_up::Kind::Alive(_)) => continue,
-                Some(write_up::Kind::Renew(renew)) => match self.permit.renew(&renew.token).await {
-                    Ok(()) => continue,
-                    Err(status) => return status,
-                },
+                Some(write_up::Kind::Renew(renew)) => {
+                    match Box::pin(self.permit.renew(&renew.token)).await {
+                        Ok(()) => continue,
+                        Err(status) => return status,
+                    }
+                }
                 Some(write_up::Kind::Hello(_)) | None => {
                     return Status::invalid_argument("WriteHello is said once, and first");
                 }
@@ -574,7 +576,7 @@ impl Call {
     async fn say(&self, kind: write_down::Kind) -> Result<(), Status> {
         let message = v1::WriteDown { kind: Some(kind) };
         let gone = |_| Status::ok("the replica disconnected");
-        self.down.send(message).await.map_err(gone)
+        self.down.send(Box::new(message)).await.map_err(gone)
     }
 }
 

@@ -130,7 +130,7 @@ pub struct Session {
     /// Messages may be packed.
     pub zstd: bool,
     /// Where its messages go.
-    pub out: mpsc::Sender<v1::Down>,
+    pub out: mpsc::Sender<Box<v1::Down>>,
     /// Counts its catch-ups.
     pub metrics: Arc<Metrics>,
     /// The streamer stops.
@@ -157,7 +157,7 @@ struct Standing {
 
 impl Session {
     /// Streams until the replica is gone or the streamer stops.
-    pub async fn run(mut self) -> Result<(), Ended> {
+    pub async fn run(&mut self) -> Result<(), Ended> {
         let stopping = self.stopping.clone();
         tokio::select! {
             ended = self.stream() => ended,
@@ -682,7 +682,7 @@ impl Session {
         while let Some(message) = encoder.take() {
             any = true;
             let message = match self.zstd {
-                true => packed::pack(message),
+                true => Box::new(packed::pack(*message)),
                 false => message,
             };
             self.out.send(message).await.map_err(|_| Ended::Gone)?;

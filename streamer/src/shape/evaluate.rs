@@ -87,8 +87,8 @@ enum Node {
     Same(Source, Source),
     Subquery(Box<Inner>),
     Is(Box<Node>, Truth),
-    And(Vec<Node>),
-    Or(Vec<Node>),
+    And(Box<[Node]>),
+    Or(Box<[Node]>),
     Not(Box<Node>),
 }
 
@@ -301,7 +301,7 @@ impl Builder<'_> {
         })
     }
 
-    fn nodes(&self, parts: &[Condition]) -> Result<Vec<Node>, Unfit> {
+    fn nodes(&self, parts: &[Condition]) -> Result<Box<[Node]>, Unfit> {
         parts.iter().map(|part| self.node(part)).collect()
     }
 
