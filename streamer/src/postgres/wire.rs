@@ -1,10 +1,9 @@
 //! One connection of our own: startup, authentication, simple queries, and the way into what we do with it: streaming, or
 //! statements without waiting.
 //!
-//! tokio-postgres can neither ask for `replication=database` nor stream in both directions, and each statement is one
-//! round trip of Postgres' for it; this is the little that is needed beside it, on the same crate for the bytes of messages
-//! (`postgres-protocol`). Two messages that the
-//! crate does not know are handled before it sees them: CopyBothResponse and NegotiateProtocolVersion.
+//! tokio-postgres can neither ask for `replication=database`, nor stream in both directions, nor send several statements with
+//! one Sync; this is the little that is needed beside it, on the same crate for the bytes of messages (`postgres-protocol`).
+//! Two messages that the crate does not know are handled before it sees them: CopyBothResponse and NegotiateProtocolVersion.
 //!
 //! The server is not trusted with our memory: the length of a message is checked before room is made for it.
 //!

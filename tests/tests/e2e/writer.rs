@@ -60,7 +60,10 @@ async fn a_transaction_that_comes_again_has_no_effect_again() {
             .await,
         "1:3"
     );
-    assert_eq!(a.books().standing(&replica).await, Ok(Some((3, all[2].hash))));
+    assert_eq!(
+        a.books().standing(&replica).await,
+        Ok(Some((3, all[2].hash)))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
