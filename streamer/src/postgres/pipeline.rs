@@ -131,6 +131,7 @@ impl Pipeline {
         let added = self.add(text, params);
         if added.is_err() {
             self.write.truncate(before);
+            self.forget(text);
         }
         added
     }
@@ -150,15 +151,12 @@ impl Pipeline {
                 (&**name, Some(text.to_owned()))
             }
         };
-        let formats = params
-            .iter()
-            .map(|param| i16::from(matches!(param, Param::Bytes(_))));
+        let formats = params.iter().map(|param| i16::from(param.is_binary()));
         let value = |param: &Param, out: &mut BytesMut| {
-            match param {
-                Param::Null => return Ok(IsNull::Yes),
-                Param::Text(text) => out.extend_from_slice(text.as_bytes()),
-                Param::Bytes(bytes) => out.extend_from_slice(bytes),
-            }
+            let Some(bytes) = param.bytes() else {
+                return Ok(IsNull::Yes);
+            };
+            out.extend_from_slice(bytes);
             Ok(IsNull::No)
         };
         let bound = frontend::bind("", name, formats, params, value, [0], &mut self.write);

@@ -386,13 +386,9 @@ impl Writer {
                 text(&bounded(&rejection.message)),
                 optional(rejection.constraint.as_deref().map(bounded)),
             ];
-            let reject = Sql {
-                text: REJECT.into(),
-                params,
-            };
             let Some(failure) = self
                 .alone(async |flight| {
-                    flight.statement(Step::Claim, &reject).await;
+                    flight.statement(Step::Claim, REJECT, &params).await;
                 })
                 .await
             else {
@@ -561,30 +557,27 @@ async fn send(
     targets: &[Result<Target, Rejection>],
     claim: &str,
 ) {
-    flight
-        .statement(Step::Begin, &sql("BEGIN READ WRITE"))
-        .await;
-    let claim = Sql {
-        text: claim.into(),
-        params: vec![
-            Param::Text(replica.id.clone()),
-            Param::Text(replica.subject.clone()),
-            Param::Text(transaction.seq.to_string()),
-            Param::Bytes(previous.to_vec()),
-            Param::Bytes(transaction.hash.to_vec()),
-            nonces(transaction.claimed().iter().map(Entry::nonce)),
-            Param::Text(replica.role.clone().unwrap_or_else(|| "none".into())),
-            Param::Text(replica.claims_json.clone()),
-        ],
-    };
-    flight.statement(Step::Claim, &claim).await;
+    flight.statement(Step::Begin, "BEGIN READ WRITE", &[]).await;
+    let params = [
+        Param::Text(replica.id.clone()),
+        Param::Text(replica.subject.clone()),
+        Param::Text(transaction.seq.to_string()),
+        Param::Bytes(previous.to_vec()),
+        Param::Bytes(transaction.hash.to_vec()),
+        nonces(transaction.claimed().iter().map(Entry::nonce)),
+        Param::Text(replica.role.clone().unwrap_or_else(|| "none".into())),
+        Param::Text(replica.claims_json.clone()),
+    ];
+    flight.statement(Step::Claim, claim, &params).await;
     let checks = effects(flight, transaction, targets).await;
     if !flight.has_failed() {
         for after in AFTER {
-            flight.statement(Step::Constraints, &sql(after)).await;
+            flight.statement(Step::Constraints, after, &[]).await;
         }
         for (rule, check) in checks {
-            flight.statement(Step::Check(rule), &check).await;
+            flight
+                .statement(Step::Check(rule), &check.text, &check.params)
+                .await;
         }
     }
     // Its COMMIT goes with the next one's BEGIN: what fails before must not skip it.
@@ -595,15 +588,7 @@ async fn send(
     } else {
         "COMMIT"
     };
-    flight.statement(Step::Commit, &sql(end)).await;
-}
-
-/// Without parameters.
-fn sql(text: &str) -> Sql {
-    Sql {
-        text: text.into(),
-        params: Vec::new(),
-    }
+    flight.statement(Step::Commit, end, &[]).await;
 }
 
 /// Sends what the entries do, until one is known to fail. What is to be looked at afterwards.
@@ -622,7 +607,9 @@ async fn effects(
                 let facts = targets[entry.table()].as_ref().ok();
                 let facts = facts.filter(|_| entry.kind() == Kind::Insert);
                 let facts = facts.map(|target| Arc::clone(&target.facts));
-                flight.statement(Step::Effect(i, facts), &sql).await;
+                flight
+                    .statement(Step::Effect(i, facts), &sql.text, &sql.params)
+                    .await;
             }
             Ok(None) => {}
             Err(mut rejection) => {

@@ -924,7 +924,6 @@ async fn a_message_quotes_what_the_replica_is_not_shown() {
     assert!(!rejection.message.contains("secret"), "{rejection:?}");
 }
 
-/// What is known of a table's triggers may be old.
 /// Postgres quotes the whole of a value that it can't read.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_that_quotes_a_large_value_is_taken_for_a_broken_connection() {
@@ -994,6 +993,7 @@ async fn more_statements_than_are_kept_are_mixed_up() {
     }
 }
 
+/// What is known of a table's triggers may be old.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_update_that_a_new_trigger_suppresses_is_taken_for_one_that_missed() {
     let fixture =

@@ -15,7 +15,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use super::{facts::Facts, outcome::Rejection, rules::Rule, statement::Sql};
+use super::{facts::Facts, outcome::Rejection, rules::Rule, value::Param};
 use crate::postgres::{
     pipeline::{Answer, Pipeline, Said},
     sql,
@@ -142,9 +142,9 @@ impl<'a> Flight<'a> {
     }
 
     /// Sends a statement, which is prepared if it was not yet.
-    pub async fn statement(&mut self, step: Step, sql: &Sql) {
-        let bytes = sql.params.iter().map(|param| param.len()).sum::<usize>() + STATEMENT_BYTES;
-        match self.pipeline.statement(&sql.text, &sql.params) {
+    pub async fn statement(&mut self, step: Step, text: &str, params: &[Param]) {
+        let bytes = params.iter().map(Param::len).sum::<usize>() + STATEMENT_BYTES;
+        match self.pipeline.statement(text, params) {
             Ok(text) => self.push(step, bytes, Sent::Statement(text)),
             Err(error) => {
                 // Above a gigabyte, which no transaction may have.

@@ -46,13 +46,23 @@ pub enum Param {
 }
 
 impl Param {
+    /// What travels, in its format; `None` for NULL.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Param::Null => None,
+            Param::Text(text) => Some(text.as_bytes()),
+            Param::Bytes(bytes) => Some(bytes),
+        }
+    }
+
+    /// Whether it travels in the binary format.
+    pub fn is_binary(&self) -> bool {
+        matches!(self, Param::Bytes(_))
+    }
+
     /// About how many bytes it takes.
     pub fn len(&self) -> usize {
-        match self {
-            Param::Null => 0,
-            Param::Text(text) => text.len(),
-            Param::Bytes(bytes) => bytes.len(),
-        }
+        self.bytes().map_or(0, <[u8]>::len)
     }
 }
 
@@ -65,11 +75,10 @@ impl std::fmt::Debug for Param {
 
 impl ToSql for Param {
     fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
-        match self {
-            Param::Null => return Ok(IsNull::Yes),
-            Param::Text(text) => out.extend_from_slice(text.as_bytes()),
-            Param::Bytes(bytes) => out.extend_from_slice(bytes),
-        }
+        let Some(bytes) = self.bytes() else {
+            return Ok(IsNull::Yes);
+        };
+        out.extend_from_slice(bytes);
         Ok(IsNull::No)
     }
 
@@ -78,9 +87,9 @@ impl ToSql for Param {
     }
 
     fn encode_format(&self, _: &Type) -> Format {
-        match self {
-            Param::Bytes(_) => Format::Binary,
-            _ => Format::Text,
+        match self.is_binary() {
+            true => Format::Binary,
+            false => Format::Text,
         }
     }
 
