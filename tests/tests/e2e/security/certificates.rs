@@ -185,10 +185,6 @@ async fn a_certificate_alone_is_enough_where_it_should_not_be() {
 /// Line 12, but for what `tls` tests already: another authority's, and another name's.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expired_or_self_signed_streamer_or_an_old_version_of_tls_is_accepted() {
-    let database = Server::shared().await.database().await;
-    database
-        .execute("CREATE TABLE t (id int PRIMARY KEY, owner text)")
-        .await;
     let ours = Authority::new();
     let ca = ours.file("ca.crt", &ours.pem());
     let alone = Authority::new();
@@ -196,6 +192,11 @@ async fn an_expired_or_self_signed_streamer_or_an_old_version_of_tls_is_accepted
         (ours.certify_expired(&["localhost"]), "xpired"),
         (alone.certify(&["localhost"]), "BadSignature"),
     ] {
+        // To each its own: a streamer that finds the slot of another one ends.
+        let database = Server::shared().await.database().await;
+        database
+            .execute("CREATE TABLE t (id int PRIMARY KEY, owner text)")
+            .await;
         let cert = ours.file("streamer.crt", &shown.certificate);
         let key = ours.file("streamer.key", &shown.key);
         let streamer = Streamer::config(&database)
