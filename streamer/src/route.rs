@@ -192,18 +192,23 @@ impl Router {
             shares: &shares,
         };
         for net in nets {
-            let mut bindings = Vec::new();
+            let (mut bindings, mut certain) = (Vec::new(), Vec::new());
             for routes in self.tables.get(&net.table.oid).into_iter().flatten() {
+                let (before, after) = (net.before.as_deref(), net.after.as_deref());
+                if routes.select.is_exact() {
+                    routes.decide(before, after, &mut certain)?;
+                    continue;
+                }
                 shares.begin(&routes.select);
-                let led = routes.find(net.before.as_deref(), &states.before, &mut bindings)?
-                    && routes.find(net.after.as_deref(), &states.now, &mut bindings)?;
+                let led = routes.find(before, &states.before, &mut bindings)?
+                    && routes.find(after, &states.now, &mut bindings)?;
                 if !led && shares.scan(&routes.select, routes.all.len()) {
                     bindings.extend(&routes.all);
                 } else if !led {
                     self.give_up(&routes.all, &mut routed);
                 }
             }
-            if !bindings.is_empty() {
+            if !bindings.is_empty() || !certain.is_empty() {
                 bindings.sort_unstable();
                 bindings.dedup();
                 let candidate = Candidate {
@@ -211,6 +216,7 @@ impl Router {
                     before: net.before.as_ref(),
                     after: net.after.as_ref(),
                     bindings: &bindings,
+                    certain: &certain,
                     changed: true,
                 };
                 self.tell(candidate, &states, &mut routed)?;
@@ -239,6 +245,7 @@ impl Router {
                 before: Some(row),
                 after: Some(row),
                 bindings,
+                certain: &[],
                 changed: false,
             };
             self.tell(candidate, &states, &mut routed)?;
@@ -295,6 +302,9 @@ impl Router {
                 others.extend(self.others(&binding.sessions, table.oid, candidate.bindings));
             }
             concern(&mut concerned, binding, was, is);
+        }
+        for (id, was, is) in candidate.certain {
+            concern(&mut concerned, self.binding_of(*id), *was, *is);
         }
         // Of a row that did not change only those SELECTs were found whose answer may have: another one may show it as before.
         for id in others {

@@ -1,8 +1,8 @@
 //! The bindings of one SELECT, and how a row's values lead to those that may have it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    hash::BuildHasher,
+    collections::{BTreeMap, BTreeSet, hash_map::Entry},
+    hash::{BuildHasher, Hash},
     sync::Arc,
 };
 
@@ -10,7 +10,7 @@ use foldhash::fast::RandomState;
 
 use super::{BindingId, Map, few::Few, intervals::Intervals};
 use crate::{
-    lookup::{Error, Lookup},
+    lookup::{Error, Lookup, Nothing},
     shape::{Bound, RouteKey, RouteRange, Select},
 };
 
@@ -22,12 +22,41 @@ pub(super) struct Routes {
     pub select: Arc<Select>,
     /// By what keys are hashed to: two that are hashed to the same lead to the bindings of both, which is not wrong.
     keyed: Map<u64, Few<BindingId>>,
+    /// The same by the keys themselves, where they decide.
+    exact: Map<Exact, Few<BindingId>>,
     hash: RandomState,
     /// By leaf; of few SELECTs there are any.
     ranges: BTreeMap<u16, Intervals>,
     /// All of them. Where no row's values lead to any, these are looked at one by one.
     pub all: BTreeSet<BindingId>,
 }
+
+/// The value of a key; mostly it is where it is looked for.
+#[derive(Debug, PartialEq, Eq, Hash)]
+enum Exact {
+    Short(u8, [u8; SHORT_BYTES]),
+    Long(Box<[u8]>),
+}
+
+/// Numbers and uuids are shorter.
+const SHORT_BYTES: usize = 22;
+
+impl From<&RouteKey> for Exact {
+    fn from(key: &RouteKey) -> Exact {
+        let value = key.value();
+        let mut short = [0; SHORT_BYTES];
+        match short.get_mut(..value.len()) {
+            Some(same) => {
+                same.copy_from_slice(value);
+                Exact::Short(value.len() as u8, short)
+            }
+            None => Exact::Long(value.into()),
+        }
+    }
+}
+
+/// A binding that a row leads to, whether it had the row, and whether it has it.
+pub(super) type Certain = (BindingId, bool, bool);
 
 /// Whether all was found out; not if that was too much.
 pub(super) fn is_known(found: Result<bool, Error>) -> Result<bool, Error> {
@@ -42,6 +71,7 @@ impl Routes {
         Routes {
             select,
             keyed: Map::default(),
+            exact: Map::default(),
             hash: RandomState::default(),
             ranges: BTreeMap::new(),
             all: BTreeSet::new(),
@@ -52,8 +82,11 @@ impl Routes {
         self.all.insert(id);
         // Also for SELECTs that are scanned: a changed inner row may lead to their bindings.
         for key in bound.route_keys() {
-            let hash = self.hash.hash_one(key);
-            self.keyed.entry(hash).or_default().insert(id);
+            let few = match self.select.is_exact() {
+                true => self.exact.entry((&key).into()).or_default(),
+                false => self.keyed.entry(self.hash.hash_one(key)).or_default(),
+            };
+            few.insert(id);
         }
         for RouteRange { leaf, low, high } in bound.route_ranges() {
             let ranges = self.ranges.entry(*leaf).or_default();
@@ -70,12 +103,9 @@ impl Routes {
         }
         self.ranges.retain(|_, ranges| !ranges.is_empty());
         for key in bound.route_keys() {
-            let hash = self.hash.hash_one(key);
-            if let Some(ids) = self.keyed.get_mut(&hash) {
-                ids.remove(id);
-                if ids.is_empty() {
-                    self.keyed.remove(&hash);
-                }
+            match self.select.is_exact() {
+                true => remove(&mut self.exact, (&key).into(), id),
+                false => remove(&mut self.keyed, self.hash.hash_one(key), id),
             }
         }
     }
@@ -113,11 +143,50 @@ impl Routes {
                 Some(ranges) => {
                     ranges.find(key.value(), found);
                 }
-                None => {
-                    let few = self.keyed.get(&self.hash.hash_one(key));
-                    found.extend(few.into_iter().flat_map(Few::iter));
-                }
+                None => found.extend(self.keyed(key)),
             }
+        }
+    }
+
+    fn keyed(&self, key: &RouteKey) -> impl Iterator<Item = BindingId> {
+        let few = match self.select.is_exact() {
+            true => self.exact.get(&key.into()),
+            false => self.keyed.get(&self.hash.hash_one(key)),
+        };
+        few.into_iter().flat_map(Few::iter)
+    }
+
+    /// Adds all that had a row of the table, or have it. Only where the SELECT [is exact](Select::is_exact).
+    pub fn decide(
+        &self,
+        before: Option<&[u8]>,
+        after: Option<&[u8]>,
+        found: &mut Vec<Certain>,
+    ) -> Result<(), Error> {
+        let key_of = |row: Option<&[u8]>| {
+            let mut keys = Vec::new();
+            if let Some(row) = row {
+                self.select.route_keys_of(row, &Nothing, &mut keys, 1)?;
+            }
+            Ok::<_, Error>(keys.pop())
+        };
+        let (before, after) = (key_of(before)?, key_of(after)?);
+        let stays = before == after;
+        if let Some(key) = before {
+            found.extend(self.keyed(&key).map(|id| (id, true, stays)));
+        }
+        if let Some(key) = after.filter(|_| !stays) {
+            found.extend(self.keyed(&key).map(|id| (id, false, true)));
+        }
+        Ok(())
+    }
+}
+
+fn remove<K: Eq + Hash>(keyed: &mut Map<K, Few<BindingId>>, key: K, id: BindingId) {
+    if let Entry::Occupied(mut few) = keyed.entry(key) {
+        few.get_mut().remove(id);
+        if few.get().is_empty() {
+            few.remove();
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{cell::RefCell, sync::Arc};
 
 use bytes::Bytes;
 
-use super::{Binding, BindingId, Routed, SessionId, limits::Shares};
+use super::{Binding, BindingId, Routed, SessionId, limits::Shares, routes::Certain};
 use crate::{
     delta::{self, Op},
     lookup::{Error, Moment},
@@ -20,6 +20,8 @@ pub(super) struct Candidate<'a> {
     pub after: Option<&'a Bytes>,
     /// Those that may have it: all of them if it changed, else all whose answer may have. Ascending.
     pub bindings: &'a [BindingId],
+    /// Others of which it is known already. None, if it did not change.
+    pub certain: &'a [Certain],
     pub changed: bool,
 }
 

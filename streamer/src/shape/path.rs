@@ -195,6 +195,13 @@ impl Path {
         }
     }
 
+    /// Whether the condition that this was found by is true of all rows that lead to a bound SELECT: it is nothing but
+    /// `column = $param`.
+    pub(super) fn is_exact(&self, condition: &Condition) -> bool {
+        matches!(self, Path::Key(Route { one: true, .. }))
+            && matches!(condition, Condition::Compare { .. })
+    }
+
     /// Whether a row's own values are enough: its keys are the same in all states.
     pub fn is_direct(&self) -> bool {
         match self {

@@ -45,6 +45,7 @@ pub struct Select {
     condition: Option<Condition>,
     params: Arc<[Param]>,
     path: Option<Path>,
+    exact: bool,
     steps: Vec<Step>,
     leaves: Leaves,
 }
@@ -96,6 +97,8 @@ impl Select {
         let path = condition
             .as_ref()
             .and_then(|condition| Path::find(condition, &table, &mut leaves));
+        let exact = (condition.as_ref().zip(path.as_ref()))
+            .is_some_and(|(condition, path)| path.is_exact(condition));
         let steps = steps(condition.as_ref(), &mut leaves);
         Select {
             id,
@@ -105,6 +108,7 @@ impl Select {
             condition,
             params,
             path,
+            exact,
             steps,
             leaves,
         }
@@ -113,6 +117,12 @@ impl Select {
     /// Whether the bound SELECTs that may have a row are found by [`Select::route_keys_of`].
     pub fn is_routable(&self) -> bool {
         self.path.is_some()
+    }
+
+    /// Whether a bound SELECT has a row just where it [has](Bound::has_route_key) the row's key, of which there is one at most: it
+    /// need not be asked.
+    pub fn is_exact(&self) -> bool {
+        self.exact
     }
 
     /// Why each change of the table must be looked at for each of the bound SELECTs; `None`: it need not, as they are found by

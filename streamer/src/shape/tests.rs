@@ -759,6 +759,88 @@ fn routing_takes_the_best_conjunct() {
     );
 }
 
+/// Such a SELECT is not asked: the key alone decides.
+#[test]
+fn a_row_has_the_key_of_a_select_that_does_not_have_the_row() {
+    let numbers = ["7", "7.00", "-7", "0", "-0", "7.5", "1e2", "100", "NaN"];
+    let texts = ["", "a", "A", "a ", "a  ", "\u{e4}", "open", "closed"];
+    let uuids = [
+        "00000000-0000-0000-0000-00000000000a",
+        "00000000-0000-0000-0000-00000000000A",
+        "ffffffff-ffff-ffff-ffff-ffffffffffff",
+    ];
+    let times = [
+        "2024-02-29",
+        "2024-02-29 00:00:00",
+        "2024-02-29T00:00:00Z",
+        "2024-02-29T01:00:00+01:00",
+        "infinity",
+    ];
+    let all: Vec<&str> = [&numbers[..], &texts, &uuids, &times].concat();
+    let (mut had, mut not) = (0, 0);
+    for (place, column) in issues().columns.iter().enumerate() {
+        for of in [
+            "int8",
+            "int4",
+            "numeric",
+            "text",
+            "bpchar",
+            "uuid",
+            "date",
+            "timestamp",
+            "timestamptz",
+            "bool",
+        ] {
+            let sql = format!("SELECT * FROM issues WHERE \"{}\" = $p", column.name);
+            let Ok(shape) = try_compile(source(&[("p", client(of))], &[&sql])) else {
+                continue;
+            };
+            for value in &all {
+                let value = HashMap::from([("p".to_owned(), json!(value).to_string())]);
+                let Ok(mut bound) = shape.bind(&Map::new(), &value) else {
+                    continue;
+                };
+                let bound = bound.remove(0);
+                if column.kind == Kind::Float8 {
+                    assert!(!bound.select.is_exact());
+                    continue;
+                }
+                assert!(bound.select.is_exact(), "{sql} {of}");
+                let integers = [-7, 0, 1, 7, 100].map(ValueRef::Integer);
+                let stored = all.iter().map(|text| ValueRef::Text(text)).chain(integers);
+                for stored in stored.chain([ValueRef::Null]) {
+                    let row = row(&[(place, stored)]);
+                    // What the column can't have is an error either way.
+                    let Ok(contains) = bound.contains(&row, &Nothing) else {
+                        continue;
+                    };
+                    let keys = keys_of(&bound.select, &row, &Nothing).unwrap();
+                    let has = keys.iter().any(|key| bound.has_route_key(key));
+                    assert_eq!(has, contains, "{sql} {of} {value:?} {stored:?}");
+                    assert!(keys.len() <= 1);
+                    had += usize::from(has);
+                    not += usize::from(!has);
+                }
+            }
+        }
+    }
+    assert!(had > 100 && not > 1000, "{had} {not}");
+    for condition in [
+        "team_id = $team AND NOT archived",
+        "(team_id = $team) IS TRUE",
+        "team_id = $team OR id = $team",
+        "team_id = ANY ($teams)",
+        "team_id <= $team",
+        "team_id = $team::float8",
+        "team_id = id",
+        "team_id = 7",
+        "NOT team_id = $team",
+    ] {
+        let bound = bound(&format!("SELECT * FROM issues WHERE {condition}"));
+        assert!(!bound.select.is_exact(), "{condition}");
+    }
+}
+
 #[test]
 fn a_value_leads_to_the_ranges_that_hold_it_and_to_no_others() {
     let shape = |condition: &str| {
