@@ -13,6 +13,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .bytes(".")
         .codec_path("crate::codec::SmallBuffers")
+        .build_server(false)
+        .compile_fds(descriptors.clone())?;
+    // The same messages, but what is sent down: that is written as bytes.
+    let server = out.join("server");
+    fs::create_dir_all(&server)?;
+    tonic_prost_build::configure()
+        .out_dir(server)
+        .codec_path("crate::codec::SmallBuffers")
+        .build_client(false)
+        .extern_path(".anabranch.v1", "crate::v1")
+        .extern_path(".anabranch.v1.Down", "crate::down::Encoded")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Messages as gRPC carries them: prost's encoding, with small buffers.
+//! Messages as gRPC carries them: prost's encoding, with small buffers. What goes down is encoded before ([`Encoded`]).
 //!
 //! tonic gives each call two buffers of 8 KiB before anything was said. Most calls here are streams that live for days and say
 //! little: a streamer that has thousands of them would hold more in these buffers than in all else that it knows of a replica.
@@ -6,6 +6,7 @@
 
 use std::marker::PhantomData;
 
+use bytes::BufMut;
 use prost::Message;
 use tonic::{
     Status,
@@ -13,11 +14,48 @@ use tonic::{
 };
 use tonic_prost::{ProstCodec, ProstDecoder};
 
+use crate::{down::Encoded, v1};
+
 /// A heartbeat with its token fits several times.
 const BUFFER_BYTES: usize = 512;
 
 /// What is ready together goes in one piece up to here, as tonic has it.
 const YIELD_BYTES: usize = 32 * 1024;
+
+/// What is sent.
+pub trait Outgoing {
+    /// How many bytes it has.
+    fn size(&self) -> usize;
+
+    /// Writes it to a buffer that has room for it.
+    fn put(&self, out: &mut impl BufMut);
+}
+
+impl Outgoing for Encoded {
+    fn size(&self) -> usize {
+        self.len()
+    }
+
+    fn put(&self, out: &mut impl BufMut) {
+        Encoded::put(self, out);
+    }
+}
+
+macro_rules! outgoing {
+    ($($message:ty),*) => {
+        $(impl Outgoing for $message {
+            fn size(&self) -> usize {
+                self.encoded_len()
+            }
+
+            fn put(&self, out: &mut impl BufMut) {
+                self.encode_raw(out);
+            }
+        })*
+    };
+}
+
+outgoing!(v1::Up, v1::WriteUp, v1::WriteDown);
 
 /// The codec of all our calls.
 #[derive(Debug, Clone)]
@@ -31,7 +69,7 @@ impl<T, U> Default for SmallBuffers<T, U> {
 
 impl<T, U> Codec for SmallBuffers<T, U>
 where
-    T: Message + Send + 'static,
+    T: Outgoing + Send + 'static,
     U: Message + Default + Send + 'static,
 {
     type Encode = T;
@@ -44,7 +82,7 @@ where
     }
 
     fn decoder(&mut self) -> ProstDecoder<U> {
-        ProstCodec::<T, U>::raw_decoder(settings())
+        ProstCodec::<U, U>::raw_decoder(settings())
     }
 }
 
@@ -52,14 +90,14 @@ where
 #[derive(Debug, Clone)]
 pub struct Exact<T>(PhantomData<T>);
 
-impl<T: Message> Encoder for Exact<T> {
+impl<T: Outgoing> Encoder for Exact<T> {
     type Item = T;
     type Error = Status;
 
     fn encode(&mut self, item: T, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.reserve(item.encoded_len());
-        item.encode(buffer)
-            .map_err(|error| Status::internal(error.to_string()))
+        buffer.reserve(item.size());
+        item.put(buffer);
+        Ok(())
     }
 
     fn buffer_settings(&self) -> BufferSettings {

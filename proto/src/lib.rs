@@ -9,6 +9,7 @@
 //! This crate knows neither side: it has no I/O, and no opinion on what is streamed.
 
 pub mod codec;
+pub mod down;
 pub mod local;
 pub mod ops;
 pub mod packed;
@@ -18,10 +19,11 @@ pub mod record;
 pub use local::Nonce;
 pub use position::{Epoch, Lsn, Position};
 
-/// Generated messages and gRPC stubs.
+/// Generated messages and gRPC stubs. What the server sends down is [`down::Encoded`].
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod v1 {
     tonic::include_proto!("anabranch.v1");
+    include!(concat!(env!("OUT_DIR"), "/server/anabranch.v1.rs"));
 }
 
 /// The descriptors of [`v1`], for the reflection service.

@@ -2,7 +2,7 @@
 
 use prost::Message;
 
-use crate::{MESSAGE_BYTES_MAX, v1::Down};
+use crate::{MESSAGE_BYTES_MAX, down::Encoded, v1::Down};
 
 /// Smaller messages are not packed: live transactions are, and would pay with latency.
 pub const PACKED_BYTES_MIN: usize = 4 * 1024;
@@ -28,18 +28,15 @@ pub enum Error {
 }
 
 /// The message, packed if that makes it smaller by an eighth at least.
-pub fn pack(message: Down) -> Down {
-    let bytes = message.encoded_len();
-    if bytes < PACKED_BYTES_MIN {
+pub fn pack(message: Encoded) -> Encoded {
+    if message.len() < PACKED_BYTES_MIN {
         return message;
     }
-    match zstd::bulk::compress(&message.encode_to_vec(), LEVEL) {
-        Ok(packed) if packed.len() <= bytes - bytes / 8 => Down {
-            zstd: packed.into(),
-            ..Down::default()
-        },
+    let bytes = message.bytes();
+    match zstd::bulk::compress(&bytes, LEVEL) {
+        Ok(packed) if packed.len() <= bytes.len() - bytes.len() / 8 => Encoded::packed(&packed),
         // Without memory for it, it goes as it is.
-        _ => message,
+        _ => bytes.into(),
     }
 }
 
@@ -83,6 +80,7 @@ mod tests {
 
     #[test]
     fn what_gains_is_packed_and_comes_out_as_it_was() {
+        let pack = |message: Down| Down::decode(super::pack(message.into()).bytes()).unwrap();
         let large = rows(b"a row like the one before ".repeat(1000));
         let packed = pack(large.clone());
         assert!(packed.elements.is_empty());
@@ -99,7 +97,7 @@ mod tests {
 
     #[test]
     fn what_is_damaged_or_too_large_is_refused() {
-        let packed = pack(rows(vec![7; 100_000]));
+        let packed = Down::decode(pack(rows(vec![7; 100_000]).into()).bytes()).unwrap();
         for at in 0..packed.zstd.len() {
             let mut bytes = packed.zstd.to_vec();
             bytes.truncate(at);

@@ -19,9 +19,10 @@ use anabranch_proto::{
     record::{self, ValueRef},
 };
 use anabranch_streamer::{
+    encode::Ending,
     mirror::{Mirror, Settings},
     route::Router,
-    session::{Delivery, Handle, Total},
+    session::{Handle, Total},
     shape::{self, ParamSource, Shape, Source},
     table::{Collation, Column, Identity, Kind, Table},
     transaction::{Change, Chunk, End},
@@ -140,7 +141,8 @@ impl Lab {
             let claims = claims.as_object().expect("claims");
             let bound = self.shapes[0].bind(claims, &HashMap::new()).expect("bound");
             self.router.add(me as u64, &bound);
-            let handle = Handle::new(me as u64, 1 << 20, total.clone());
+            let tables = Box::new([self.tables[0].oid]);
+            let handle = Handle::new(me as u64, tables, 1 << 20, total.clone());
             handle.open();
             self.handles.insert(me as u64, handle);
         }
@@ -178,15 +180,10 @@ impl Lab {
         let routed = routed.expect("routed");
         let (told, behind) = (routed.ops.len(), routed.behind.len());
         let mut pushed = Vec::with_capacity(told);
+        let ending = Ending::new(Position::default(), 0, Lsn(0));
         for (session, ops) in routed.ops {
-            let delivery = Delivery {
-                position: Position::default(),
-                commit_time: 0,
-                source_lsn: Lsn(0),
-                ops,
-            };
             let handle = &self.handles[&session];
-            handle.push(delivery);
+            handle.push(ops, &ending);
             pushed.push(session);
         }
         let routing = began.elapsed();

@@ -1,40 +1,114 @@
-//! Deliveries become messages of the wire: the only place where generated protobuf types are made. Pure.
+//! Deliveries become messages of the wire. Pure.
 //!
 //! What is given in travels together until a message has [`MESSAGE_BYTES_TARGET`]; a row larger than twice that is
 //! cut in pieces of it.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
-use anabranch_proto::{MESSAGE_BYTES_TARGET, Position, ops, v1};
-use bytes::{Bytes, BytesMut};
+use anabranch_proto::{
+    Lsn, MESSAGE_BYTES_TARGET, Position,
+    down::{Elements, Encoded},
+    ops, v1,
+};
+use bytes::Bytes;
 
 use crate::{
     delta::Op,
     engine::Source,
     receipts,
-    table::{Column, Defaults, LeftOut, Table},
+    table::{Column, Defaults, LeftOut, Oid, Table},
     write::{Conflict, Policy},
 };
+
+/// Where a session is after a transaction.
+#[derive(Clone, Copy, Debug)]
+pub struct At {
+    /// The transaction's end.
+    pub position: Position,
+    /// How far Postgres' WAL had come.
+    pub source_lsn: Lsn,
+}
+
+/// The end of a transaction: the same for all whom it concerns, so it is written once.
+#[derive(Clone, Debug)]
+pub struct Ending {
+    /// Where it is.
+    pub at: At,
+    commit: Arc<Elements>,
+}
+
+impl Ending {
+    /// `commit_time`: microseconds since 1970.
+    pub fn new(position: Position, commit_time: i64, source_lsn: Lsn) -> Ending {
+        let mut commit = Elements::default();
+        commit.push(v1::element::Kind::Commit(v1::Commit {
+            position: Some(position.into()),
+            commit_time,
+            source_lsn: source_lsn.0,
+        }));
+        Ending {
+            at: At {
+                position,
+                source_lsn,
+            },
+            commit: Arc::new(commit),
+        }
+    }
+}
+
+/// Whole transactions, as one session sees them, written.
+#[derive(Debug, Default)]
+pub struct Transactions(Elements);
+
+impl Transactions {
+    /// Adds one. `id_of`: the ids of declared tables; of others nothing is told. All ops together must be small: they are not cut.
+    pub fn push(&mut self, ops: &[(Oid, Op)], ending: &Ending, id_of: impl Fn(Oid) -> Option<u32>) {
+        let elements = &mut self.0;
+        elements.push(v1::element::Kind::Begin(v1::Begin::default()));
+        let end_run = |elements: &mut Elements| {
+            elements.end_run(|_| unreachable!("it is far too small to be cut"));
+        };
+        for (oid, op) in ops {
+            let Some(id) = id_of(*oid) else { continue };
+            if elements.run_of().is_some_and(|open| open != id) {
+                end_run(elements);
+            }
+            write(elements, id, op);
+        }
+        end_run(elements);
+        elements.repeat(&ending.commit);
+    }
+
+    /// Bytes of memory that they take.
+    pub fn capacity(&self) -> usize {
+        self.0.capacity()
+    }
+
+    /// There is a message's worth of them.
+    pub fn is_full(&self) -> bool {
+        self.0.len() >= MESSAGE_BYTES_TARGET
+    }
+}
+
+fn write(elements: &mut Elements, table: u32, op: &Op) {
+    match op {
+        Op::Upsert(record) => elements.op(table, ops::Kind::Upsert, record),
+        Op::Delete(key) => elements.op(table, ops::Kind::Delete, key),
+    }
+}
 
 /// Builds messages. Finished ones wait in it until they are taken.
 #[derive(Default)]
 pub struct Encoder {
-    elements: Vec<v1::Element>,
-    /// Bytes in `elements`, about.
-    bytes: usize,
-    /// The run of ops that is open, and its table's id.
-    run: Option<(u32, BytesMut)>,
+    elements: Elements,
     /// Boxed: a session keeps the room of those that it had at once.
-    ready: VecDeque<Box<v1::Down>>,
+    ready: VecDeque<Box<Encoded>>,
 }
-
-/// What an element costs beside the bytes in it, about.
-const ELEMENT_BYTES: usize = 24;
 
 impl Encoder {
     /// Starts a transaction.
     pub fn begin(&mut self, first: bool, reset: Vec<u32>) {
-        self.push(v1::element::Kind::Begin(v1::Begin { first, reset }), 0);
+        self.push(v1::element::Kind::Begin(v1::Begin { first, reset }));
     }
 
     /// Declares a table with the columns at `columns`. `policy`: how conflicts are settled; `defaults`: what columns hold
@@ -90,26 +164,17 @@ impl Encoder {
             writable,
             reshaped,
         };
-        let bytes = table.columns.len() * 64;
-        self.push(v1::element::Kind::Table(declared), bytes);
+        self.push(v1::element::Kind::Table(declared));
     }
 
     /// Adds an op on a declared table.
     pub fn op(&mut self, table: u32, op: &Op) {
-        if self.run.as_ref().is_none_or(|(id, _)| *id != table) {
+        if self.elements.run_of().is_some_and(|open| open != table) {
             self.end_run();
-            self.run = Some((table, BytesMut::new()));
         }
-        let (_, run) = self.run.as_mut().expect("just set");
-        let before = run.len();
-        match op {
-            Op::Upsert(record) => ops::push(run, ops::Kind::Upsert, record),
-            Op::Delete(key) => ops::push(run, ops::Kind::Delete, key),
-        }
-        self.bytes += run.len() - before;
-        if self.bytes >= MESSAGE_BYTES_TARGET {
-            self.end_run();
-            self.end_message(Bytes::new());
+        write(&mut self.elements, table, op);
+        if self.is_full() {
+            self.end_message(&[]);
         }
     }
 
@@ -120,17 +185,19 @@ impl Encoder {
             state: v1::table_state::State::Stopped.into(),
             reason: reason.to_owned(),
         };
-        self.push(v1::element::Kind::State(state), reason.len());
+        self.push(v1::element::Kind::State(state));
     }
 
     /// Ends a transaction.
-    pub fn commit(&mut self, position: Position, commit_time: i64, source_lsn: u64) {
-        let commit = v1::Commit {
-            position: Some(position.into()),
-            commit_time,
-            source_lsn,
-        };
-        self.push(v1::element::Kind::Commit(commit), 40);
+    pub fn end(&mut self, ending: &Ending) {
+        self.end_run();
+        self.elements.repeat(&ending.commit);
+    }
+
+    /// Adds whole transactions.
+    pub fn transactions(&mut self, Transactions(elements): Transactions) {
+        self.end_run();
+        self.elements.append(elements);
     }
 
     /// Says that nothing changed up to a position.
@@ -140,22 +207,17 @@ impl Encoder {
             source_lsn: source.lsn.0,
             source_connected: source.connected,
         };
-        self.push(v1::element::Kind::Heartbeat(heartbeat), 40);
+        self.push(v1::element::Kind::Heartbeat(heartbeat));
     }
 
     /// Ends the message in hand, if there is one. `resume_token` speaks of its last element, a Commit or Heartbeat;
     /// it is empty within a transaction.
-    pub fn end_message(&mut self, resume_token: Bytes) {
+    pub fn end_message(&mut self, resume_token: &[u8]) {
         self.end_run();
-        if self.elements.is_empty() {
-            return;
+        if !self.elements.is_empty() {
+            let message = self.elements.finish(resume_token);
+            self.ready.push_back(Box::new(message));
         }
-        self.bytes = 0;
-        self.ready.push_back(Box::new(v1::Down {
-            elements: std::mem::take(&mut self.elements),
-            resume_token,
-            ..v1::Down::default()
-        }));
     }
 
     /// A message without elements: within a transaction, where no heartbeat may be, it says that the streamer lives.
@@ -165,50 +227,23 @@ impl Encoder {
 
     /// The message in hand is large enough to be sent.
     pub fn is_full(&self) -> bool {
-        self.bytes >= MESSAGE_BYTES_TARGET
+        self.elements.len() >= MESSAGE_BYTES_TARGET
     }
 
     /// Takes the oldest finished message.
-    pub fn take(&mut self) -> Option<Box<v1::Down>> {
+    pub fn take(&mut self) -> Option<Box<Encoded>> {
         self.ready.pop_front()
     }
 
-    fn push(&mut self, kind: v1::element::Kind, bytes: usize) {
+    fn push(&mut self, kind: v1::element::Kind) {
         self.end_run();
-        self.bytes += bytes + ELEMENT_BYTES;
-        self.elements.push(v1::Element { kind: Some(kind) });
+        self.elements.push(kind);
     }
 
     fn end_run(&mut self) {
-        let Some((table, run)) = self.run.take() else {
-            return;
-        };
-        let mut rest = run.freeze();
-        // What is just above the target stays whole: its rest would be a message of a few bytes.
-        while rest.len() > 2 * MESSAGE_BYTES_TARGET {
-            let ops = rest.split_to(MESSAGE_BYTES_TARGET);
-            self.rows(table, ops, true);
-            self.bytes = 0;
-            self.ready.push_back(Box::new(v1::Down {
-                elements: std::mem::take(&mut self.elements),
-                ..v1::Down::default()
-            }));
-        }
-        self.bytes = self
-            .bytes
-            .min(rest.len() + self.elements.len() * ELEMENT_BYTES);
-        self.rows(table, rest, false);
-    }
-
-    fn rows(&mut self, table: u32, ops: Bytes, continued: bool) {
-        let rows = v1::Rows {
-            table,
-            ops,
-            continued,
-        };
-        self.elements.push(v1::Element {
-            kind: Some(v1::element::Kind::Rows(rows)),
-        });
+        let ready = &mut self.ready;
+        self.elements
+            .end_run(|message| ready.push_back(Box::new(message)));
     }
 }
 
@@ -250,7 +285,16 @@ fn declare(column: &Column, key_position: u32, left_out: &LeftOut) -> v1::Column
 
 #[cfg(test)]
 mod tests {
+    use bytes::BytesMut;
+    use prost::Message;
+
     use super::*;
+
+    fn taken(encoder: &mut Encoder) -> Vec<v1::Down> {
+        let messages = std::iter::from_fn(|| encoder.take());
+        let read = messages.map(|message| v1::Down::decode(message.bytes()).unwrap());
+        read.collect()
+    }
 
     #[test]
     fn a_row_larger_than_a_message_travels_in_pieces() {
@@ -260,11 +304,11 @@ mod tests {
         encoder.op(1, &Op::Delete(Bytes::from_static(b"small")));
         encoder.op(1, &Op::Upsert(row.clone()));
         encoder.op(2, &Op::Delete(Bytes::from_static(b"after")));
-        encoder.commit(Position::default(), 0, 0);
-        encoder.end_message(Bytes::from_static(b"token"));
+        encoder.end(&Ending::new(Position::default(), 0, Lsn(0)));
+        encoder.end_message(b"token");
 
         let (mut joined, mut messages, mut continued) = (BytesMut::new(), 0, false);
-        while let Some(message) = encoder.take() {
+        for message in taken(&mut encoder) {
             messages += 1;
             for element in message.elements {
                 match element.kind.unwrap() {
@@ -293,9 +337,9 @@ mod tests {
         let mut encoder = Encoder::default();
         encoder.begin(false, Vec::new());
         (0..10_000).for_each(|_| encoder.op(1, &row));
-        encoder.commit(Position::default(), 0, 0);
-        encoder.end_message(Bytes::from_static(b"token"));
-        let messages: Vec<_> = std::iter::from_fn(|| encoder.take()).collect();
+        encoder.end(&Ending::new(Position::default(), 0, Lsn(0)));
+        encoder.end_message(b"token");
+        let messages = taken(&mut encoder);
         assert!((7..=9).contains(&messages.len()), "{}", messages.len());
         let (last, rest) = messages.split_last().unwrap();
         assert!(rest.iter().all(|message| message.resume_token.is_empty()));

@@ -26,11 +26,12 @@ use anabranch_proto::{Lsn, Position, record::Malformed};
 use tokio::sync::{oneshot, watch};
 
 use crate::{
+    encode::Ending,
     events::Events,
     lookup::{self, Nothing},
     mirror::{self, Applied, Entry, Mirror, Net, State},
     route::{Routed, Router, SessionId},
-    session::{Delivery, Handle, Lease},
+    session::{Handle, Lease},
     shape::Bound,
     table::Oid,
     transaction::{Chunk, End, Event},
@@ -359,15 +360,10 @@ impl Engine {
                 }
             }
         }
+        let ending = Ending::new(position, end.commit_time, self.source.lsn);
         for (session, ops) in routed {
-            let delivery = Delivery {
-                position,
-                commit_time: end.commit_time,
-                source_lsn: self.source.lsn,
-                ops,
-            };
             let handle = self.sessions.get(&session);
-            if handle.is_some_and(|handle| !handle.push(delivery)) {
+            if handle.is_some_and(|handle| !handle.push(ops, &ending)) {
                 self.leave(session);
             }
         }

@@ -33,6 +33,11 @@ impl Waiting {
         })
     }
 
+    /// How many bytes wait.
+    pub fn bytes(&self) -> usize {
+        *self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until there is room. What is larger than all of it gets by alone.
     pub fn admit(self: &Arc<Self>, events: Vec<Event>) -> Events {
         let bytes = events.iter().map(bytes).sum();
@@ -101,6 +106,6 @@ mod tests {
         drop(first);
         drop(heard.recv().unwrap());
         thread.join().unwrap();
-        assert_eq!(*waiting.bytes.lock().unwrap(), 0);
+        assert_eq!(waiting.bytes(), 0);
     }
 }

@@ -19,7 +19,8 @@ use std::{
 };
 
 use anabranch_proto::{
-    MESSAGE_BYTES_MAX, PROTOCOL_VERSION, PUSHBACK, SILENCE_MAX, SUBSCRIPTIONS_MAX, v1,
+    MESSAGE_BYTES_MAX, PROTOCOL_VERSION, PUSHBACK, SILENCE_MAX, SUBSCRIPTIONS_MAX, down::Encoded,
+    v1,
 };
 use prost::Message;
 use tokio::{
@@ -49,6 +50,7 @@ use crate::{
     connected::Connected,
     definition::Keeper,
     engine::{Inputs, Progress},
+    events::Waiting,
     metrics::Metrics,
     policy::Policies,
     postgres::writer::{Replica, Rules},
@@ -108,6 +110,8 @@ pub struct Core {
     pub keeper: Arc<Keeper>,
     /// Counts what the initial copy brings, if one is under way.
     pub copied: watch::Receiver<u64>,
+    /// What waits for the engine.
+    pub waiting: Arc<Waiting>,
     /// Bytes of one queue at most.
     pub queue_bytes_max: usize,
     /// Bytes of all queues.
@@ -156,7 +160,7 @@ impl Service {
         principal: &Principal,
         hello: v1::Hello,
         admitted: Admitted,
-        out: mpsc::Sender<Box<v1::Down>>,
+        out: mpsc::Sender<Box<Encoded>>,
     ) -> Result<Session, Status> {
         let core = &self.core;
         if hello.encoded_len() > HELLO_BYTES_MAX + 16 * token::FINGERPRINTS_MAX {
@@ -195,6 +199,7 @@ impl Service {
         };
         let fingerprints: Vec<_> = views.iter().map(|view| view.fingerprint()).collect();
         let id = self.sessions.fetch_add(1, Ordering::Relaxed);
+        let tables = views.iter().map(|view| view.table().oid).collect();
         let seat = (core.connected).enter(
             id,
             &hello.replica_id,
@@ -205,7 +210,7 @@ impl Service {
         let shown = |view: &&Arc<TableView>| view.table().schema != receipts::SCHEMA;
         let used = (core.keeper).used(views.iter().filter(shown).cloned().collect());
         Ok(Session {
-            handle: Handle::new(id, core.queue_bytes_max, core.queues.clone()),
+            handle: Handle::new(id, tables, core.queue_bytes_max, core.queues.clone()),
             bounds: Arc::new(bounds.into_iter().map(|(_, bound)| bound).collect()),
             views,
             proof,
@@ -216,6 +221,7 @@ impl Service {
             }),
             inputs: core.inputs.clone(),
             progress: core.progress.clone(),
+            waiting: core.waiting.clone(),
             defaults: core.defaults.clone(),
             readers: core.readers.clone(),
             rounds: core.rounds.clone(),
@@ -298,7 +304,7 @@ impl Service {
 
 #[tonic::async_trait]
 impl v1::anabranch_server::Anabranch for Service {
-    type ReplicateStream = Downward<v1::Down>;
+    type ReplicateStream = Downward<Encoded>;
 
     async fn replicate(
         &self,

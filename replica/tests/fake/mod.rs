@@ -17,7 +17,9 @@ use std::{
 };
 
 use anabranch_proto::{
-    Epoch, Lsn, Position, ops,
+    Epoch, Lsn, Position,
+    down::Encoded,
+    ops,
     record::{Builder, ValueRef},
     v1::{
         self,
@@ -33,7 +35,7 @@ use tokio::{
     sync::mpsc,
     task::JoinHandle,
 };
-use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Response, Streaming,
@@ -139,7 +141,7 @@ impl Anabranch for Service {
         ))
     }
 
-    type ReplicateStream = Pin<Box<dyn Stream<Item = Result<v1::Down, tonic::Status>> + Send>>;
+    type ReplicateStream = Pin<Box<dyn Stream<Item = Result<Encoded, tonic::Status>> + Send>>;
 
     async fn replicate(
         &self,
@@ -176,7 +178,8 @@ impl Anabranch for Service {
             .send(call)
             .await
             .map_err(|_| tonic::Status::unavailable("the test is over"))?;
-        Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
+        let encoded = ReceiverStream::new(messages).map(|message| message.map(Encoded::from));
+        Ok(Response::new(Box::pin(encoded)))
     }
 }
 

@@ -21,7 +21,7 @@ mod view;
 
 use std::{sync::Arc, time::Duration};
 
-use anabranch_proto::{HEARTBEAT_EVERY, Position, packed, v1};
+use anabranch_proto::{HEARTBEAT_EVERY, Position, down::Encoded, packed};
 use bytes::Bytes;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -34,17 +34,19 @@ use self::{
     gathering::{Answer, Request, Requests},
 };
 pub use self::{
-    queue::{Delivery, Handle, Taken, Total},
+    queue::{Handle, Taken, Told, Total},
     readers::{Lease, Owner, Readers},
     rounds::{Room, Rounds},
     view::{ColumnsDiffer, TableView},
 };
 use crate::{
     catchup::{Catchup, Item, Round, View, tables_of, together::Member},
-    encode::Encoder,
+    encode::{At, Encoder, Ending},
     engine::{Input, Inputs, Join, Joined, Joining, Progress},
+    events::Waiting,
     metrics::Metrics,
     mirror,
+    route::SessionId,
     shape::Bound,
     table::{Defaults, Oid},
     token::Proof,
@@ -55,11 +57,12 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(5);
 
 /// The same for each so many bytes of WAL that it is behind: what comes that late may as well come a moment later, in fewer
-/// messages. Unless there is a message's worth of it.
-const GATHER_WAL_BYTES: u64 = 256 * 1024;
+/// messages. Unless there is a message's worth of it. What waits for the engine counts too: how far Postgres is ahead is asked once
+/// a second, and that is late where a backlog begins.
+const GATHER_BYTES: u64 = 256 * 1024;
 
 /// The longest.
-const GATHER_MAX: Duration = Duration::from_millis(500);
+const GATHER_MAX: Duration = Duration::from_secs(1);
 
 /// Messages on their way into the connection of one session.
 pub const MESSAGES_AHEAD: usize = 2;
@@ -111,6 +114,8 @@ pub struct Session {
     pub inputs: Inputs,
     /// How far the engine is.
     pub progress: watch::Receiver<Progress>,
+    /// What waits for it.
+    pub waiting: Arc<Waiting>,
     /// What columns hold that an INSERT leaves out.
     pub defaults: watch::Receiver<Arc<Defaults>>,
     /// For catch-ups.
@@ -130,7 +135,7 @@ pub struct Session {
     /// Messages may be packed.
     pub zstd: bool,
     /// Where its messages go.
-    pub out: mpsc::Sender<Box<v1::Down>>,
+    pub out: mpsc::Sender<Box<Encoded>>,
     /// Counts its catch-ups.
     pub metrics: Arc<Metrics>,
     /// The streamer stops.
@@ -222,7 +227,7 @@ impl Session {
                 encoder.sign_of_life();
             } else {
                 encoder.heartbeat(at, now.source);
-                encoder.end_message((self.issue)(at));
+                encoder.end_message(&(self.issue)(at));
             }
             self.send(encoder).await?;
             let moved = tokio::time::timeout(HEARTBEAT_EVERY, self.progress.changed());
@@ -311,8 +316,8 @@ impl Session {
             self.tell_stopped(standing, encoder, *table, reason);
         }
         let now = *self.progress.borrow();
-        encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
-        encoder.end_message((self.issue)(position));
+        encoder.end(&nameless(position, now));
+        encoder.end_message(&(self.issue)(position));
         self.send(encoder).await?;
         standing.from.fill(Some(position));
         standing.former.fill(None);
@@ -392,7 +397,7 @@ impl Session {
             drop(reader);
             if round == Round::Filling || room.is_short() {
                 // What there is goes out now: the replica takes it in while Postgres is read on, or memory is short.
-                encoder.end_message(Bytes::new());
+                encoder.end_message(&[]);
             }
             // A round may find nothing to send, and so may those after it.
             if said.elapsed() >= HEARTBEAT_EVERY {
@@ -470,15 +475,19 @@ impl Session {
         loop {
             // Read before the queue is taken: whatever lies at or below it was pushed before it was told.
             let now = *self.progress.borrow_and_update();
-            if standing.last.is_some_and(|last| last.lsn < now.source.lsn) {
-                let gathered = tokio::time::sleep_until(said + gather(standing.lag_bytes));
+            let waiting = self.waiting.bytes() as u64;
+            if waiting >= GATHER_BYTES
+                || standing.last.is_some_and(|last| last.lsn < now.source.lsn)
+            {
+                let behind = standing.lag_bytes.max(waiting);
+                let gathered = tokio::time::sleep_until(said + gather(behind, self.handle.id()));
                 tokio::select! {
                     () = gathered => {}
                     () = self.handle.filled() => {}
                 }
             }
             let mut taken = self.handle.take();
-            let something = !taken.deliveries.is_empty() || !taken.stopped.is_empty();
+            let something = !taken.told.is_empty() || !taken.stopped.is_empty();
             let behind = taken.behind;
             if something {
                 self.encode(standing, encoder, &mut taken, now);
@@ -506,7 +515,7 @@ impl Session {
                     last
                 };
                 encoder.heartbeat(position, now.source);
-                encoder.end_message((self.issue)(position));
+                encoder.end_message(&(self.issue)(position));
                 self.send(encoder).await?;
                 self.room = None;
                 standing.last = Some(position);
@@ -528,36 +537,43 @@ impl Session {
         taken: &mut Taken,
         now: Progress,
     ) {
-        let mut stopped = std::mem::take(&mut taken.stopped);
-        for delivery in std::mem::take(&mut taken.deliveries) {
-            encoder.begin(false, Vec::new());
-            for (oid, op) in &delivery.ops {
-                if let Some(id) = self.id_of(*oid) {
-                    encoder.op(id, op);
+        for told in std::mem::take(&mut taken.told) {
+            let At {
+                position,
+                source_lsn,
+            } = match told {
+                Told::Small(transactions, at) => {
+                    encoder.transactions(transactions);
+                    at
                 }
-            }
-            for (table, reason) in std::mem::take(&mut stopped) {
-                self.tell_stopped(standing, encoder, table, &reason);
-            }
-            let position = delivery.position;
-            encoder.commit(position, delivery.commit_time, delivery.source_lsn.0);
+                Told::Large(ops, ending) => {
+                    encoder.begin(false, Vec::new());
+                    for (oid, op) in &ops {
+                        if let Some(id) = self.handle.id_of(*oid) {
+                            encoder.op(id, op);
+                        }
+                    }
+                    encoder.end(&ending);
+                    ending.at
+                }
+            };
             standing.last = Some(position);
-            standing.lag_bytes = delivery.source_lsn.0.saturating_sub(position.lsn.0);
+            standing.lag_bytes = source_lsn.0.saturating_sub(position.lsn.0);
             if encoder.is_full() {
-                encoder.end_message((self.issue)(position));
+                encoder.end_message(&(self.issue)(position));
             }
         }
+        let stopped = std::mem::take(&mut taken.stopped);
         if !stopped.is_empty() {
-            // A stop without a transaction of its own: told in an empty one, at the last position.
+            // In a transaction without rows, at the last position.
             encoder.begin(false, Vec::new());
             for (table, reason) in stopped {
                 self.tell_stopped(standing, encoder, table, &reason);
             }
-            let position = standing.last.unwrap_or(now.durable);
-            encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
+            encoder.end(&nameless(standing.last.unwrap_or(now.durable), now));
         }
         if let Some(position) = standing.last {
-            encoder.end_message((self.issue)(position));
+            encoder.end_message(&(self.issue)(position));
             standing.from.fill(Some(position));
         }
     }
@@ -573,8 +589,8 @@ impl Session {
         encoder.begin(false, Vec::new());
         self.declare(encoder, &standing.defaults, &[], changed);
         let position = standing.last.unwrap_or(now.durable);
-        encoder.commit(position, 0, now.source.lsn.0.max(position.lsn.0));
-        encoder.end_message((self.issue)(position));
+        encoder.end(&nameless(position, now));
+        encoder.end_message(&(self.issue)(position));
     }
 
     fn tell_stopped(
@@ -587,17 +603,10 @@ impl Session {
         if standing.stopped.contains(&table) {
             return;
         }
-        if let Some(id) = self.id_of(table) {
+        if let Some(id) = self.handle.id_of(table) {
             encoder.stopped(id, &format!("{reason}; {}", mirror::REMEDY));
             standing.stopped.push(table);
         }
-    }
-
-    fn id_of(&self, table: Oid) -> Option<u32> {
-        let at = self
-            .views
-            .binary_search_by_key(&table, |view| view.table().oid);
-        at.ok().map(|at| at as u32 + 1)
     }
 
     /// Places of the tables that must be sent in full: nothing is proved of them, or the change index does not reach
@@ -700,12 +709,21 @@ impl Drop for Session {
     }
 }
 
-/// How long to wait for more that travels along.
-fn gather(lag_bytes: u64) -> Duration {
-    let times = u32::try_from(lag_bytes / GATHER_WAL_BYTES).unwrap_or(u32::MAX);
-    GATHER
+/// The end of a transaction that is none of Postgres': at `position` it is not known which one was last.
+fn nameless(position: Position, now: Progress) -> Ending {
+    Ending::new(position, 0, now.source.lsn.max(position.lsn))
+}
+
+/// How long to wait for more that travels along. A long time is another one for each session, from half of it on: those who began to
+/// wait together, as all do when a backlog begins, would else all get their turn at once, time after time.
+fn gather(behind_bytes: u64, session: SessionId) -> Duration {
+    let times = u32::try_from(behind_bytes / GATHER_BYTES).unwrap_or(u32::MAX);
+    let longest = GATHER
         .saturating_mul(times.saturating_add(1))
-        .min(GATHER_MAX)
+        .min(GATHER_MAX);
+    // Multiples of the golden ratio, but for what is before the point, lie far from each other.
+    let part = (session as u32).wrapping_mul(0x9E37_79B9);
+    longest / 2 + longest.mul_f64(f64::from(part) / f64::from(u32::MAX) / 2.0)
 }
 
 /// Gives the engine an input. It waits while the engine is busy, so the runtime's other tasks are moved away first.
