@@ -465,7 +465,7 @@ async fn rows_of_programs(scene: &Scene, written: &[(String, String)]) {
     .await;
     // The replica's thanks for it are the last statement: who ends earlier never saw it asked.
     until("it is settled", DEADLINE, || async {
-        let sql = "SELECT count(*)::text FROM anabranch.rejections WHERE replica <> 'forger'";
+        let sql = "SELECT count(*)::text FROM anabranch.rejections WHERE replica <> 'forger' AND NOT settled";
         let count = scene.text(sql).await;
         anyhow::ensure!(count == "0", "{count}");
         Ok(())

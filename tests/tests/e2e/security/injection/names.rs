@@ -17,7 +17,7 @@ impl Named {
             // Every second one is where most are.
             schema: match i % 2 {
                 0 => "public".into(),
-                _ => schemas[i / 2 % schemas.len()].clone(),
+                _ => unreserved(&schemas[i / 2 % schemas.len()]),
             },
             names: std::array::from_fn(|i| names[i].clone()),
         });
@@ -38,6 +38,14 @@ impl Named {
             "public" => self.names[0].clone(),
             schema => format!("{schema}.{}", self.names[0]),
         }
+    }
+}
+
+/// Schemas of what begins like this are Postgres' own.
+fn unreserved(schema: &str) -> String {
+    match schema.strip_prefix("pg_") {
+        Some(rest) => format!("Pg_{rest}"),
+        None => schema.to_owned(),
     }
 }
 
