@@ -1,4 +1,4 @@
-//! Messages as gRPC carries them: prost's encoding, with small buffers. What goes down is encoded before ([`Encoded`]).
+//! Messages as gRPC carries them: prost's encoding, with small buffers. What goes down is encoded before ([`Encoded`](crate::down::Encoded)).
 //!
 //! tonic gives each call two buffers of 8 KiB before anything was said. Most calls here are streams that live for days and say
 //! little: a streamer that has thousands of them would hold more in these buffers than in all else that it knows of a replica.
@@ -14,7 +14,7 @@ use tonic::{
 };
 use tonic_prost::{ProstCodec, ProstDecoder};
 
-use crate::{down::Encoded, v1};
+use crate::v1;
 
 /// A heartbeat with its token fits several times.
 const BUFFER_BYTES: usize = 512;
@@ -29,16 +29,6 @@ pub trait Outgoing {
 
     /// Writes it to a buffer that has room for it.
     fn put(&self, out: &mut impl BufMut);
-}
-
-impl Outgoing for Encoded {
-    fn size(&self) -> usize {
-        self.len()
-    }
-
-    fn put(&self, out: &mut impl BufMut) {
-        Encoded::put(self, out);
-    }
 }
 
 macro_rules! outgoing {

@@ -8,7 +8,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::{Message, encode_length_delimiter};
 
-use crate::{MESSAGE_BYTES_TARGET, ops, v1};
+use crate::{MESSAGE_BYTES_TARGET, codec::Outgoing, ops, v1};
 
 /// Keys of fields, all of them length-delimited but two: `number << 3 | 2`, or `| 0`.
 mod key {
@@ -68,9 +68,14 @@ impl Encoded {
             false => [self.head, self.rest].concat().into(),
         }
     }
+}
 
-    /// Writes it.
-    pub fn put(&self, out: &mut impl BufMut) {
+impl Outgoing for Encoded {
+    fn size(&self) -> usize {
+        self.len()
+    }
+
+    fn put(&self, out: &mut impl BufMut) {
         out.put_slice(&self.head);
         out.put_slice(&self.rest);
     }

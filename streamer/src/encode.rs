@@ -16,6 +16,7 @@ use crate::{
     delta::Op,
     engine::Source,
     receipts,
+    route::Ops,
     table::{Column, Defaults, LeftOut, Oid, Table},
     write::{Conflict, Policy},
 };
@@ -54,6 +55,15 @@ impl Ending {
             commit: Arc::new(commit),
         }
     }
+}
+
+/// What a session is told.
+#[derive(Debug)]
+pub enum Told {
+    /// Small transactions, and where it is after the last of them.
+    Small(Transactions, At),
+    /// A large one: in any order; no key of a table twice.
+    Large(Ops, Ending),
 }
 
 /// Whole transactions, as one session sees them, written.
@@ -194,10 +204,25 @@ impl Encoder {
         self.elements.repeat(&ending.commit);
     }
 
-    /// Adds whole transactions.
-    pub fn transactions(&mut self, Transactions(elements): Transactions) {
-        self.end_run();
-        self.elements.append(elements);
+    /// Adds whole transactions; tells where the session is after them. `id_of`: the ids of declared tables; of others nothing is told.
+    pub fn told(&mut self, told: Told, id_of: impl Fn(Oid) -> Option<u32>) -> At {
+        match told {
+            Told::Small(Transactions(elements), at) => {
+                self.end_run();
+                self.elements.append(elements);
+                at
+            }
+            Told::Large(ops, ending) => {
+                self.begin(false, Vec::new());
+                for (oid, op) in &ops {
+                    if let Some(id) = id_of(*oid) {
+                        self.op(id, op);
+                    }
+                }
+                self.end(&ending);
+                ending.at
+            }
+        }
     }
 
     /// Says that nothing changed up to a position.

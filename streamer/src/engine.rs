@@ -15,6 +15,7 @@
 //! session's queue are the same, and no transaction is missing between them or twice.
 
 use std::{
+    cell::LazyCell,
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, SyncSender},
@@ -360,7 +361,9 @@ impl Engine {
                 }
             }
         }
-        let ending = Ending::new(position, end.commit_time, self.source.lsn);
+        // Most transactions may concern nobody.
+        let source_lsn = self.source.lsn;
+        let ending = LazyCell::new(|| Ending::new(position, end.commit_time, source_lsn));
         for (session, ops) in routed {
             let handle = self.sessions.get(&session);
             if handle.is_some_and(|handle| !handle.push(ops, &ending)) {

@@ -20,15 +20,19 @@ const KEYS_MORE: usize = 64;
 /// The bindings of one SELECT.
 pub(super) struct Routes {
     pub select: Arc<Select>,
-    /// By what keys are hashed to: two that are hashed to the same lead to the bindings of both, which is not wrong.
-    keyed: Map<u64, Few<BindingId>>,
-    /// The same by the keys themselves, where they decide.
-    exact: Map<Exact, Few<BindingId>>,
-    hash: RandomState,
+    keyed: Keyed,
     /// By leaf; of few SELECTs there are any.
     ranges: BTreeMap<u16, Intervals>,
     /// All of them. Where no row's values lead to any, these are looked at one by one.
     pub all: BTreeSet<BindingId>,
+}
+
+/// Bindings by their keys.
+enum Keyed {
+    /// By what keys are hashed to: two that are hashed to the same lead to the bindings of both, which is not wrong.
+    Hashed(RandomState, Map<u64, Few<BindingId>>),
+    /// By the keys themselves, where they decide.
+    Exact(Map<Exact, Few<BindingId>>),
 }
 
 /// The value of a key; mostly it is where it is looked for.
@@ -68,11 +72,13 @@ pub(super) fn is_known(found: Result<bool, Error>) -> Result<bool, Error> {
 
 impl Routes {
     pub fn new(select: Arc<Select>) -> Self {
+        let keyed = match select.is_exact() {
+            true => Keyed::Exact(Map::default()),
+            false => Keyed::Hashed(RandomState::default(), Map::default()),
+        };
         Routes {
             select,
-            keyed: Map::default(),
-            exact: Map::default(),
-            hash: RandomState::default(),
+            keyed,
             ranges: BTreeMap::new(),
             all: BTreeSet::new(),
         }
@@ -82,11 +88,7 @@ impl Routes {
         self.all.insert(id);
         // Also for SELECTs that are scanned: a changed inner row may lead to their bindings.
         for key in bound.route_keys() {
-            let few = match self.select.is_exact() {
-                true => self.exact.entry((&key).into()).or_default(),
-                false => self.keyed.entry(self.hash.hash_one(key)).or_default(),
-            };
-            few.insert(id);
+            self.keyed.insert(&key, id);
         }
         for RouteRange { leaf, low, high } in bound.route_ranges() {
             let ranges = self.ranges.entry(*leaf).or_default();
@@ -103,10 +105,7 @@ impl Routes {
         }
         self.ranges.retain(|_, ranges| !ranges.is_empty());
         for key in bound.route_keys() {
-            match self.select.is_exact() {
-                true => remove(&mut self.exact, (&key).into(), id),
-                false => remove(&mut self.keyed, self.hash.hash_one(key), id),
-            }
+            self.keyed.remove(&key, id);
         }
     }
 
@@ -143,17 +142,9 @@ impl Routes {
                 Some(ranges) => {
                     ranges.find(key.value(), found);
                 }
-                None => found.extend(self.keyed(key)),
+                None => found.extend(self.keyed.get(key)),
             }
         }
-    }
-
-    fn keyed(&self, key: &RouteKey) -> impl Iterator<Item = BindingId> {
-        let few = match self.select.is_exact() {
-            true => self.exact.get(&key.into()),
-            false => self.keyed.get(&self.hash.hash_one(key)),
-        };
-        few.into_iter().flat_map(Few::iter)
     }
 
     /// Adds all that had a row of the table, or have it. Only where the SELECT [is exact](Select::is_exact).
@@ -173,12 +164,37 @@ impl Routes {
         let (before, after) = (key_of(before)?, key_of(after)?);
         let stays = before == after;
         if let Some(key) = before {
-            found.extend(self.keyed(&key).map(|id| (id, true, stays)));
+            found.extend(self.keyed.get(&key).map(|id| (id, true, stays)));
         }
         if let Some(key) = after.filter(|_| !stays) {
-            found.extend(self.keyed(&key).map(|id| (id, false, true)));
+            found.extend(self.keyed.get(&key).map(|id| (id, false, true)));
         }
         Ok(())
+    }
+}
+
+impl Keyed {
+    fn insert(&mut self, key: &RouteKey, id: BindingId) {
+        let few = match self {
+            Keyed::Hashed(hash, keyed) => keyed.entry(hash.hash_one(key)).or_default(),
+            Keyed::Exact(keyed) => keyed.entry(key.into()).or_default(),
+        };
+        few.insert(id);
+    }
+
+    fn remove(&mut self, key: &RouteKey, id: BindingId) {
+        match self {
+            Keyed::Hashed(hash, keyed) => remove(keyed, hash.hash_one(key), id),
+            Keyed::Exact(keyed) => remove(keyed, key.into(), id),
+        }
+    }
+
+    fn get(&self, key: &RouteKey) -> impl Iterator<Item = BindingId> {
+        let few = match self {
+            Keyed::Hashed(hash, keyed) => keyed.get(&hash.hash_one(key)),
+            Keyed::Exact(keyed) => keyed.get(&key.into()),
+        };
+        few.into_iter().flat_map(Few::iter)
     }
 }
 

@@ -34,7 +34,7 @@ use self::{
     gathering::{Answer, Request, Requests},
 };
 pub use self::{
-    queue::{Handle, Taken, Told, Total},
+    queue::{Handle, Taken, Total},
     readers::{Lease, Owner, Readers},
     rounds::{Room, Rounds},
     view::{ColumnsDiffer, TableView},
@@ -541,22 +541,7 @@ impl Session {
             let At {
                 position,
                 source_lsn,
-            } = match told {
-                Told::Small(transactions, at) => {
-                    encoder.transactions(transactions);
-                    at
-                }
-                Told::Large(ops, ending) => {
-                    encoder.begin(false, Vec::new());
-                    for (oid, op) in &ops {
-                        if let Some(id) = self.handle.id_of(*oid) {
-                            encoder.op(id, op);
-                        }
-                    }
-                    encoder.end(&ending);
-                    ending.at
-                }
-            };
+            } = encoder.told(told, |table| self.handle.id_of(table));
             standing.last = Some(position);
             standing.lag_bytes = source_lsn.0.saturating_sub(position.lsn.0);
             if encoder.is_full() {

@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 
 use crate::{
     delta::Op,
-    encode::{At, Ending, Transactions},
+    encode::{Ending, Told, Transactions},
     route::{Ops, SessionId},
     table::Oid,
 };
@@ -29,15 +29,6 @@ use crate::{
 /// A transaction whose rows have up to so many bytes is small. To copy them for each session is the engine's work then, so it must
 /// not cost much more than to share them.
 const SMALL_BYTES_MAX: usize = 1024;
-
-/// What a session is told.
-#[derive(Debug)]
-pub enum Told {
-    /// Small transactions, and where it is after the last of them.
-    Small(Transactions, At),
-    /// A large one: in any order; no key of a table twice.
-    Large(Ops, Ending),
-}
 
 /// What the engine knows of a session: its queue. Pushing never waits.
 pub struct Handle {
@@ -466,18 +457,7 @@ mod tests {
 
         let mut encoder = Encoder::default();
         for told in taken.told {
-            match told {
-                Told::Small(transactions, _) => encoder.transactions(transactions),
-                Told::Large(ops, ending) => {
-                    encoder.begin(false, Vec::new());
-                    for (table, op) in &ops {
-                        if let Some(id) = handle.id_of(*table) {
-                            encoder.op(id, op);
-                        }
-                    }
-                    encoder.end(&ending);
-                }
-            }
+            encoder.told(told, |table| handle.id_of(table));
         }
         encoder.end_message(&[]);
         let messages = std::iter::from_fn(|| encoder.take());
