@@ -15,17 +15,22 @@ use std::{
 };
 
 use anabranch_proto::{
-    ACK_EVERY, Epoch, Lsn, MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Position, ops,
+    ACK_EVERY, Epoch, Lsn, MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Position,
+    codec::SmallBuffers,
+    ops,
     record::{self, ValueRef},
-    v1::{self, anabranch_client::AnabranchClient, element::Kind},
+    v1::{self, element::Kind},
 };
 use bytes::{Bytes, BytesMut};
+use prost::Message;
 use rand::Rng;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{runtime::Runtime, sync::watch, task::JoinSet};
 use tokio_stream::{StreamExt, wrappers::IntervalStream};
 use tonic::{
-    Request, Status,
+    IntoStreamingRequest, Request, Status, Streaming,
+    client::Grpc,
+    codegen::http::uri::PathAndQuery,
     transport::{Channel, Endpoint},
 };
 
@@ -330,11 +335,9 @@ async fn stream(shared: &Arc<Shared>, number: usize, channel: Channel) -> Ended 
     let bearer = format!("Bearer {}", shared.settings.token);
     let bearer = bearer.parse().expect("a token of ours");
     request.metadata_mut().insert("authorization", bearer);
-    let mut client =
-        AnabranchClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX + 64 * 1024);
     shared.connects.fetch_add(1, Relaxed);
-    let mut down = match client.replicate(request).await {
-        Ok(response) => response.into_inner(),
+    let mut down = match replicate(channel, request).await {
+        Ok(down) => down,
         Err(status) => return status.into(),
     };
     let mut reading = shared.reading.subscribe();
@@ -357,6 +360,32 @@ async fn stream(shared: &Arc<Shared>, number: usize, channel: Channel) -> Ended 
             Err(status) => return status.into(),
         }
     }
+}
+
+/// The call `Replicate`, but that elements stay as they came.
+async fn replicate(
+    channel: Channel,
+    request: impl IntoStreamingRequest<Message = v1::Up>,
+) -> Result<Streaming<Down>, Status> {
+    let mut client = Grpc::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX + 64 * 1024);
+    client
+        .ready()
+        .await
+        .map_err(|error| Status::from_error(error.into()))?;
+    let path = PathAndQuery::from_static("/anabranch.v1.Anabranch/Replicate");
+    let codec = SmallBuffers::<v1::Up, Down>::default();
+    let response = client.streaming(request.into_streaming_request(), path, codec);
+    Ok(response.await?.into_inner())
+}
+
+/// A [`v1::Down`] of which nothing is decoded yet. To build all of its elements at once costs more than to look at them, and what
+/// a fleet costs is missing to the streamer beside it.
+#[derive(Message)]
+struct Down {
+    #[prost(bytes = "bytes", repeated, tag = "1")]
+    elements: Vec<Bytes>,
+    #[prost(bytes = "bytes", tag = "2")]
+    resume_token: Bytes,
 }
 
 /// What tonic spawns for a connection. Some of it would keep the connection open as long as there are Acks to say.
@@ -383,10 +412,10 @@ struct Reader {
 }
 
 impl Reader {
-    fn take(&mut self, shared: &Shared, state: &State, message: v1::Down) {
+    fn take(&mut self, shared: &Shared, state: &State, message: Down) {
         shared.messages.fetch_add(1, Relaxed);
         for element in message.elements {
-            match element.kind {
+            match v1::Element::decode(element).expect("an element").kind {
                 Some(Kind::Rows(rows)) => self.rows(shared, state, rows),
                 Some(Kind::Commit(commit)) => state.reached(commit.position),
                 Some(Kind::Heartbeat(heartbeat)) => state.reached(heartbeat.position),

@@ -6,7 +6,10 @@ use tokio::sync::Mutex;
 use tokio_postgres::{Client, Error, NoTls, Row, types::ToSql};
 
 use super::Server;
-use crate::runtime;
+use crate::{
+    runtime,
+    wait::{DEADLINE, until},
+};
 
 /// A database that only one test knows. When it is dropped, its slots and then itself are removed, in the background:
 /// a slot that nobody reads would keep all WAL of the server.
@@ -133,6 +136,18 @@ impl Database {
             .get::<_, String>(0)
             .parse()
             .expect("Postgres prints an LSN")
+    }
+
+    /// Until everybody sees what the streamer has written. Postgres sends a commit as soon as it is in the WAL, and shows it a
+    /// moment after: so a replica may have an answer of which a query knows nothing yet.
+    pub async fn until_visible(&self) {
+        let committing = "SELECT count(*) FROM pg_stat_activity
+                           WHERE datname = current_database() AND application_name LIKE 'anabranch writer%'
+                             AND backend_xid IS NOT NULL";
+        until("what is written is visible", DEADLINE, || async {
+            self.query(committing, &[]).await[0].get::<_, i64>(0) == 0
+        })
+        .await;
     }
 
     async fn ensure<'a>(&self, client: &'a mut Option<Client>) -> Result<&'a Client, Error> {

@@ -147,6 +147,7 @@ async fn is_settled(database: &Database, replicas: &[&Replica], expected: &str) 
     for replica in replicas {
         replica.until_equal(database, &SELECTS).await;
     }
+    database.until_visible().await;
     assert_eq!(arrived(database).await, expected);
 }
 

@@ -59,7 +59,7 @@ impl Pair {
         program(&self.replica.file())
     }
 
-    /// Until nothing is pending.
+    /// Until nothing is pending, and Postgres shows what became of it.
     async fn until_answered(&self) {
         let file = self.replica.open();
         until("all local writes are answered", DEADLINE, || async {
@@ -69,6 +69,7 @@ impl Pair {
             .is_ok_and(|pending| pending == 0)
         })
         .await;
+        self.database.until_visible().await;
     }
 
     async fn same(&self) {

@@ -74,7 +74,7 @@ impl Edge {
         connection
     }
 
-    /// Until nothing is pending.
+    /// Until nothing is pending, and Postgres shows what became of it.
     pub async fn until_answered(&self) {
         let file = self.replica.open();
         until("all local writes are answered", DEADLINE, || async {
@@ -83,6 +83,7 @@ impl Edge {
                 .is_ok_and(|pending| pending == 0)
         })
         .await;
+        self.database.until_visible().await;
     }
 
     /// The file equals Postgres, nothing of what was rejected is left.
