@@ -95,6 +95,9 @@ const UPDATE_MISSING: &str = "update_missing";
 /// Insufficient privilege.
 const NOT_ALLOWED: &str = "42501";
 
+/// Does not happen to what is sent by itself.
+const NOT_TRIED: &str = "a statement was not prepared";
+
 /// Errors that an old idea of a table's schema, or of the rights to it, may be the reason of.
 const STALE: &[&str] = &[
     "0A000",
@@ -189,6 +192,8 @@ enum Verdict {
     Answered,
     /// Again, at once; if that does not help, it is rejected, or it waits.
     Retry(String, Option<Rejection>),
+    /// At once: it was not tried.
+    Again,
     Reject(Rejection),
     Fail(Error),
 }
@@ -319,9 +324,12 @@ impl Writer {
                 match verdict {
                     Verdict::Answered => {
                         outcomes.push(Outcome::AlreadyAnswered);
+                        (attempt, looked_again) = (0, false);
                         continue;
                     }
                     Verdict::Fail(error) => return Err(error),
+                    // It comes first now.
+                    Verdict::Again => {}
                     Verdict::Retry(why, _) => {
                         attempt += 1;
                         wait(attempt, why).await?;
@@ -398,6 +406,7 @@ impl Writer {
             match judge(failure, seq) {
                 Verdict::Answered => return Ok(Outcome::AlreadyAnswered),
                 Verdict::Fail(error) => return Err(error),
+                Verdict::Again => return Err(Error::Transient(NOT_TRIED.into())),
                 Verdict::Reject(why) => return Err(Error::Definite(why.message)),
                 Verdict::Retry(why, _) => {
                     attempt += 1;
@@ -415,6 +424,7 @@ impl Writer {
             Some(Cause::Said(said)) => Err(said.error().into()),
             Some(Cause::Broken(why)) => Err(Error::Transient(why)),
             Some(Cause::Rejected(rejection)) => Err(Error::Definite(rejection.message)),
+            Some(Cause::Unprepared) => Err(Error::Transient(NOT_TRIED.into())),
         }
     }
 
@@ -457,8 +467,13 @@ impl Writer {
             found.push(targets);
         }
         self.busy = true;
-        let is_other = self.replica.as_ref() != Some(&replica.id);
-        let mut renewal = is_other.then_some(&*self.renewal);
+        let mut renewal = match self.is_of(&replica.id) {
+            true => None,
+            false => {
+                self.replica = None;
+                Some(&*self.renewal)
+            }
+        };
         let mut flight = Flight::new(&mut self.pipeline);
         let mut previous = *previous;
         let mut last = false;
@@ -467,8 +482,14 @@ impl Writer {
             last = i + 1 == transactions.len();
             let claim = if last { CLAIM } else { CLAIM_NOT_LAST };
             flight.next_transaction().await;
-            if let Some(renewal) = renewal.take() {
-                flight.simple(Step::Begin, renewal).await;
+            if let Some(sql) = renewal {
+                flight.simple(Step::Begin, sql).await;
+                flight.land().await;
+                if flight.has_failed() {
+                    // Nothing is executed with what another replica's write has set.
+                    break;
+                }
+                renewal = None;
             }
             send(&mut flight, replica, &previous, transaction, targets, claim).await;
             previous = transaction.hash;
@@ -478,7 +499,9 @@ impl Writer {
         }
         let failures = flight.finish().await;
         self.busy = false;
-        self.replica = Some(replica.id.clone());
+        if renewal.is_none() {
+            self.replica = Some(replica.id.clone());
+        }
         self.read_only |= failures.iter().flatten().any(is_of_read_only);
         if last && matches!(failures.last(), Some(None)) {
             self.unflushed = false;
@@ -697,6 +720,7 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
     let is_of_read_only = is_of_read_only(&failure);
     let said = match failure.cause {
         Cause::Rejected(rejection) => return Verdict::Reject(rejection),
+        Cause::Unprepared => return Verdict::Again,
         Cause::Broken(why) => return Verdict::Fail(Error::Transient(why)),
         Cause::Said(said) => said,
     };

@@ -3,6 +3,7 @@
 mod claims;
 pub mod fixture;
 mod forgery;
+mod groups;
 mod load;
 mod session;
 mod types;

@@ -4,7 +4,10 @@
 //! round trip. They are sent in groups (see [`pipeline`](super::super::pipeline)): the last statement of a transaction, and
 //! the next one up to where it is to be committed, or a part of a large one. A group whose statement fails is skipped from
 //! there on. What comes behind it of the transaction is refused by Postgres, which makes a ROLLBACK of its COMMIT; and the
-//! next one fails at its claim.
+//! next one fails at its claim, or goes on where the one before was answered already.
+//!
+//! **No group but the first of a transaction is sent before it is known to have begun.** Its BEGIN may be skipped, behind a COMMIT
+//! that fails: whatever came in a group of its own would be executed then, and stay, without a claim and as another role.
 //!
 //! **Where we wait** is between groups: then Postgres has read all that it was sent, and knows for a transaction that is open how
 //! long nothing has come (`idle_in_transaction_session_timeout`), which in the middle of a group it does not.
@@ -34,6 +37,10 @@ const WRITE_BYTES: usize = 16 << 10;
 
 /// What a statement takes beside its parameters, about.
 const STATEMENT_BYTES: usize = 64;
+
+/// A prepared statement is not there; and the function of the server that says so.
+const NO_SUCH_STATEMENT: &str = "26000";
+const FETCH: &str = "FetchPreparedStatement";
 
 /// A part of the transaction, for telling what an error means.
 #[derive(Clone, Debug)]
@@ -70,6 +77,9 @@ pub enum Cause {
     Broken(String),
     /// It can't even be asked of Postgres.
     Rejected(Rejection),
+    /// It was not tried: a statement of it was to be prepared by a transaction before it, which was skipped. That does not happen
+    /// to the first of a flight.
+    Unprepared,
 }
 
 /// What an answer is expected to.
@@ -100,6 +110,10 @@ pub struct Flight<'a> {
     group: (usize, usize),
     /// By transaction: the first error of it.
     failures: Vec<Option<Failure>>,
+    /// The transaction in hand is known to have begun, or to have failed.
+    begun: bool,
+    /// A statement was to be prepared, and was skipped: those that use it by its name fail.
+    unprepared: bool,
 }
 
 impl<'a> Flight<'a> {
@@ -111,12 +125,15 @@ impl<'a> Flight<'a> {
             bytes: 0,
             group: (0, 0),
             failures: Vec::new(),
+            begun: false,
+            unprepared: false,
         }
     }
 
     /// What is sent from here on belongs to another transaction.
     pub async fn next_transaction(&mut self) {
         self.failures.push(None);
+        self.begun = false;
         if let Some(sql) = self.pipeline.tidy() {
             self.simple(Step::Begin, sql).await;
         }
@@ -155,7 +172,12 @@ impl<'a> Flight<'a> {
         }
         self.group = (self.group.0 + 1, self.group.1 + bytes);
         if self.group.0 >= GROUP_STATEMENTS_MAX || self.group.1 >= GROUP_BYTES_MAX {
-            self.end_group().await;
+            if self.begun {
+                self.end_group().await;
+            } else {
+                self.land().await;
+                self.begun = true;
+            }
         }
     }
 
@@ -206,7 +228,8 @@ impl<'a> Flight<'a> {
         });
     }
 
-    async fn land(&mut self) {
+    /// Waits for all answers.
+    pub async fn land(&mut self) {
         self.end_group().await;
         self.land_until(|flight| flight.flying.is_empty(), false)
             .await;
@@ -251,7 +274,12 @@ impl<'a> Flight<'a> {
             }
             (Answer::Done { .. }, Sent::Simple) => {}
             (Answer::Failed(said), _) => {
-                self.failed(Cause::Said(said));
+                let unknown =
+                    said.sqlstate == NO_SUCH_STATEMENT && said.routine.as_deref() == Some(FETCH);
+                self.failed(match self.unprepared && unknown {
+                    true => Cause::Unprepared,
+                    false => Cause::Said(said),
+                });
                 // The rest of its group is not answered, which may have the beginning of another transaction.
                 while let Some(Sent::Statement(_)) = self.flying.front().map(|first| &first.sent) {
                     self.failed(Cause::Broken("skipped behind an error".into()));
@@ -291,6 +319,7 @@ impl<'a> Flight<'a> {
             self.bytes -= first.bytes;
             if let Sent::Statement(Some(text)) = first.sent {
                 self.pipeline.forget(&text);
+                self.unprepared = true;
             }
         }
     }

@@ -201,10 +201,15 @@ impl Fixture {
     }
 
     pub async fn until_somebody_waits(&self) {
-        until("somebody waits for a lock", DEADLINE, || async {
+        self.until_waiting(1).await;
+    }
+
+    /// Until so many wait for locks, or more.
+    pub async fn until_waiting(&self, count: usize) {
+        until("they wait for locks", DEADLINE, || async {
             let sql = "SELECT count(*)::text FROM pg_stat_activity
                         WHERE datname = current_database() AND wait_event_type = 'Lock'";
-            self.text(sql).await != "0"
+            self.text(sql).await.parse::<usize>().unwrap() >= count
         })
         .await;
     }

@@ -2,7 +2,7 @@
 
 use anabranch_proto::record::ValueRef::{Integer, Null, Text};
 use anabranch_streamer::{
-    postgres::writer::Outcome,
+    postgres::writer::{Error, Outcome},
     write::{NO_HASH, Policy},
 };
 
@@ -40,4 +40,32 @@ async fn what_one_replicas_write_sets_is_seen_by_the_next_ones() {
     let locks = "SELECT count(*)::text FROM pg_locks WHERE locktype = 'advisory'
                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
     assert_eq!(fixture.text(locks).await, "0");
+}
+
+/// A session that can't be made as good as new is not used as it is, also not the second time.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_replicas_write_set_is_in_force_where_it_can_not_be_reset() {
+    let fixture = Fixture::new("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let mut writer = fixture.writer().await;
+    let mut apply = async |name: &str, id| {
+        let transaction = Program::new(&rules, &["t"]).transaction(&[insert(0, &[Integer(id)])]);
+        let replica = fixture.replica(name);
+        writer
+            .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+            .await
+    };
+    assert_eq!(apply("r1", 1).await, Ok(Outcome::Applied));
+    fixture
+        .grant("REVOKE EXECUTE ON FUNCTION pg_advisory_unlock_all() FROM PUBLIC")
+        .await;
+    for _ in 0..2 {
+        let refused = apply("r2", 2).await;
+        assert!(matches!(refused, Err(Error::Definite(_))), "{refused:?}");
+    }
+    assert_eq!(fixture.text("SELECT count(*)::text FROM t").await, "1");
+    fixture
+        .grant("GRANT EXECUTE ON FUNCTION pg_advisory_unlock_all() TO PUBLIC")
+        .await;
+    assert_eq!(apply("r2", 2).await, Ok(Outcome::Applied));
 }
