@@ -374,8 +374,7 @@ impl v1::anabranch_server::Anabranch for Service {
                 role: role_of(&principal, writes.role.as_ref())?,
                 id: hello.replica_id,
                 subject: principal.subject.clone().unwrap_or_default(),
-                claims_json: serde_json::Value::from(serde_json::Map::clone(&principal.claims))
-                    .to_string(),
+                claims_json: plain_json(serde_json::Map::clone(&principal.claims).into()),
             },
             rules: rules(&self.views(&bounds)?),
             metrics: self.core.metrics.clone(),
@@ -515,4 +514,37 @@ fn check_replica_id(id: &str) -> Result<(), Status> {
     Err(Status::invalid_argument(
         "replica_id must be 1 to 64 of [A-Za-z0-9_-]",
     ))
+}
+
+/// JSON of ASCII only: the encoding of a database may have no other.
+fn plain_json(value: serde_json::Value) -> String {
+    use std::fmt::Write;
+    let json = value.to_string();
+    let mut plain = String::with_capacity(json.len());
+    for c in json.chars() {
+        match c.is_ascii() {
+            true => plain.push(c),
+            // Beyond ASCII it can only be in a string.
+            false => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| {
+                write!(plain, "\\u{unit:04x}").expect("a string grows");
+            }),
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn claims_in_ascii_are_the_same_claims() {
+        let claims = serde_json::json!({"sub": "Zoë \"😀\" \u{7f}", "näme": ["\\u00e9", 1]});
+        let plain = plain_json(claims.clone());
+        assert!(plain.is_ascii(), "{plain}");
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(&plain).unwrap(),
+            claims
+        );
+    }
 }

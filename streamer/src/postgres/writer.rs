@@ -98,6 +98,9 @@ const NOT_ALLOWED: &str = "42501";
 /// Does not happen to what is sent by itself.
 const NOT_TRIED: &str = "a statement was not prepared";
 
+/// The database's encoding has no such character.
+const UNTRANSLATABLE: &str = "22P05";
+
 /// Errors that an old idea of a table's schema, or of the rights to it, may be the reason of.
 const STALE: &[&str] = &[
     "0A000",
@@ -156,8 +159,8 @@ pub struct Writer {
     busy: bool,
     /// Something was committed that may not be durable yet.
     unflushed: bool,
-    /// Whose transactions it makes.
-    replica: Option<String>,
+    /// Whose transactions it makes, with these rights.
+    replica: Option<Replica>,
     /// What makes it as good as new for another replica: functions of the application may have changed settings of the
     /// session, which others' policies may read.
     renewal: String,
@@ -166,7 +169,7 @@ pub struct Writer {
 }
 
 /// Who writes.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Replica {
     /// Its id.
     pub id: String,
@@ -231,9 +234,9 @@ impl Writer {
         !self.busy && !self.read_only && self.pipeline.is_open()
     }
 
-    /// Whether the last transactions that it made were this replica's.
-    pub fn is_of(&self, replica: &str) -> bool {
-        self.replica.as_deref() == Some(replica)
+    /// Whether the last transactions that it made were this replica's, with the same rights.
+    pub fn is_of(&self, replica: &Replica) -> bool {
+        self.replica.as_ref() == Some(replica)
     }
 
     /// Applies the transaction that comes after the one with the hash `previous`, or records that it is rejected.
@@ -376,10 +379,14 @@ impl Writer {
         claimed: &[Entry],
         rejection: Rejection,
     ) -> Result<Outcome, Error> {
-        let mut attempt = 0;
+        let (mut attempt, mut plain) = (0, false);
         loop {
             self.usable()?;
             let text = |text: &str| Param::Text(text.replace('\0', ""));
+            let readable = |text: &str| {
+                let plain = |c: char| if plain && !c.is_ascii() { '?' } else { c };
+                text.chars().map(plain).collect::<String>()
+            };
             let optional = |text: Option<String>| text.map_or(Param::Null, Param::Text);
             let params = vec![
                 text(&replica.id),
@@ -391,7 +398,7 @@ impl Writer {
                 optional(rejection.entry.map(|entry| entry.to_string())),
                 text(&rejection.outcome),
                 text(&rejection.sqlstate),
-                text(&bounded(&rejection.message)),
+                text(&readable(&bounded(&rejection.message))),
                 optional(rejection.constraint.as_deref().map(bounded)),
             ];
             let Some(failure) = self
@@ -403,6 +410,10 @@ impl Writer {
                 self.unflushed = false;
                 return Ok(Outcome::Rejected(rejection));
             };
+            if !plain && failure.is_of(UNTRANSLATABLE) {
+                plain = true;
+                continue;
+            }
             match judge(failure, seq) {
                 Verdict::Answered => return Ok(Outcome::AlreadyAnswered),
                 Verdict::Fail(error) => return Err(error),
@@ -467,7 +478,7 @@ impl Writer {
             found.push(targets);
         }
         self.busy = true;
-        let mut renewal = match self.is_of(&replica.id) {
+        let mut renewal = match self.is_of(replica) {
             true => None,
             false => {
                 self.replica = None;
@@ -500,7 +511,7 @@ impl Writer {
         let failures = flight.finish().await;
         self.busy = false;
         if renewal.is_none() {
-            self.replica = Some(replica.id.clone());
+            self.replica = Some(replica.clone());
         }
         self.read_only |= failures.iter().flatten().any(is_of_read_only);
         if last && matches!(failures.last(), Some(None)) {

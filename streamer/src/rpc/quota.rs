@@ -137,14 +137,23 @@ impl Quotas {
 }
 
 impl Entered {
-    /// A local transaction of so many bytes came. How long to wait before the next is taken.
-    pub fn wrote(&self, bytes: usize, now: Instant) -> Duration {
+    /// A local transaction of so many bytes is taken.
+    pub fn wrote(&self, bytes: usize, now: Instant) {
+        self.spend(1.0, bytes as f64, now);
+    }
+
+    /// How long to wait before the next one is taken.
+    pub fn owes(&self, now: Instant) -> Duration {
+        self.spend(0.0, 0.0, now)
+    }
+
+    fn spend(&self, transactions: f64, bytes: f64, now: Instant) -> Duration {
         let Some(name) = &self.account else {
             return Duration::ZERO;
         };
         self.quotas.with(name, now, |account| {
-            let transactions = account.transactions.spend(1.0, now, true);
-            transactions.max(account.bytes.spend(bytes as f64, now, true))
+            let transactions = account.transactions.spend(transactions, now, true);
+            transactions.max(account.bytes.spend(bytes, now, true))
         })
     }
 }
@@ -266,15 +275,19 @@ mod tests {
         let (quotas, now) = (quotas(), Instant::now());
         let call = |who: &str| quotas.enter(Some(who.into()), Kind::Write, now).unwrap();
         let (first, second) = (call("a"), call("a"));
-        let waits: Vec<_> = (0..110).map(|_| first.wrote(1, now)).collect();
+        let write = |call: &Entered, bytes| {
+            call.wrote(bytes, now);
+            call.owes(now)
+        };
+        let waits: Vec<_> = (0..110).map(|_| write(&first, 1)).collect();
         assert!(waits[..100].iter().all(Duration::is_zero));
         assert_eq!(waits[109], Duration::from_secs(1));
         // It is of the subject, not of the call.
-        assert!(second.wrote(1, now) > Duration::from_secs(1));
+        assert!(write(&second, 1) > Duration::from_secs(1));
         let large = call("b");
-        assert_eq!(large.wrote(12_000, now), Duration::from_secs(2));
-        assert_eq!(large.wrote(0, now + Duration::from_secs(3)), Duration::ZERO);
-        assert!(call("c").wrote(1, now).is_zero());
+        assert_eq!(write(&large, 12_000), Duration::from_secs(2));
+        assert_eq!(large.owes(now + Duration::from_secs(3)), Duration::ZERO);
+        assert!(write(&call("c"), 1).is_zero());
     }
 
     #[test]

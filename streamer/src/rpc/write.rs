@@ -90,7 +90,7 @@ impl Writers {
     }
 
     /// For a replica: rather one that it had before, which is as it left it.
-    async fn take(&self, replica: &str) -> Result<Held<'_>, writer::Error> {
+    async fn take(&self, replica: &Replica) -> Result<Held<'_>, writer::Error> {
         let place = Semaphore::acquire_owned(self.free.clone()).await;
         let place = place.expect("it is never closed");
         let idle = {
@@ -230,12 +230,14 @@ impl Call {
             let next = match kind {
                 Some(write_up::Kind::Transaction(piece)) => match assembler.push(piece) {
                     Ok(Some(transaction)) => {
-                        // Who sends more than he may waits here, and the connection makes his replica wait.
-                        let wait = self.entered.wrote(transaction.bytes(), Instant::now());
+                        // Who sent more than he may waits here, and the connection makes his replica wait. It is counted when
+                        // it is taken: or else one that comes again, since the call ended meanwhile, would wait longer each time.
+                        let wait = self.entered.owes(Instant::now());
                         // Not even for nothing: a timer takes up to a millisecond for that.
                         if !wait.is_zero() {
                             tokio::time::sleep(wait).await;
                         }
+                        self.entered.wrote(transaction.bytes(), Instant::now());
                         let room = place(&room, transaction.bytes()).await;
                         Work::Transaction(transaction, room)
                     }
@@ -335,9 +337,14 @@ impl Call {
                 continue;
             }
             let (seq, hash) = (transaction.seq, transaction.hash);
-            match self.read(&before.hash, transaction)? {
-                Ok(read) => run.push(Read(read)),
-                Err(rejection) => {
+            match self.read(&before.hash, transaction) {
+                Ok(Ok(read)) => run.push(Read(read)),
+                Err(status) => {
+                    // Those before it are sound.
+                    self.apply(answered, &run).await?;
+                    return Err(status);
+                }
+                Ok(Err(rejection)) => {
                     self.apply(answered, &run).await?;
                     run.clear();
                     self.reject(answered, seq, hash, rejection).await?;
@@ -482,7 +489,7 @@ impl Call {
     /// A writer, as soon as there is one. It is given back before anything is waited for.
     async fn held<'a>(&'a self, patience: &mut Patience) -> Result<Held<'a>, Status> {
         loop {
-            match self.writers.take(&self.replica.id).await {
+            match self.writers.take(&self.replica).await {
                 Ok(held) => return Ok(held),
                 Err(error) => patience.after(error).await?,
             }

@@ -68,6 +68,13 @@ pub struct Failure {
     pub cause: Cause,
 }
 
+impl Failure {
+    /// Whether Postgres said this SQLSTATE.
+    pub fn is_of(&self, sqlstate: &str) -> bool {
+        matches!(&self.cause, Cause::Said(said) if said.sqlstate == sqlstate)
+    }
+}
+
 /// What failed.
 #[derive(Debug)]
 pub enum Cause {

@@ -74,9 +74,11 @@ impl Fixture {
     }
 
     pub async fn on(server: &Server, sql: &str) -> Fixture {
-        let fixture = Fixture {
-            database: server.database().await,
-        };
+        Fixture::of(server.database().await, sql).await
+    }
+
+    pub async fn of(database: Database, sql: &str) -> Fixture {
+        let fixture = Fixture { database };
         fixture.database.execute(sql).await;
         let (app, login) = (fixture.app(), fixture.login());
         fixture

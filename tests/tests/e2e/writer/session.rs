@@ -69,3 +69,37 @@ async fn what_another_replicas_write_set_is_in_force_where_it_can_not_be_reset()
         .await;
     assert_eq!(apply("r2", 2).await, Ok(Outcome::Applied));
 }
+
+/// A token that is renewed may say less than the one before.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_set_under_other_claims_is_seen_with_new_ones() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, seen text);
+         CREATE FUNCTION remember() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             NEW.seen := nullif(current_setting('app.claims', true), '');
+             PERFORM set_config('app.claims', current_setting('request.jwt.claims'), false);
+             RETURN NEW; END $$;
+         CREATE TRIGGER remember BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION remember()",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let mut replica = fixture.replica("r1");
+    let mut previous = NO_HASH;
+    for (id, claims) in [
+        (1, r#"{"tenant":1}"#),
+        (2, r#"{"tenant":1}"#),
+        (3, r#"{"tenant":2}"#),
+    ] {
+        claims.clone_into(&mut replica.claims_json);
+        let transaction = program.transaction(&[insert(0, &[Integer(id), Null])]);
+        let outcome = writer
+            .apply(&replica, &previous, &transaction, &rules.rules)
+            .await;
+        assert_eq!(outcome, Ok(Outcome::Applied));
+        previous = transaction.hash;
+    }
+    let seen = "SELECT string_agg(coalesce(seen, '-'), ' ' ORDER BY id) FROM t";
+    assert_eq!(fixture.text(seen).await, r#"- {"tenant":1} -"#);
+}

@@ -1,12 +1,17 @@
 //! Every value of every type goes up as it came down.
 
-use anabranch_proto::record::{self, Builder};
-use anabranch_streamer::postgres::writer::Outcome;
+use anabranch_proto::record::{
+    self, Builder,
+    ValueRef::{Integer, Null, Text},
+};
 use anabranch_streamer::{
-    postgres::convert,
+    postgres::{convert, writer::Outcome},
     write::{NO_HASH, Policy},
 };
-use anabranch_tests::types::{SETUP, TYPES};
+use anabranch_tests::{
+    postgres::Server,
+    types::{SETUP, TYPES},
+};
 
 use super::fixture::{Fixture, Program, insert};
 
@@ -105,4 +110,36 @@ async fn every_value_goes_up_as_it_came_down() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Neither what a program writes nor what we say of it must be of the database's letters.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rejection_that_the_encoding_has_no_letters_for_blocks_what_is_behind() {
+    let latin = "ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0";
+    let database = Server::shared().await.database_with(latin).await;
+    let fixture = Fixture::of(
+        database,
+        "CREATE TABLE t (id int PRIMARY KEY, n numeric, note text)",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let mut program = Program::new(&rules, &["t"]);
+    let all = [
+        program.transaction(&[insert(0, &[Integer(1), Null, Text("5 €")])]),
+        program.transaction(&[insert(0, &[Integer(2), Text("five"), Null])]),
+        program.transaction(&[insert(0, &[Integer(3), Text("5"), Text("né")])]),
+    ];
+    let mut writer = fixture.writer().await;
+    let replica = fixture.replica("r1");
+    let applied = writer
+        .apply_many(&replica, &NO_HASH, &all, &rules.rules)
+        .await;
+    assert_eq!(applied.error, None);
+    let sqlstates = applied.outcomes.iter().map(|outcome| match outcome {
+        Outcome::Rejected(rejection) => &*rejection.sqlstate,
+        _ => "",
+    });
+    assert_eq!(sqlstates.collect::<Vec<_>>(), ["22P05", "22P02", ""]);
+    let rows = "SELECT (SELECT string_agg(id || ' ' || note, ', ') FROM t) || '; ' || count(*) FROM anabranch.rejections";
+    assert_eq!(fixture.text(rows).await, "3 né; 2");
 }
