@@ -39,6 +39,13 @@ use super::{
 /// As many prepared statements are kept; others are parsed each time.
 const PREPARED_MAX: usize = 512;
 
+/// What the names of prepared statements begin with: a number follows. An application's own are called otherwise.
+const NAME: &str = "anabranch ";
+
+/// A prepared statement is not there; and the function of the server that says so.
+const NO_SUCH_STATEMENT: &str = "26000";
+const FETCH: &str = "FetchPreparedStatement";
+
 /// Read at once, at most.
 const READ_BYTES: usize = 16 * 1024;
 
@@ -61,6 +68,8 @@ pub struct Pipeline {
     named: u64,
     /// The server has prepared statements that are not known here any more.
     forgotten: bool,
+    /// None are to be prepared.
+    unnamed: bool,
     server_version: u32,
     broken: bool,
 }
@@ -94,6 +103,7 @@ impl Pipeline {
             prepared: HashMap::new(),
             named: 0,
             forgotten: false,
+            unnamed: false,
             server_version,
             broken: false,
         };
@@ -139,13 +149,13 @@ impl Pipeline {
     fn add(&mut self, text: &str, params: &[Param]) -> io::Result<Option<String>> {
         let (name, parsed) = match self.prepared.get(text) {
             Some(name) => (&**name, None),
-            None if self.prepared.len() >= PREPARED_MAX => {
+            None if self.unnamed || self.prepared.len() >= PREPARED_MAX => {
                 frontend::parse("", text, [], &mut self.write)?;
                 ("", None)
             }
             None => {
                 self.named += 1;
-                let name = format!("s{}", self.named);
+                let name = format!("{NAME}{}", self.named);
                 frontend::parse(&name, text, [], &mut self.write)?;
                 let name = self.prepared.entry(text.into()).or_insert(name.into());
                 (&**name, Some(text.to_owned()))
@@ -177,6 +187,21 @@ impl Pipeline {
     pub fn forget_all(&mut self) {
         self.prepared.clear();
         self.forgotten = true;
+    }
+
+    /// From here on statements are prepared, or are not. What is prepared is forgotten.
+    pub fn prepare(&mut self, prepare: bool) {
+        if self.unnamed == prepare {
+            self.unnamed = !prepare;
+            self.forget_all();
+        }
+    }
+
+    /// Whether an error says that a statement, which we prepared, is not there.
+    pub fn is_unprepared(said: &Said) -> bool {
+        // In any language.
+        let named = said.message.contains(NAME);
+        said.sqlstate == NO_SUCH_STATEMENT && said.routine.as_deref() == Some(FETCH) && named
     }
 
     /// SQL to be sent, between groups, before anything else: it drops what is not known here any more. None: nothing is to

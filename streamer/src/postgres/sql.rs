@@ -295,10 +295,10 @@ pub(super) fn pin_later(server_version: u32) -> String {
 }
 
 /// SQL that makes a session what it was when it began, but for prepared statements: whoever used it before may have set
-/// what it liked.
+/// what it liked. RESET ALL leaves the role out.
 pub(super) fn renewal(server_version: u32) -> String {
     format!(
-        "RESET ALL; {} SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES",
+        "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; {} SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES",
         pin_later(server_version)
     )
 }

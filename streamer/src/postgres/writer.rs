@@ -95,8 +95,11 @@ const UPDATE_MISSING: &str = "update_missing";
 /// Insufficient privilege.
 const NOT_ALLOWED: &str = "42501";
 
-/// Does not happen to what is sent by itself.
-const NOT_TRIED: &str = "a statement was not prepared";
+/// Does not happen twice: the second time none is prepared.
+const NOT_PREPARED: &str = "a prepared statement is not there any more";
+
+/// A limit of Postgres is reached.
+const LIMIT: &str = "54000";
 
 /// The database's encoding has no such character.
 const UNTRANSLATABLE: &str = "22P05";
@@ -105,7 +108,6 @@ const UNTRANSLATABLE: &str = "22P05";
 const STALE: &[&str] = &[
     "0A000",
     "23502",
-    "26000",
     "428C9",
     NOT_ALLOWED,
     "42703",
@@ -140,7 +142,8 @@ const REJECT: &str = "SELECT anabranch.reject($1::pg_catalog.text, $2::pg_catalo
      $11::pg_catalog.text)";
 
 /// Claims stay in force for the last look: policies for everybody read them, for the login role too, and may fail without.
-const AFTER: [&str; 2] = ["SET CONSTRAINTS ALL IMMEDIATE", "SET LOCAL ROLE NONE"];
+/// The role is not set for the transaction only: what a trigger set for longer would come back with its end.
+const AFTER: [&str; 2] = ["SET CONSTRAINTS ALL IMMEDIATE", "SET ROLE NONE"];
 
 /// Compiling takes longer than any of our statements. And a streamer whose machine is gone must be noticed where Postgres
 /// waits for the rest of a group, too.
@@ -195,7 +198,7 @@ enum Verdict {
     Answered,
     /// Again, at once; if that does not help, it is rejected, or it waits.
     Retry(String, Option<Rejection>),
-    /// At once: it was not tried.
+    /// Again, at once: statements were missing.
     Again,
     Reject(Rejection),
     Fail(Error),
@@ -303,6 +306,7 @@ impl Writer {
     ) -> Result<(), Error> {
         let (mut attempt, mut looked_again) = (0, false);
         while outcomes.len() < transactions.len() {
+            let first = outcomes.len();
             let before = |outcomes: &Vec<_>| match outcomes.len().checked_sub(1) {
                 Some(last) => transactions[last].as_ref().hash,
                 None => *previous,
@@ -331,8 +335,13 @@ impl Writer {
                         continue;
                     }
                     Verdict::Fail(error) => return Err(error),
-                    // It comes first now.
-                    Verdict::Again => {}
+                    // It comes first now; or else it drops statements itself.
+                    Verdict::Again if outcomes.len() > first => {}
+                    Verdict::Again => {
+                        self.pipeline.prepare(false);
+                        attempt += 1;
+                        wait(attempt, NOT_PREPARED.into()).await?;
+                    }
                     Verdict::Retry(why, _) => {
                         attempt += 1;
                         wait(attempt, why).await?;
@@ -362,6 +371,9 @@ impl Writer {
                 }
                 // Those behind it found that it is missing.
                 break;
+            }
+            if outcomes.len() > first {
+                self.pipeline.prepare(true);
             }
             if !self.unflushed {
                 *durable = outcomes.len();
@@ -417,7 +429,11 @@ impl Writer {
             match judge(failure, seq) {
                 Verdict::Answered => return Ok(Outcome::AlreadyAnswered),
                 Verdict::Fail(error) => return Err(error),
-                Verdict::Again => return Err(Error::Transient(NOT_TRIED.into())),
+                Verdict::Again => {
+                    self.pipeline.prepare(false);
+                    attempt += 1;
+                    wait(attempt, NOT_PREPARED.into()).await?;
+                }
                 Verdict::Reject(why) => return Err(Error::Definite(why.message)),
                 Verdict::Retry(why, _) => {
                     attempt += 1;
@@ -435,7 +451,7 @@ impl Writer {
             Some(Cause::Said(said)) => Err(said.error().into()),
             Some(Cause::Broken(why)) => Err(Error::Transient(why)),
             Some(Cause::Rejected(rejection)) => Err(Error::Definite(rejection.message)),
-            Some(Cause::Unprepared) => Err(Error::Transient(NOT_TRIED.into())),
+            Some(Cause::Unprepared) => Err(Error::Transient(NOT_PREPARED.into())),
         }
     }
 
@@ -445,10 +461,18 @@ impl Writer {
         let mut flight = Flight::new(&mut self.pipeline);
         flight.next_transaction().await;
         send(&mut flight).await;
-        let failure = flight.finish().await.pop().flatten();
+        let failures = flight.finish().await;
         self.busy = false;
-        self.read_only |= failure.as_ref().is_some_and(is_of_read_only);
-        failure
+        self.learn(&failures);
+        failures.into_iter().next_back().flatten()
+    }
+
+    /// What failures say of the connection.
+    fn learn(&mut self, failures: &[Option<Failure>]) {
+        self.read_only |= failures.iter().flatten().any(is_of_read_only);
+        if failures.iter().flatten().any(is_of_session) {
+            self.pipeline.give_up();
+        }
     }
 
     fn usable(&mut self) -> Result<(), Error> {
@@ -513,7 +537,7 @@ impl Writer {
         if renewal.is_none() {
             self.replica = Some(replica.clone());
         }
-        self.read_only |= failures.iter().flatten().any(is_of_read_only);
+        self.learn(&failures);
         if last && matches!(failures.last(), Some(None)) {
             self.unflushed = false;
         } else if failures.iter().any(Option::is_none) {
@@ -609,6 +633,9 @@ async fn send(
             flight.statement(Step::Constraints, after, &[]).await;
         }
         for (rule, check) in checks {
+            if flight.has_failed() {
+                break;
+            }
             flight
                 .statement(Step::Check(rule), &check.text, &check.params)
                 .await;
@@ -772,14 +799,23 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
     };
     // A function of the application may raise what it likes, whatever it means by it: no operator will mend that, and it may
     // be raised each time.
-    let raised = match &failure.step {
-        _ if said.routine.as_deref() != Some(RAISE) => None,
+    let own = match &failure.step {
         Step::Effect(entry, _) => Some(rejection(Some(*entry), "error")),
         Step::Constraints | Step::Commit => Some(rejection(None, "error")),
         Step::Begin | Step::Claim | Step::Check(_) => None,
     };
+    let is_raised = said.routine.as_deref() == Some(RAISE);
+    let raised = own.clone().filter(|_| is_raised);
     match classify(sqlstate) {
         Class::Final => {}
+        // The queue of notifications is full, for all: whoever listens is slow.
+        Class::Doubtful if sqlstate == LIMIT && matches!(failure.step, Step::Commit) => {
+            return Verdict::Fail(Error::Transient(error.to_string()));
+        }
+        Class::Doubtful if own.is_some() => {
+            return Verdict::Retry(bounded(&error.to_string()), own);
+        }
+        Class::Doubtful => {}
         Class::Transient if raised.is_none() => return Verdict::Fail(error.into()),
         Class::Retry | Class::Transient => {
             return Verdict::Retry(bounded(&error.to_string()), raised);
@@ -832,6 +868,18 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         Step::Effect(entry, _) => rejection(Some(*entry), "error"),
         Step::Constraints | Step::Commit => rejection(None, "error"),
     })
+}
+
+/// Whether nobody can say that another session would fail too: something of the application may have been left in this one.
+fn is_of_session(failure: &Failure) -> bool {
+    let Cause::Said(said) = &failure.cause else {
+        return false;
+    };
+    let ours = [OUT_OF_ORDER, ALREADY_CLAIMED, FORKED, OTHER_SUBJECT];
+    matches!(failure.step, Step::Begin | Step::Claim)
+        && !ours.contains(&&*said.sqlstate)
+        && said.sqlstate != UNTRANSLATABLE
+        && matches!(classify(&said.sqlstate), Class::Final | Class::Doubtful)
 }
 
 /// Whether it failed as a standby fails, which does not even begin a transaction that writes.

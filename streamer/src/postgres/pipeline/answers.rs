@@ -29,7 +29,10 @@ pub enum Answer {
     /// A statement failed. What was sent behind it is skipped up to the next Sync.
     Failed(Box<Said>),
     /// All up to a Sync, or of a simple query, is answered.
-    Ready,
+    Ready {
+        /// No transaction is open.
+        idle: bool,
+    },
 }
 
 /// An error of Postgres. What it said of values (DETAIL, HINT) is not kept.
@@ -108,7 +111,12 @@ impl Answers {
             let answer = match tag {
                 b'1' => Some(Answer::Parsed),
                 b'I' => Some(Answer::Done { rolled_back: false }),
-                b'Z' => Some(Answer::Ready),
+                b'Z' => match read.get(HEADER_BYTES) {
+                    None => return Ok(None),
+                    Some(status) => Some(Answer::Ready {
+                        idle: *status == b'I',
+                    }),
+                },
                 b'C' if body > TAG_BYTES_MAX => return Err(Unexpected),
                 b'C' => match read.get(HEADER_BYTES..HEADER_BYTES + body) {
                     None => return Ok(None),
@@ -246,7 +254,7 @@ mod tests {
             Answer::Done { rolled_back: false },
             Answer::Done { rolled_back: true },
             Answer::Failed(Box::new(said)),
-            Answer::Ready,
+            Answer::Ready { idle: true },
         ];
         for piece in [1, 2, 3, 5, 7, 1000, 1_000_000] {
             assert_eq!(answers(&bytes, piece).unwrap(), expected);

@@ -38,10 +38,6 @@ const WRITE_BYTES: usize = 16 << 10;
 /// What a statement takes beside its parameters, about.
 const STATEMENT_BYTES: usize = 64;
 
-/// A prepared statement is not there; and the function of the server that says so.
-const NO_SUCH_STATEMENT: &str = "26000";
-const FETCH: &str = "FetchPreparedStatement";
-
 /// A part of the transaction, for telling what an error means.
 #[derive(Clone, Debug)]
 pub enum Step {
@@ -84,8 +80,8 @@ pub enum Cause {
     Broken(String),
     /// It can't even be asked of Postgres.
     Rejected(Rejection),
-    /// It was not tried: a statement of it was to be prepared by a transaction before it, which was skipped. That does not happen
-    /// to the first of a flight.
+    /// A statement is not there that was prepared: or was to be, by a transaction before it that was skipped; or a function of
+    /// the application dropped it.
     Unprepared,
 }
 
@@ -119,8 +115,8 @@ pub struct Flight<'a> {
     failures: Vec<Option<Failure>>,
     /// The transaction in hand is known to have begun, or to have failed.
     begun: bool,
-    /// A statement was to be prepared, and was skipped: those that use it by its name fail.
-    unprepared: bool,
+    /// A transaction was open when all was answered that was last.
+    open: bool,
 }
 
 impl<'a> Flight<'a> {
@@ -133,7 +129,7 @@ impl<'a> Flight<'a> {
             group: (0, 0),
             failures: Vec::new(),
             begun: false,
-            unprepared: false,
+            open: false,
         }
     }
 
@@ -216,6 +212,10 @@ impl<'a> Flight<'a> {
     /// Waits for all answers. By transaction: the first error of it.
     pub async fn finish(mut self) -> Vec<Option<Failure>> {
         self.land().await;
+        if self.open {
+            // Its end failed before it was executed.
+            self.pipeline.give_up();
+        }
         self.failures
     }
 
@@ -281,9 +281,7 @@ impl<'a> Flight<'a> {
             }
             (Answer::Done { .. }, Sent::Simple) => {}
             (Answer::Failed(said), _) => {
-                let unknown =
-                    said.sqlstate == NO_SUCH_STATEMENT && said.routine.as_deref() == Some(FETCH);
-                self.failed(match self.unprepared && unknown {
+                self.failed(match Pipeline::is_unprepared(&said) {
                     true => Cause::Unprepared,
                     false => Cause::Said(said),
                 });
@@ -293,8 +291,11 @@ impl<'a> Flight<'a> {
                     self.pop();
                 }
             }
-            (Answer::Ready, Sent::Simple | Sent::Sync) => self.pop(),
-            (Answer::Parsed | Answer::Done { .. } | Answer::Ready, _) => {
+            (Answer::Ready { idle }, Sent::Simple | Sent::Sync) => {
+                self.open = !idle;
+                self.pop();
+            }
+            (Answer::Parsed | Answer::Done { .. } | Answer::Ready { .. }, _) => {
                 self.pipeline.give_up();
                 self.broke(&sql::Error::Transient(
                     "Postgres answered what was not asked".into(),
@@ -326,7 +327,6 @@ impl<'a> Flight<'a> {
             self.bytes -= first.bytes;
             if let Sent::Statement(Some(text)) = first.sent {
                 self.pipeline.forget(&text);
-                self.unprepared = true;
             }
         }
     }

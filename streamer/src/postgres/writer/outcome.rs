@@ -73,6 +73,8 @@ impl From<super::sql::Error> for Error {
 pub enum Class {
     /// The same again, at once.
     Retry,
+    /// The same again, at once; if that does not help, never again.
+    Doubtful,
     /// The same again, when something has changed.
     Transient,
     /// Never again.
@@ -89,6 +91,11 @@ pub fn classify(sqlstate: &str) -> Class {
     match sqlstate {
         // Serialization failure, deadlock.
         "40001" | "40P01" => Class::Retry,
+        // Something is in use, or was changed meanwhile (internal errors say so); a limit is reached, of this transaction or of all;
+        // a snapshot is too old.
+        "55006" | "54000" | "72000" | "XX000" => Class::Doubtful,
+        // A page or an index is damaged; another server that a table is of does not answer.
+        "XX001" | "XX002" | "HV00N" => Class::Transient,
         // A lock was waited for, long enough: others want the connection.
         "55P03" => Class::Transient,
         // Completion unknown; read-only: a standby, or a primary whose disk is full; idle too long.
@@ -130,8 +137,11 @@ mod tests {
 
     #[test]
     fn errors_are_retried_waited_out_or_final() {
-        use Class::{Final, Retry, Transient};
+        use Class::{Doubtful, Final, Retry, Transient};
         for (sqlstate, class) in [
+            ("XX000", Doubtful),
+            ("54000", Doubtful),
+            ("XX002", Transient),
             ("40001", Retry),
             ("40P01", Retry),
             ("55P03", Transient),
@@ -160,7 +170,6 @@ mod tests {
             ("P0001", Final),
             ("40002", Final),
             ("0A000", Final),
-            ("XX000", Final),
             ("", Final),
         ] {
             assert_eq!(classify(sqlstate), class, "{sqlstate}");

@@ -121,3 +121,79 @@ async fn what_is_sent_behind_a_commit_that_fails_is_executed_without_a_claim() {
         .await;
     assert_eq!(again.outcomes, [(); 3].map(|()| Outcome::AlreadyAnswered));
 }
+
+/// What a function of the application drops, at any place, is prepared again, or not prepared.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trigger_that_drops_prepared_statements_rejects_or_blocks_writes() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, n int);
+         CREATE FUNCTION drop_all() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN DEALLOCATE ALL; RETURN NEW; END $$;
+         CREATE TRIGGER drops AFTER INSERT ON t FOR EACH ROW WHEN (NEW.n = 13) EXECUTE FUNCTION drop_all()",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let mut program = Program::new(&rules, &["t"]);
+    let inserted = |id, n| insert(0, &[Integer(id), Integer(n)]);
+    let all = [
+        program.transaction(&[inserted(1, 0)]),
+        program.transaction(&[inserted(2, 13)]),
+        program.transaction(&[inserted(3, 0)]),
+        program.transaction(&[inserted(4, 13), inserted(5, 13), inserted(6, 0)]),
+        program.transaction(&[inserted(7, 0), inserted(8, 13)]),
+        program.transaction(&[inserted(9, 0)]),
+    ];
+    let replica = fixture.replica("r1");
+    let mut done = 0;
+    let mut previous = NO_HASH;
+    // A connection that ends within a transaction is not used again.
+    for _ in 0..4 {
+        let mut writer = fixture.writer().await;
+        let rest = &all[done..];
+        let applied = writer
+            .apply_many(&replica, &previous, rest, &rules.rules)
+            .await;
+        for outcome in &applied.outcomes {
+            assert!(
+                matches!(outcome, Outcome::Applied | Outcome::AlreadyAnswered),
+                "{outcome:?}"
+            );
+            previous = all[done].hash;
+            done += 1;
+        }
+        assert_eq!(
+            writer.is_usable(),
+            applied.error.is_none(),
+            "{:?}",
+            applied.error
+        );
+    }
+    assert_eq!(done, all.len());
+    let rows = "SELECT string_agg(id::text, ' ' ORDER BY id) FROM t";
+    assert_eq!(fixture.text(rows).await, "1 2 3 4 5 6 7 8 9");
+}
+
+/// Internal errors may be of what others do at the moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_else_changed_meanwhile_rejects_a_write() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY);
+         CREATE FUNCTION helper() RETURNS int LANGUAGE sql AS 'SELECT 1';
+         CREATE FUNCTION alter_it() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
+             EXECUTE 'ALTER FUNCTION public.helper() COST 5'; RETURN NEW; END $$;
+         CREATE TRIGGER alters BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION alter_it()",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let transaction = Program::new(&rules, &["t"]).transaction(&[insert(0, &[Integer(1)])]);
+    let other = fixture.database.connect().await;
+    let first = "BEGIN; ALTER FUNCTION helper() COST 7";
+    other.batch_execute(first).await.unwrap();
+    let mut writer = fixture.writer().await;
+    let replica = fixture.replica("r1");
+    let applied = writer.apply(&replica, &NO_HASH, &transaction, &rules.rules);
+    let (outcome, ()) = tokio::join!(applied, async {
+        fixture.until_somebody_waits().await;
+        other.batch_execute("COMMIT").await.unwrap();
+    });
+    assert_eq!(outcome, Ok(Outcome::Applied));
+}

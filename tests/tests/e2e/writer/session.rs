@@ -2,7 +2,7 @@
 
 use anabranch_proto::record::ValueRef::{Integer, Null, Text};
 use anabranch_streamer::{
-    postgres::writer::{Error, Outcome},
+    postgres::writer::{Error, Outcome, Writer},
     write::{NO_HASH, Policy},
 };
 
@@ -47,27 +47,28 @@ async fn what_one_replicas_write_sets_is_seen_by_the_next_ones() {
 async fn what_another_replicas_write_set_is_in_force_where_it_can_not_be_reset() {
     let fixture = Fixture::new("CREATE TABLE t (id int PRIMARY KEY)").await;
     let rules = fixture.rules(&["t"], &Policy::default()).await;
-    let mut writer = fixture.writer().await;
-    let mut apply = async |name: &str, id| {
+    let apply = async |writer: &mut Writer, name: &str, id| {
         let transaction = Program::new(&rules, &["t"]).transaction(&[insert(0, &[Integer(id)])]);
         let replica = fixture.replica(name);
         writer
             .apply(&replica, &NO_HASH, &transaction, &rules.rules)
             .await
     };
-    assert_eq!(apply("r1", 1).await, Ok(Outcome::Applied));
+    let mut writer = fixture.writer().await;
+    assert_eq!(apply(&mut writer, "r1", 1).await, Ok(Outcome::Applied));
     fixture
         .grant("REVOKE EXECUTE ON FUNCTION pg_advisory_unlock_all() FROM PUBLIC")
         .await;
-    for _ in 0..2 {
-        let refused = apply("r2", 2).await;
-        assert!(matches!(refused, Err(Error::Definite(_))), "{refused:?}");
-    }
+    let refused = apply(&mut writer, "r2", 2).await;
+    assert!(matches!(refused, Err(Error::Definite(_))), "{refused:?}");
+    assert!(!writer.is_usable());
+    assert!(apply(&mut writer, "r2", 2).await.is_err());
     assert_eq!(fixture.text("SELECT count(*)::text FROM t").await, "1");
     fixture
         .grant("GRANT EXECUTE ON FUNCTION pg_advisory_unlock_all() TO PUBLIC")
         .await;
-    assert_eq!(apply("r2", 2).await, Ok(Outcome::Applied));
+    let mut writer = fixture.writer().await;
+    assert_eq!(apply(&mut writer, "r2", 2).await, Ok(Outcome::Applied));
 }
 
 /// A token that is renewed may say less than the one before.
@@ -102,4 +103,32 @@ async fn what_was_set_under_other_claims_is_seen_with_new_ones() {
     }
     let seen = "SELECT string_agg(coalesce(seen, '-'), ' ' ORDER BY id) FROM t";
     assert_eq!(fixture.text(seen).await, r#"- {"tenant":1} -"#);
+}
+
+/// A trigger may set the role of the session: it would come back as the transaction ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_a_trigger_sets_stays() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY);
+         CREATE FUNCTION stay() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             EXECUTE format('SET ROLE %I', current_user); RETURN NEW; END $$;
+         CREATE TRIGGER stay BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION stay()",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let mut writer = fixture.writer().await;
+    let mut program = Program::new(&rules, &["t"]);
+    let all: Vec<_> = (1..=3)
+        .map(|id| program.transaction(&[insert(0, &[Integer(id)])]))
+        .collect();
+    let replica = fixture.replica("r1");
+    let applied = writer
+        .apply_many(&replica, &NO_HASH, &all, &rules.rules)
+        .await;
+    assert_eq!(applied.error, None);
+    assert_eq!(applied.outcomes, [(); 3].map(|()| Outcome::Applied));
+    let other = Program::new(&rules, &["t"]).transaction(&[insert(0, &[Integer(4)])]);
+    let replica = fixture.replica("r2");
+    let outcome = writer.apply(&replica, &NO_HASH, &other, &rules.rules).await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
 }
