@@ -50,7 +50,7 @@ pub async fn check(
         for role in missing(client, writing.roles).await? {
             findings.push(Finding::warning(
                 format!("auth.role allows the role {role:?}, which is not there: writes of its tokens are refused"),
-                format!("CREATE ROLE {};\nand GRANT it what it may do", identifier(&role)),
+                format!("CREATE ROLE {};\nGRANT it what it may do, and restart a streamer that runs", identifier(&role)),
             ));
         }
     }

@@ -44,8 +44,30 @@ pub struct ColumnFacts {
     pub always: bool,
 }
 
+/// Makes sure that the role may call what statements refuse by. Or else it would be missing only where something is to be refused,
+/// and look like a right that the write has not.
+async fn may_refuse(client: &Client, role: Option<&str>) -> Result<(), Error> {
+    let rows = client
+        .query(
+            "SELECT r, pg_catalog.has_schema_privilege(r, 'anabranch', 'USAGE')
+                   AND pg_catalog.has_function_privilege(r, 'anabranch.refuse(text, int)', 'EXECUTE')
+               FROM coalesce($1, current_user::text) r",
+            &[&role],
+        )
+        .await?;
+    match rows.first() {
+        Some(row) if !row.get::<_, bool>(1) => Err(Error::Definite(format!(
+            "the role {:?} may not call anabranch.refuse, which all roles that write must: restart the streamer, which grants \
+             that to the roles that are there as it starts",
+            row.get::<_, &str>(0)
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Reads them, for a role; `None`: the one that is logged in.
 pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<Facts, Error> {
+    may_refuse(client, role).await?;
     let attributes = client
         .query(
             "SELECT attnum, attname::text,

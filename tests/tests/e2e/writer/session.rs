@@ -2,11 +2,11 @@
 
 use anabranch_proto::record::ValueRef::{Integer, Null, Text};
 use anabranch_streamer::{
-    postgres::writer::{Error, Outcome, Writer},
+    postgres::writer::{Error, Outcome, Replica, Writer},
     write::{NO_HASH, Policy},
 };
 
-use super::fixture::{Fixture, Program, insert};
+use super::fixture::{Fixture, Program, insert, update};
 
 /// Functions of an application may set what they like, for longer than their transaction.
 #[tokio::test(flavor = "multi_thread")]
@@ -69,6 +69,49 @@ async fn what_another_replicas_write_set_is_in_force_where_it_can_not_be_reset()
         .await;
     let mut writer = fixture.writer().await;
     assert_eq!(apply(&mut writer, "r2", 2).await, Ok(Outcome::Applied));
+}
+
+/// What the streamer grants it grants as it starts. A role that is made later lacks that, and not a right to write.
+#[tokio::test(flavor = "multi_thread")]
+async fn updates_of_a_role_that_was_made_later_are_rejected() {
+    let fixture = Fixture::new("CREATE TABLE t (id int PRIMARY KEY, seen text)").await;
+    let late = format!("{} late", fixture.database.name());
+    let make = format!(
+        "CREATE ROLE \"{late}\"; GRANT \"{late}\" TO {{login}}; GRANT ALL ON t TO \"{late}\""
+    );
+    fixture.grant(&make).await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let mut program = Program::new(&rules, &["t"]);
+    let all = [
+        program.transaction(&[insert(0, &[Integer(1), Null])]),
+        program.transaction(&[update(0, &[Integer(1)], "01", &[Text("new")])]),
+    ];
+    let replica = Replica {
+        role: Some(late.clone()),
+        ..fixture.replica("r1")
+    };
+    let mut writer = fixture.writer().await;
+    let refused = writer
+        .apply_many(&replica, &NO_HASH, &all, &rules.rules)
+        .await;
+    assert!(
+        matches!(refused.error, Some(Error::Definite(_))),
+        "{refused:?}"
+    );
+    assert!(refused.outcomes.is_empty(), "{refused:?}");
+    let grant = format!(
+        "GRANT USAGE ON SCHEMA anabranch TO \"{late}\"; GRANT EXECUTE ON FUNCTION anabranch.refuse TO \"{late}\""
+    );
+    fixture.grant(&grant).await;
+    let applied = writer
+        .apply_many(&replica, &NO_HASH, &all, &rules.rules)
+        .await;
+    assert_eq!(
+        applied.outcomes,
+        [Outcome::Applied, Outcome::Applied],
+        "{:?}",
+        applied.error
+    );
 }
 
 /// A token that is renewed may say less than the one before.
