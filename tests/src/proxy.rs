@@ -476,6 +476,12 @@ async fn pump(
                 // Counted first: whoever has got them can rely on that.
                 to.write_all(&bytes).await?;
                 passed += bytes.len() as u64;
+                // Now, not when the fault is looked at again: it may be healed by then, and bytes are lost.
+                if let Some((budget, how)) = fault.cut_after
+                    && passed >= budget
+                {
+                    return Ok(Some(how));
+                }
                 if let Some(rate) = fault.bytes_per_second {
                     let pause = Duration::from_secs_f64(bytes.len() as f64 / rate as f64);
                     tokio::select! {
