@@ -440,9 +440,11 @@ async fn pump(
             }
             *now.1.way(way)
         };
-        if let Some((budget, how)) = fault.cut_after
-            && passed >= budget
-        {
+        let cut = |passed: u64| {
+            let budget = fault.cut_after.filter(|(budget, _)| passed >= *budget);
+            budget.map(|(_, how)| how)
+        };
+        if let Some(how) = cut(passed) {
             return Ok(Some(how));
         }
         if sender_is_done && under_way.is_empty() {
@@ -477,9 +479,7 @@ async fn pump(
                 to.write_all(&bytes).await?;
                 passed += bytes.len() as u64;
                 // Now, not when the fault is looked at again: it may be healed by then, and bytes are lost.
-                if let Some((budget, how)) = fault.cut_after
-                    && passed >= budget
-                {
+                if let Some(how) = cut(passed) {
                     return Ok(Some(how));
                 }
                 if let Some(rate) = fault.bytes_per_second {

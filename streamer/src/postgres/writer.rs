@@ -338,9 +338,8 @@ impl Writer {
                     // It comes first now; or else it drops statements itself.
                     Verdict::Again if outcomes.len() > first => {}
                     Verdict::Again => {
-                        self.pipeline.prepare(false);
                         attempt += 1;
-                        wait(attempt, NOT_PREPARED.into()).await?;
+                        self.without_prepared(attempt).await?;
                     }
                     Verdict::Retry(why, _) => {
                         attempt += 1;
@@ -391,14 +390,11 @@ impl Writer {
         claimed: &[Entry],
         rejection: Rejection,
     ) -> Result<Outcome, Error> {
-        let (mut attempt, mut plain) = (0, false);
+        let mut attempt = 0;
+        let mut message = bounded(&rejection.message);
         loop {
             self.usable()?;
             let text = |text: &str| Param::Text(text.replace('\0', ""));
-            let readable = |text: &str| {
-                let plain = |c: char| if plain && !c.is_ascii() { '?' } else { c };
-                text.chars().map(plain).collect::<String>()
-            };
             let optional = |text: Option<String>| text.map_or(Param::Null, Param::Text);
             let params = vec![
                 text(&replica.id),
@@ -410,7 +406,7 @@ impl Writer {
                 optional(rejection.entry.map(|entry| entry.to_string())),
                 text(&rejection.outcome),
                 text(&rejection.sqlstate),
-                text(&readable(&bounded(&rejection.message))),
+                text(&message),
                 optional(rejection.constraint.as_deref().map(bounded)),
             ];
             let Some(failure) = self
@@ -422,17 +418,16 @@ impl Writer {
                 self.unflushed = false;
                 return Ok(Outcome::Rejected(rejection));
             };
-            if !plain && failure.is_of(UNTRANSLATABLE) {
-                plain = true;
+            if failure.is_of(UNTRANSLATABLE) && !message.is_ascii() {
+                message = message.replace(|c: char| !c.is_ascii(), "?");
                 continue;
             }
             match judge(failure, seq) {
                 Verdict::Answered => return Ok(Outcome::AlreadyAnswered),
                 Verdict::Fail(error) => return Err(error),
                 Verdict::Again => {
-                    self.pipeline.prepare(false);
                     attempt += 1;
-                    wait(attempt, NOT_PREPARED.into()).await?;
+                    self.without_prepared(attempt).await?;
                 }
                 Verdict::Reject(why) => return Err(Error::Definite(why.message)),
                 Verdict::Retry(why, _) => {
@@ -441,6 +436,12 @@ impl Writer {
                 }
             }
         }
+    }
+
+    /// Waits before another attempt, for which nothing is prepared.
+    async fn without_prepared(&mut self, attempt: u32) -> Result<(), Error> {
+        self.pipeline.prepare(false);
+        wait(attempt, NOT_PREPARED.into()).await
     }
 
     /// Makes durable what was committed.
@@ -501,14 +502,17 @@ impl Writer {
             }
             found.push(targets);
         }
-        self.busy = true;
-        let mut renewal = match self.is_of(replica) {
-            true => None,
-            false => {
-                self.replica = None;
-                Some(&*self.renewal)
+        if !self.is_of(replica) {
+            self.replica = None;
+            let renewal = self.renewal.clone();
+            let failure = self.alone(async |flight| flight.simple(Step::Begin, &renewal).await);
+            if let Some(failure) = failure.await {
+                // Nothing is executed with what another replica's write has set.
+                return Ok(vec![Some(failure)]);
             }
-        };
+            self.replica = Some(replica.clone());
+        }
+        self.busy = true;
         let mut flight = Flight::new(&mut self.pipeline);
         let mut previous = *previous;
         let mut last = false;
@@ -517,15 +521,6 @@ impl Writer {
             last = i + 1 == transactions.len();
             let claim = if last { CLAIM } else { CLAIM_NOT_LAST };
             flight.next_transaction().await;
-            if let Some(sql) = renewal {
-                flight.simple(Step::Begin, sql).await;
-                flight.land().await;
-                if flight.has_failed() {
-                    // Nothing is executed with what another replica's write has set.
-                    break;
-                }
-                renewal = None;
-            }
             send(&mut flight, replica, &previous, transaction, targets, claim).await;
             previous = transaction.hash;
             if flight.is_in_vain() {
@@ -534,9 +529,6 @@ impl Writer {
         }
         let failures = flight.finish().await;
         self.busy = false;
-        if renewal.is_none() {
-            self.replica = Some(replica.clone());
-        }
         self.learn(&failures);
         if last && matches!(failures.last(), Some(None)) {
             self.unflushed = false;
@@ -797,17 +789,16 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         },
         constraint: said.constraint.as_deref().map(bounded),
     };
-    // A function of the application may raise what it likes, whatever it means by it: no operator will mend that, and it may
-    // be raised each time.
     let own = match &failure.step {
         Step::Effect(entry, _) => Some(rejection(Some(*entry), "error")),
         Step::Constraints | Step::Commit => Some(rejection(None, "error")),
         Step::Begin | Step::Claim | Step::Check(_) => None,
     };
+    // A function of the application may raise what it likes, whatever it means by it: no operator will mend that, and it may
+    // be raised each time.
     let is_raised = said.routine.as_deref() == Some(RAISE);
     let raised = own.clone().filter(|_| is_raised);
     match classify(sqlstate) {
-        Class::Final => {}
         // The queue of notifications is full, for all: whoever listens is slow.
         Class::Doubtful if sqlstate == LIMIT && matches!(failure.step, Step::Commit) => {
             return Verdict::Fail(Error::Transient(error.to_string()));
@@ -815,7 +806,7 @@ fn judge(failure: Failure, seq: u64) -> Verdict {
         Class::Doubtful if own.is_some() => {
             return Verdict::Retry(bounded(&error.to_string()), own);
         }
-        Class::Doubtful => {}
+        Class::Final | Class::Doubtful => {}
         Class::Transient if raised.is_none() => return Verdict::Fail(error.into()),
         Class::Retry | Class::Transient => {
             return Verdict::Retry(bounded(&error.to_string()), raised);
@@ -875,10 +866,15 @@ fn is_of_session(failure: &Failure) -> bool {
     let Cause::Said(said) = &failure.cause else {
         return false;
     };
-    let ours = [OUT_OF_ORDER, ALREADY_CLAIMED, FORKED, OTHER_SUBJECT];
+    let of_what_is_sent = [
+        OUT_OF_ORDER,
+        ALREADY_CLAIMED,
+        FORKED,
+        OTHER_SUBJECT,
+        UNTRANSLATABLE,
+    ];
     matches!(failure.step, Step::Begin | Step::Claim)
-        && !ours.contains(&&*said.sqlstate)
-        && said.sqlstate != UNTRANSLATABLE
+        && !of_what_is_sent.contains(&&*said.sqlstate)
         && matches!(classify(&said.sqlstate), Class::Final | Class::Doubtful)
 }
 

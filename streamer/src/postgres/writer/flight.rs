@@ -235,8 +235,7 @@ impl<'a> Flight<'a> {
         });
     }
 
-    /// Waits for all answers.
-    pub async fn land(&mut self) {
+    async fn land(&mut self) {
         self.end_group().await;
         self.land_until(|flight| flight.flying.is_empty(), false)
             .await;

@@ -3,7 +3,7 @@
 use anabranch_proto::record::ValueRef::Integer;
 use anabranch_streamer::{
     postgres::writer::Outcome,
-    write::{LocalTransaction, NO_HASH, Policy},
+    write::{NO_HASH, Policy},
 };
 
 use super::fixture::{Fixture, Program, insert, update};
@@ -115,9 +115,8 @@ async fn what_is_sent_behind_a_commit_that_fails_is_executed_without_a_claim() {
     assert_eq!((&*why.sqlstate, why.entry), ("P0001", None));
     let rows = "SELECT count(*) || ' in ' || count(DISTINCT xmin::text) FROM t";
     assert_eq!(fixture.text(rows).await, "301 in 2");
-    let all: &[LocalTransaction] = &all;
     let again = writer
-        .apply_many(&replica, &NO_HASH, all, &rules.rules)
+        .apply_many(&replica, &NO_HASH, &all, &rules.rules)
         .await;
     assert_eq!(again.outcomes, [(); 3].map(|()| Outcome::AlreadyAnswered));
 }
