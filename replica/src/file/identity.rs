@@ -113,11 +113,16 @@ impl File {
         if judgement.is_none() && !pending(connection, once).doing("look")?.is_empty() {
             return Ok(None);
         }
-        // Their effects were here.
+        // Their effects were here, and what was rejected of them is listed.
         let answered_once = Judgement {
             upto: once,
             ..Judgement::default()
         };
+        if judgement.is_some() {
+            // It is listed by what is said of it now.
+            receipts::listed_anew(connection, (boundary, i64::MAX), || Ok(()))
+                .doing("look what was rejected")?;
+        }
         let judgement = judgement.unwrap_or(&answered_once);
         let renumber = || renumber(connection, boundary, judgement);
         let (chain_seq, adopted) = renumber().doing("number local writes anew")?;

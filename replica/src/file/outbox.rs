@@ -7,7 +7,7 @@
 
 mod encode;
 
-use anabranch_proto::{MESSAGE_BYTES_TARGET, v1};
+use anabranch_proto::{MESSAGE_BYTES_TARGET, Nonce, v1};
 use aws_lc_rs::digest;
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension, params};
@@ -42,6 +42,7 @@ pub struct Outgoing {
 struct Within {
     /// Entries up to this one were encoded.
     entry: i64,
+    nonce: Nonce,
     /// What was encoded of them, but not handed out.
     rest: Bytes,
 }
@@ -226,9 +227,9 @@ fn outgoing(
             break;
         };
         let after = receipts::last_of(connection, next.seq - 1)?;
-        let (read, mut rest, is_first) = match from.within.take() {
-            Some(within) => (within.entry, within.rest, false),
-            None => (after, Bytes::new(), true),
+        let (read, mut nonce, mut rest, is_first) = match from.within.take() {
+            Some(within) => (within.entry, within.nonce, within.rest, false),
+            None => (after, Nonce::new(0, 0), Bytes::new(), true),
         };
         let mut encoder = entries.read(after, read, next.last)?;
         let mut tables = if is_first {
@@ -244,6 +245,7 @@ fn outgoing(
                 match encoder.next()? {
                     Some(entry) => {
                         at = entry.id;
+                        nonce = entry.nonce;
                         rest = entry.bytes.into();
                     }
                     None => break,
@@ -258,7 +260,11 @@ fn outgoing(
                     true,
                 ));
                 if bytes >= bytes_max {
-                    from.within = Some(Within { entry: at, rest });
+                    from.within = Some(Within {
+                        entry: at,
+                        nonce,
+                        rest,
+                    });
                     return Ok(pieces);
                 }
             }
@@ -266,7 +272,10 @@ fn outgoing(
             piece.extend_from_slice(&rest.split_to(room.min(rest.len())));
         }
         bytes += piece.len() + next.hash.len();
-        pieces.push(message(&next, &mut tables, piece, false));
+        pieces.push(v1::LocalTransaction {
+            nonce: nonce.to_bytes().to_vec().into(),
+            ..message(&next, &mut tables, piece, false)
+        });
         from.seq = next.seq as u64;
     }
     Ok(pieces)
@@ -285,6 +294,7 @@ fn message(
         entries: entries.into(),
         continued,
         merged: local.merged,
+        ..v1::LocalTransaction::default()
     }
 }
 

@@ -6,8 +6,9 @@
 //! of rejected transactions are listed in `_anabranch_rejected` with what they wanted to do.
 //!
 //! Answered entries stay for a while: after a failover that lost commits the receipt goes back, they are pending again,
-//! and are sent again. `forget` removes what is old enough; `rejected` tells programs what was rejected, and makes it
-//! again if they say so.
+//! and are sent again. What was listed of them as rejected stays listed until they are answered anew: where the token is of another
+//! subject there may be no second answer. `forget` removes what is old enough; `rejected` tells programs what was rejected, and
+//! makes it again if they say so; what they decided on is never listed again.
 //!
 //! A receipt is only taken if its hash is the one that we know of that `seq`: otherwise this file is not the one that sent
 //! it (it was copied, or restored from a backup), and its entries are not answered by it: see `identity`.
@@ -15,6 +16,7 @@
 mod forget;
 mod rejected;
 
+pub(super) use rejected::listed_anew;
 pub use rejected::{Decision, Which};
 
 use anabranch_proto::Lsn;
@@ -29,7 +31,8 @@ use super::{
     write::RowError,
 };
 
-/// Our own tables for local writes. `_anabranch_rejected` is for programs.
+/// Our own tables for local writes. `_anabranch_rejected` is for programs; `_anabranch_decided` has the entries that they removed from
+/// there, as long as those could be answered anew. A row of `txn` 0 is removed by ourselves.
 ///
 /// `answered` is in the file as the rows of `_anabranch_local` that have an `answered_lsn`; an index of only those finds the
 /// last one without looking at all that wait.
@@ -73,6 +76,13 @@ CREATE TABLE IF NOT EXISTS _anabranch_judged(
     outcome TEXT NOT NULL,
     sqlstate TEXT
 ) STRICT;
+CREATE TABLE IF NOT EXISTS _anabranch_decided(
+    id INTEGER PRIMARY KEY
+) STRICT;
+CREATE TRIGGER IF NOT EXISTS _anabranch_decide AFTER DELETE ON _anabranch_rejected WHEN old.txn > 0
+BEGIN
+    INSERT OR IGNORE INTO _anabranch_decided VALUES(old.id);
+END;
 ";
 
 /// The greatest id of an answered entry, as a scalar subquery.
@@ -202,19 +212,21 @@ pub(super) fn take(
             "UPDATE _anabranch_local SET answered_lsn = ?1 WHERE seq > ?2 AND seq <= ?3",
             params![lsn.to_string(), before, now],
         )?;
-        let declared = |name: &str| tables.values().any(|table| table.name == name);
-        if declared(names::REJECTIONS) {
-            rejected::list(connection, &state.replica_id, before, now)?;
-        }
-        rejected::list_judged(connection, before, now)?;
+        // What was answered before this id began is as it was.
+        let anew = after.max(last_of(connection, state.chain_seq)?);
+        rejected::listed_anew(connection, (anew, last), || {
+            let declared = |name: &str| tables.values().any(|table| table.name == name);
+            if declared(names::REJECTIONS) {
+                rejected::list(connection, &state.replica_id, before, now)?;
+            }
+            rejected::list_judged(connection, before, now)
+        })?;
     } else {
         tracing::warn!(before, now, "answered local transactions are pending again");
-        for sql in [
+        connection.execute(
             "UPDATE _anabranch_local SET answered_lsn = NULL WHERE seq > ?1",
-            "DELETE FROM _anabranch_rejected WHERE txn > ?1",
-        ] {
-            connection.execute(sql, [now])?;
-        }
+            [now],
+        )?;
     }
     let concerned: Vec<String> = layout::having(connection, after, last)?
         .into_iter()

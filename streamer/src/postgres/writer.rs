@@ -361,8 +361,10 @@ impl Writer {
                     Verdict::Reject(rejection) => {
                         let previous = before(outcomes);
                         let named = (transaction.seq, &transaction.hash);
+                        let claimed = transaction.claimed().iter().map(Entry::nonce);
+                        let claimed: Vec<_> = claimed.collect();
                         let outcome = self
-                            .reject(replica, &previous, named, transaction.claimed(), rejection)
+                            .reject(replica, &previous, named, &claimed, rejection)
                             .await?;
                         outcomes.push(outcome);
                         (attempt, looked_again) = (0, false);
@@ -381,13 +383,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Claims a transaction without effects, and records why. `claimed`: its entries that are to be remembered.
+    /// Claims a transaction without effects, and records why. `claimed`: the nonces that are to be remembered.
     pub async fn reject(
         &mut self,
         replica: &Replica,
         previous: &Hash,
         (seq, hash): (u64, &Hash),
-        claimed: &[Entry],
+        claimed: &[Nonce],
         rejection: Rejection,
     ) -> Result<Outcome, Error> {
         let mut attempt = 0;
@@ -402,7 +404,7 @@ impl Writer {
                 Param::Text(seq.to_string()),
                 Param::Bytes(previous.to_vec()),
                 Param::Bytes(hash.to_vec()),
-                nonces(claimed.iter().map(Entry::nonce)),
+                nonces(claimed.iter().copied()),
                 optional(rejection.entry.map(|entry| entry.to_string())),
                 text(&rejection.outcome),
                 text(&rejection.sqlstate),

@@ -185,6 +185,8 @@ struct Received {
     seq: u64,
     hash: Hash,
     merged: bool,
+    /// Of its last entry.
+    nonce: Option<Nonce>,
     content: Result<(Vec<v1::WriteTable>, Bytes), Rejection>,
 }
 
@@ -337,6 +339,7 @@ impl Call {
                 continue;
             }
             let (seq, hash) = (transaction.seq, transaction.hash);
+            let nonce = transaction.nonce;
             match self.read(&before.hash, transaction) {
                 Ok(Ok(read)) => run.push(Read(read)),
                 Err(status) => {
@@ -347,7 +350,7 @@ impl Call {
                 Ok(Err(rejection)) => {
                     self.apply(answered, &run).await?;
                     run.clear();
-                    self.reject(answered, seq, hash, rejection).await?;
+                    self.reject(answered, (seq, hash), nonce, rejection).await?;
                 }
             }
             before = Answered { seq, hash };
@@ -365,6 +368,7 @@ impl Call {
             seq,
             hash,
             merged,
+            nonce: _,
             content,
         } = received;
         let (tables, entries) = match content {
@@ -421,21 +425,27 @@ impl Call {
         Ok(())
     }
 
+    /// `nonce`: or else a copy of the file would take it for applied, as what is behind it is claimed.
     async fn reject(
         &self,
         answered: &mut Answered,
-        seq: u64,
-        hash: Hash,
+        (seq, hash): (u64, Hash),
+        nonce: Option<Nonce>,
         rejection: Rejection,
     ) -> Result<(), Status> {
         let mut patience = Patience::default();
         loop {
             let mut held = self.held(&mut patience).await?;
             let (previous, rejection) = (&answered.hash, rejection.clone());
-            // What can't be read has no effect either where it comes again, so nothing of it is remembered.
             let tried = held
                 .writer()
-                .reject(&self.replica, previous, (seq, &hash), &[], rejection)
+                .reject(
+                    &self.replica,
+                    previous,
+                    (seq, &hash),
+                    nonce.as_slice(),
+                    rejection,
+                )
                 .await;
             drop(held);
             match tried {
@@ -727,6 +737,12 @@ impl Assembler {
         if piece.continued {
             return Ok(None);
         }
+        let nonce = match <[u8; Nonce::BYTES]>::try_from(&piece.nonce[..]) {
+            Ok(bytes) => Some(Nonce::from_bytes(bytes)),
+            // Of a sidecar that does not say it yet.
+            Err(_) if piece.nonce.is_empty() => None,
+            Err(_) => return Err("a nonce has 16 bytes"),
+        };
         let Some(begun) = self.begun.take() else {
             return Ok(None);
         };
@@ -740,6 +756,7 @@ impl Assembler {
             seq: begun.seq,
             hash: begun.hash,
             merged: begun.merged,
+            nonce,
             content,
         }))
     }

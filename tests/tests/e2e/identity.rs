@@ -41,6 +41,7 @@ async fn streamer(database: &Database) -> Streamer {
             toml::Value::from(vec!["tokens", "counter"]),
         )
         .toml("[table.\"public.counter\"]\ncolumn.n = \"add\"")
+        .set("row_bytes_max", "1MiB")
         .start()
         .await
 }
@@ -256,16 +257,21 @@ async fn a_copy_with_nothing_pending_goes_on_as_the_other_one() {
     assert_eq!(id(&one), first);
 }
 
-/// A replica's backup of when three writes were pending, of which Postgres then refused one; and the replica now, which knows.
-async fn backup_of_what_is_rejected() -> (Database, Streamer, Replica, PathBuf) {
+/// A replica's backup of when three writes were pending, of which one with this note is `refused`; and the replica now, which knows.
+async fn backup_of_what_is_rejected(
+    note: &str,
+    refused: &str,
+) -> (Database, Streamer, Replica, PathBuf) {
     let (database, streamer, replica) = begin().await;
     let file = replica.file();
     let backup = file.with_file_name("backup");
     // Each a transaction of its own, so not written while nothing runs.
     streamer.kill();
-    for (token, note) in [("a1", "fine"), ("a2", "forbidden"), ("a3", "fine")] {
-        let sql = format!("INSERT INTO tokens VALUES('{token}', '{note}')");
-        Connection::open(&file).unwrap().execute(&sql, []).unwrap();
+    for (token, note) in [("a1", "fine"), ("a2", note), ("a3", "fine")] {
+        Connection::open(&file)
+            .unwrap()
+            .execute("INSERT INTO tokens VALUES(?1, ?2)", [token, note])
+            .unwrap();
     }
     until("they are told apart", DEADLINE, || async {
         text(&file, "SELECT CAST(count(*) AS TEXT) FROM _anabranch_local") == "3"
@@ -276,13 +282,23 @@ async fn backup_of_what_is_rejected() -> (Database, Streamer, Replica, PathBuf) 
     streamer.start().await;
     replica.start().await;
     is_settled(&database, &[&replica], "a1 a3: 0").await;
-    assert_eq!(rejected(&replica), r#"error ["a2"] 23514"#);
+    assert_eq!(rejected(&replica), refused);
     (database, streamer, replica, backup)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_rejected_for_another_copy_is_not_told_in_the_restored_file() {
-    let (database, _streamer, replica, backup) = backup_of_what_is_rejected().await;
+    // The second is one that the streamer does not even read.
+    for (note, refused) in [
+        ("forbidden", r#"error ["a2"] 23514"#),
+        (&*"x".repeat(2 << 20), r#"too_large ["a2"] 54000"#),
+    ] {
+        is_told_in_the_restored_file(note, refused).await;
+    }
+}
+
+async fn is_told_in_the_restored_file(note: &str, refused: &str) {
+    let (database, _streamer, replica, backup) = backup_of_what_is_rejected(note, refused).await;
     let (file, first) = (replica.file(), id(&replica));
     write(&file, "a4");
     is_settled(&database, &[&replica], "a1 a3 a4: 1").await;
@@ -292,13 +308,15 @@ async fn what_was_rejected_for_another_copy_is_not_told_in_the_restored_file() {
     replica.start().await;
     until_renamed(&replica, &first).await;
     is_settled(&database, &[&replica], "a1 a3 a4 b1: 2").await;
-    assert_eq!(rejected(&replica), r#"error ["a2"] 23514"#);
+    assert_eq!(rejected(&replica), refused);
 }
 
 /// The restored file has made all that Postgres knows of, so it goes on under its id.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_newer_file_had_heard_of_is_not_told_in_the_restored_one() {
-    let (database, _streamer, replica, backup) = backup_of_what_is_rejected().await;
+    let refused = r#"error ["a2"] 23514"#;
+    let (database, _streamer, replica, backup) =
+        backup_of_what_is_rejected("forbidden", refused).await;
     let first = id(&replica);
     until("Postgres knows that it was told", DEADLINE, || async {
         let sql = "SELECT bool_and(settled) FROM anabranch.rejections";
@@ -309,7 +327,7 @@ async fn what_the_newer_file_had_heard_of_is_not_told_in_the_restored_one() {
     copy(&backup, &replica.file());
     replica.start().await;
     is_settled(&database, &[&replica], "a1 a3: 0").await;
-    assert_eq!(rejected(&replica), r#"error ["a2"] 23514"#);
+    assert_eq!(rejected(&replica), refused);
     assert_eq!(id(&replica), first);
 }
 

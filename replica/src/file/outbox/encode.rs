@@ -20,6 +20,7 @@ pub(super) struct Entries<'c> {
 /// One entry, encoded.
 pub(super) struct Encoded {
     pub id: i64,
+    pub nonce: Nonce,
     pub bytes: Vec<u8>,
     pub captured_time: String,
 }
@@ -155,6 +156,7 @@ impl Cursor<'_> {
         let nonce = nonce(&captured_time, row.get(behind + 1)?);
         self.next = Some(Encoded {
             id: entry.id,
+            nonce,
             bytes: encode(&entry, nonce, self.layout, place, records),
             captured_time,
         });

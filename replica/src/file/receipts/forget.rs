@@ -29,6 +29,14 @@ impl File {
             ),
             newest,
         )];
+        // They can't be answered anew.
+        steps.push((
+            format!(
+                "DELETE FROM _anabranch_decided WHERE id IN \
+                 (SELECT id FROM _anabranch_decided WHERE id <= ?1 LIMIT {FORGET_ROWS})"
+            ),
+            last,
+        ));
         for source in layout::having(connection, 0, last).doing("look for answered entries")? {
             let entries = quote(&source.entries);
             let step = format!(

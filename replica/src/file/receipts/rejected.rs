@@ -19,7 +19,7 @@ use super::{
         transaction::Write,
         write::{self, RowError},
     },
-    last_of,
+    BOUNDARY, last_of,
 };
 
 /// What an entry of a rejected transaction is that was not itself the reason.
@@ -36,6 +36,22 @@ struct Rejection {
     constraint_name: Option<String>,
     /// It may hold several transactions of programs.
     merged: bool,
+}
+
+/// What `list` lists of the entries in the range `(after, last]` is all that is listed of them afterwards: they may have been
+/// rejected once before, and have taken effect this time.
+pub(in super::super) fn listed_anew(
+    connection: &Connection,
+    range: (i64, i64),
+    list: impl FnOnce() -> rusqlite::Result<()>,
+) -> rusqlite::Result<()> {
+    connection.execute(
+        "UPDATE _anabranch_rejected SET txn = 0 WHERE id > ?1 AND id <= ?2",
+        range,
+    )?;
+    list()?;
+    connection.execute("DELETE FROM _anabranch_rejected WHERE txn = 0", [])?;
+    Ok(())
 }
 
 /// Lists the entries of those that were rejected among the transactions after `before` and up to `now`.
@@ -111,14 +127,15 @@ fn list_all(connection: &Connection, rejections: &[Rejection]) -> rusqlite::Resu
             last_of(connection, rejection.seq - 1)?,
             last_of(connection, rejection.seq)?,
         );
-        connection.execute(
-            "DELETE FROM _anabranch_rejected WHERE txn = ?1",
-            [rejection.seq],
-        )?;
         for source in layout::having(connection, after, last)? {
             list_entries(connection, &source, after, last, rejection, &time)?;
         }
         mark_guilty(connection, rejection)?;
+        // Last: which entry is why is counted among all of them.
+        connection.execute(
+            "DELETE FROM _anabranch_rejected WHERE txn = ?1 AND id IN (SELECT id FROM _anabranch_decided)",
+            [rejection.seq],
+        )?;
     }
     Ok(())
 }
@@ -136,9 +153,12 @@ fn list_entries(
         Entry::columns(&source.layout),
         quote(&source.entries)
     ))?;
+    // One that is there keeps what the program wants to do with it.
     let mut insert = connection.prepare_cached(
         "INSERT INTO _anabranch_rejected(id, txn, table_name, operation, key, changes, outcome, rejected_time, merged) \
-         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) \
+         ON CONFLICT(id) DO UPDATE SET (txn, outcome, rejected_time, merged, sqlstate, message, constraint_name) = \
+         (excluded.txn, excluded.outcome, excluded.rejected_time, excluded.merged, NULL, NULL, NULL)",
     )?;
     let mut rows = entries.query([after, last])?;
     while let Some(row) = rows.next()? {
@@ -245,13 +265,15 @@ impl File {
     }
 
     /// Makes the changes again of which a program said so (`UPDATE _anabranch_rejected SET action = 'retry'`): they
-    /// become new entries, behind all others, and their rows go. Those of tables that can't be written now wait. Says how
-    /// many it were.
+    /// become new entries, behind all others, and their rows go. Those of tables that can't be written now wait, and those that are
+    /// pending again: they may take effect. Says how many it were.
     pub fn retry_rejected(&mut self) -> Result<u64, Error> {
         let connection = &self.connection;
-        let wanted = "SELECT id FROM _anabranch_rejected WHERE action = 'retry' ORDER BY id";
+        let wanted = format!(
+            "SELECT id FROM _anabranch_rejected WHERE action = 'retry' AND id <= {BOUNDARY} ORDER BY id"
+        );
         let any = connection
-            .prepare_cached(wanted)
+            .prepare_cached(&wanted)
             .and_then(|mut wanted| wanted.exists([]))
             .doing("look for writes that are to be tried again")?;
         if !any {
@@ -264,7 +286,7 @@ impl File {
         let mut overlay = Overlay::new(connection);
         let retry = || -> Result<u64, RowError> {
             let ids: Vec<i64> = connection
-                .prepare_cached(wanted)?
+                .prepare_cached(&wanted)?
                 .query_map([], |row| row.get(0))?
                 .collect::<Result<_, _>>()?;
             let mut count = 0;

@@ -223,3 +223,49 @@ fn what_another_subject_is_not_shown_looks_as_if_it_were_pending() {
     assert_eq!(pending(&folder), "0");
     assert_eq!(shown(&folder), "'old,old,old,old,old'");
 }
+
+#[test]
+fn what_was_rejected_stays_listed_whatever_token_is_used() {
+    for is_back in [true, false] {
+        let folder = Folder::new();
+        let mut file = start_with(&folder, &[1, 2, 3]);
+        let mut elements = vec![begin(&[]), receipt(&file, 3)];
+        elements.extend([1, 2, 3].map(|seq| rejection(&file, seq, None)));
+        elements.push(commit(20));
+        file.apply(&down(elements)).unwrap();
+        folder.program("DELETE FROM _anabranch_rejected WHERE id = 2");
+        folder.program("UPDATE _anabranch_rejected SET action = 'keep' WHERE id = 3");
+        let listed = "SELECT id, outcome, sqlstate, message IS NOT NULL, action FROM _anabranch_rejected ORDER BY id";
+        let before = folder.query(listed);
+        assert_eq!(before.len(), 2);
+
+        // The stream of another subject has neither receipts nor rejections.
+        let stream = |file: &mut File, answers: Vec<anabranch_proto::v1::Element>, lsn| {
+            file.begin_stream().unwrap();
+            let mut elements = vec![first(&[RECEIPTS, REJECTIONS]), Sheet::simple().declare()];
+            elements.extend(receipts());
+            elements.extend(answers);
+            elements.push(commit(lsn));
+            file.apply(&down(elements)).unwrap();
+        };
+        stream(&mut file, Vec::new(), 30);
+        assert_eq!(folder.query(listed), before);
+        // It could take effect yet, for all that is known: so it is not made again now.
+        folder.program("UPDATE _anabranch_rejected SET action = 'retry' WHERE id = 3");
+        assert_eq!(file.retry_rejected().unwrap(), 0);
+        folder.program("UPDATE _anabranch_rejected SET action = 'keep' WHERE id = 3");
+        if is_back {
+            let mut answers = vec![receipt(&file, 3)];
+            answers.extend([1, 2, 3].map(|seq| rejection(&file, seq, None)));
+            stream(&mut file, answers, 40);
+        } else {
+            file.adopt(None).unwrap().unwrap();
+            again(&mut file, 40);
+        }
+        assert_eq!(pending(&folder), "0");
+        assert_eq!(folder.query(listed), before);
+        folder.program("UPDATE _anabranch_rejected SET action = 'retry' WHERE id = 3");
+        assert_eq!(file.retry_rejected().unwrap(), 1);
+        assert_eq!(shown(&folder), "'old,old,own 3,old,old'");
+    }
+}

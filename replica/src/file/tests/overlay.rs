@@ -667,6 +667,46 @@ fn what_was_forgotten_is_not_pending_again_and_what_was_rejected_can_still_be_re
 }
 
 #[test]
+fn what_was_rejected_and_is_answered_anew_is_listed_as_it_is_answered_then() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    for a in ["1", "2", "3", "4"] {
+        folder.write(|program| t.set(program, 1, &[("a", text(a))]));
+        folder.assign(&mut file);
+    }
+    let answers = |file: &File, rejected: &[u64]| {
+        let rejected = rejected.iter().map(|seq| rejection(file, *seq, Some(0)));
+        std::iter::once(receipt(file, 4))
+            .chain(rejected)
+            .collect::<Vec<_>>()
+    };
+    let listed = "SELECT id, txn, outcome, sqlstate, action FROM _anabranch_rejected ORDER BY id";
+    let row = |id, action| format!("{id}|{id}|'insert_exists'|'23505'|{action}");
+    file.apply(&live(20, &answers(&file, &[1, 2, 3]))).unwrap();
+    folder.program("DELETE FROM _anabranch_rejected WHERE id = 3");
+    folder.program("UPDATE _anabranch_rejected SET action = 'mine'");
+    assert_eq!(folder.query(listed), [row(1, "'mine'"), row(2, "'mine'")]);
+
+    // A failover to before all of it; then the first takes effect, and the last does not.
+    let mut gone = vec![deletes(RECEIPTS, &[&[T(file.replica_id())]])];
+    for seq in [1, 2, 3, 4] {
+        gone.push(deletes(REJECTIONS, &[&[T(file.replica_id()), I(seq)]]));
+    }
+    file.apply(&live(30, &gone)).unwrap();
+    assert_eq!(pending(&folder), "4|2");
+    file.apply(&live(40, &answers(&file, &[2, 3, 4]))).unwrap();
+    assert_eq!(folder.query(listed), [row(2, "'mine'"), row(4, "NULL")]);
+    // Once more: that a row was removed by us is not the program's decision.
+    file.apply(&live(50, &gone)).unwrap();
+    file.apply(&live(60, &answers(&file, &[1, 3]))).unwrap();
+    assert_eq!(folder.query(listed), [row(1, "NULL")]);
+    folder.program("DELETE FROM _anabranch_rejected");
+    let decided = "SELECT group_concat(id) FROM _anabranch_decided";
+    assert_eq!(folder.query(decided), ["'1,3'"]);
+    file.forget_answered(Lsn(1_000)).unwrap();
+    assert_eq!(folder.query(decided), ["NULL"]);
+}
+
+#[test]
 fn only_what_is_seen_to_change_is_told() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "1")]);
     file.set_report_changes(true);
