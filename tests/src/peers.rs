@@ -518,6 +518,17 @@ impl Replica {
         }
     }
 
+    /// Until nothing that programs wrote is pending.
+    #[track_caller]
+    pub fn until_answered(&self) -> impl Future<Output = ()> + '_ {
+        until("nothing is pending", DEADLINE, move || async move {
+            match crate::oracle::file::pending(&self.file())? {
+                0 => Ok(()),
+                pending => anyhow::bail!("{pending} are pending"),
+            }
+        })
+    }
+
     /// Until the file holds all that `database` has committed by now; its tables then equal what Postgres answers to
     /// these queries, or the test fails.
     #[track_caller]

@@ -57,6 +57,13 @@ pub fn position(file: &Path) -> anyhow::Result<Option<(String, Lsn)>> {
     Ok(read(file, &[])?.position)
 }
 
+/// How many changes of programs are not answered.
+pub fn pending(file: &Path) -> rusqlite::Result<i64> {
+    open(file)?.query_row("SELECT pending FROM _anabranch_status", [], |row| {
+        row.get(0)
+    })
+}
+
 fn status(transaction: &Transaction<'_>) -> anyhow::Result<Option<(String, Lsn)>> {
     if !exists(transaction, "_anabranch_status")? {
         return Ok(None);

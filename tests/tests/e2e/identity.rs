@@ -115,19 +115,6 @@ fn rejected(replica: &Replica) -> String {
     text(&replica.file(), all)
 }
 
-async fn until_answered(replica: &Replica) {
-    until("nothing is pending", DEADLINE, || async {
-        match &*text(
-            &replica.file(),
-            "SELECT CAST(pending AS TEXT) FROM _anabranch_status",
-        ) {
-            "0" => Ok(()),
-            pending => Err(format!("{pending} are pending\n{}", replica.log())),
-        }
-    })
-    .await;
-}
-
 async fn until_renamed(replica: &Replica, former: &str) {
     until("it has a new id", DEADLINE, || async {
         id(replica) != former
@@ -143,7 +130,7 @@ async fn arrived(database: &Database) -> String {
 
 async fn is_settled(database: &Database, replicas: &[&Replica], expected: &str) {
     for replica in replicas {
-        until_answered(replica).await;
+        replica.until_answered().await;
     }
     for replica in replicas {
         replica.until_equal(database, &SELECTS).await;
@@ -167,7 +154,7 @@ async fn a_restored_file_loses_or_doubles_what_was_pending_in_the_backup() {
     let (file, first) = (replica.file(), id(&replica));
     let backup = file.with_file_name("backup");
     write(&file, "a1");
-    until_answered(&replica).await;
+    replica.until_answered().await;
     replica.kill();
     write(&file, "a2");
     write(&file, "a3");
@@ -242,7 +229,7 @@ async fn two_nodes_with_one_file_lose_or_double_what_is_pending_in_both() {
 async fn a_copy_with_nothing_pending_goes_on_as_the_other_one() {
     let (database, streamer, one) = begin().await;
     write(&one.file(), "a1");
-    until_answered(&one).await;
+    one.until_answered().await;
     one.kill();
     let first = id(&one);
     let two = node(&streamer);
@@ -336,7 +323,7 @@ async fn a_file_sends_under_the_id_of_another_subject() {
     let (database, streamer, replica) = begin().await;
     let (file, first) = (replica.file(), id(&replica));
     write(&file, "a1");
-    until_answered(&replica).await;
+    replica.until_answered().await;
     streamer.kill();
     write(&file, "a2");
     replica.kill();

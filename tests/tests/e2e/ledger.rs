@@ -206,15 +206,7 @@ fn count(file: &Path, sql: &str) -> rusqlite::Result<i64> {
 /// Until no file has anything that is not answered.
 pub(super) async fn until_answered(replicas: &[Arc<Replica>]) {
     for replica in replicas {
-        until("nothing is pending", DEADLINE, || async {
-            count(&replica.file(), "SELECT pending FROM _anabranch_status")
-                .map_err(|e| e.to_string())
-                .and_then(|pending| match pending {
-                    0 => Ok(()),
-                    _ => Err(format!("{pending} are pending")),
-                })
-        })
-        .await;
+        replica.until_answered().await;
     }
 }
 

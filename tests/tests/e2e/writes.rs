@@ -5,7 +5,6 @@ use std::{path::Path, process::Command};
 use anabranch_tests::{
     peers::{Replica, Streamer, StreamerConfig},
     postgres::{Database, Server},
-    wait::{DEADLINE, until},
 };
 use rusqlite::Connection;
 
@@ -61,14 +60,7 @@ impl Pair {
 
     /// Until nothing is pending, and Postgres shows what became of it.
     async fn until_answered(&self) {
-        let file = self.replica.open();
-        until("all local writes are answered", DEADLINE, || async {
-            file.query_row("SELECT pending FROM _anabranch_status", [], |row| {
-                row.get::<_, i64>(0)
-            })
-            .is_ok_and(|pending| pending == 0)
-        })
-        .await;
+        self.replica.until_answered().await;
         self.database.until_visible().await;
     }
 

@@ -3,6 +3,7 @@
 use std::{collections::HashSet, path::PathBuf, time::Duration};
 
 use anabranch_tests::{
+    oracle,
     postgres::Database,
     wait::{DEADLINE, until},
 };
@@ -76,13 +77,8 @@ impl Writer {
 
 impl Written {
     async fn until_answered(&self) -> anyhow::Result<()> {
-        let sqlite = Connection::open(&self.file)?;
         until("all local writes are answered", DEADLINE, || async {
-            sqlite
-                .query_row("SELECT pending FROM _anabranch_status", [], |row| {
-                    row.get::<_, i64>(0)
-                })
-                .is_ok_and(|pending| pending == 0)
+            oracle::file::pending(&self.file).is_ok_and(|pending| pending == 0)
         })
         .await;
         Ok(())

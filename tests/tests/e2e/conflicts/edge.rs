@@ -3,7 +3,6 @@
 use anabranch_tests::{
     peers::{Replica, Streamer, TOKEN},
     postgres::{Database, Server},
-    wait::{DEADLINE, until},
 };
 use rusqlite::Connection;
 
@@ -76,13 +75,7 @@ impl Edge {
 
     /// Until nothing is pending, and Postgres shows what became of it.
     pub async fn until_answered(&self) {
-        let file = self.replica.open();
-        until("all local writes are answered", DEADLINE, || async {
-            let pending = "SELECT pending FROM _anabranch_status";
-            file.query_row(pending, [], |row| row.get::<_, i64>(0))
-                .is_ok_and(|pending| pending == 0)
-        })
-        .await;
+        self.replica.until_answered().await;
         self.database.until_visible().await;
     }
 

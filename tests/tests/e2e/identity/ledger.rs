@@ -102,13 +102,13 @@ async fn a_token_is_lost_or_doubled_by_backups_and_copies() {
                     tokens,
                 });
             }
-            5 => until_answered(&node.replica).await,
+            5 => node.replica.until_answered().await,
             _ => {}
         }
     }
     let replicas: Vec<_> = nodes.iter().map(|node| &node.replica).collect();
     for replica in &replicas {
-        until_answered(replica).await;
+        replica.until_answered().await;
     }
     for replica in &replicas {
         replica.until_equal(&database, &SELECTS).await;
