@@ -141,6 +141,11 @@ const REJECT: &str = "SELECT anabranch.reject($1::pg_catalog.text, $2::pg_catalo
      $6::pg_catalog.uuid[], $7::pg_catalog.int4, $8::pg_catalog.text, $9::pg_catalog.text, $10::pg_catalog.text, \
      $11::pg_catalog.text)";
 
+/// Behind what may have run a function of the application. One that ends with `RESET ROLE`, as it would where the role itself logs in,
+/// leaves the login role, which may more.
+const AS_BEFORE: &str = "SELECT pg_catalog.set_config('role', $1::pg_catalog.text, true), \
+     pg_catalog.set_config('request.jwt.claims', $2::pg_catalog.text, true)";
+
 /// Claims stay in force for the last look: policies for everybody read them, for the login role too, and may fail without.
 /// The role is not set for the transaction only: what a trigger set for longer would come back with its end.
 const AFTER: [&str; 2] = ["SET CONSTRAINTS ALL IMMEDIATE", "SET ROLE NONE"];
@@ -621,7 +626,8 @@ async fn send(
         Param::Text(replica.claims_json.clone()),
     ];
     flight.statement(Step::Claim, claim, &params).await;
-    let checks = effects(flight, transaction, targets).await;
+    let [.., role, claims] = params;
+    let checks = effects(flight, transaction, targets, &[role, claims]).await;
     if !flight.has_failed() {
         for after in AFTER {
             flight.statement(Step::Constraints, after, &[]).await;
@@ -646,11 +652,12 @@ async fn send(
     flight.statement(Step::Commit, end, &[]).await;
 }
 
-/// Sends what the entries do, until one is known to fail. What is to be looked at afterwards.
+/// Sends what the entries do, until one is known to fail. What is to be looked at afterwards. `author`: what [`AS_BEFORE`] takes.
 async fn effects(
     flight: &mut Flight<'_>,
     transaction: &LocalTransaction,
     targets: &[Result<Target, Rejection>],
+    author: &[Param],
 ) -> Vec<(Arc<Rule>, Sql)> {
     let mut written: Vec<Written> = targets.iter().map(|_| Written::default()).collect();
     for (i, entry) in (0..).zip(&transaction.entries) {
@@ -660,11 +667,17 @@ async fn effects(
         match effect(transaction, i, targets, &mut written) {
             Ok(Some(sql)) => {
                 let facts = targets[entry.table()].as_ref().ok();
-                let facts = facts.filter(|_| entry.kind() == Kind::Insert);
                 let facts = facts.map(|target| Arc::clone(&target.facts));
+                let runs_functions = facts.as_ref().is_some_and(|facts| facts.runs_functions);
+                let facts = facts.filter(|_| entry.kind() == Kind::Insert);
                 flight
                     .statement(Step::Effect(i, facts), &sql.text, &sql.params)
                     .await;
+                if runs_functions {
+                    flight
+                        .statement(Step::Effect(i, None), AS_BEFORE, author)
+                        .await;
+                }
             }
             Ok(None) => {}
             Err(mut rejection) => {

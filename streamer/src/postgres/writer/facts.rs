@@ -21,6 +21,8 @@ pub struct Facts {
     pub suppresses: bool,
     /// A trigger or a rule may put a row elsewhere than it was written.
     pub diverts: bool,
+    /// Functions of the application run where it is written: a trigger's, its or of a partition, or a rule's.
+    pub runs_functions: bool,
     /// A foreign key may change the key of a row that nobody wrote.
     pub cascades: bool,
     /// The role may read `xmin`, which it may not by grants on columns.
@@ -114,7 +116,9 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
                     pg_catalog.has_column_privilege(coalesce($2, current_user::text), c.oid, (-2)::int2, 'SELECT'),
                     EXISTS (
                  SELECT FROM pg_catalog.pg_constraint f
-                  WHERE f.conrelid = c.oid AND f.contype = 'f' AND f.confupdtype IN ('c', 'n', 'd') AND f.conkey && $3)
+                  WHERE f.conrelid = c.oid AND f.contype = 'f' AND f.confupdtype IN ('c', 'n', 'd') AND f.conkey && $3),
+                    c.relhasrules OR c.relhassubclass OR EXISTS (
+                 SELECT FROM pg_catalog.pg_trigger g WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D')
                FROM pg_catalog.pg_class c WHERE c.oid = $1",
             &[&table.oid, &role, &key],
         )
@@ -163,5 +167,6 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
         diverts: is(1),
         reads_xmin: is(2),
         cascades: is(3),
+        runs_functions: is(4),
     })
 }

@@ -175,3 +175,48 @@ async fn a_role_that_a_trigger_sets_stays() {
     let outcome = writer.apply(&replica, &NO_HASH, &other, &rules.rules).await;
     assert_eq!(outcome, Ok(Outcome::Applied));
 }
+
+/// A trigger may leave the role, or other claims, and think that its own role is left.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_behind_a_trigger_that_resets_the_role_is_written_as_the_login_role() {
+    let fixture = Fixture::new(
+        "CREATE TABLE t (id int PRIMARY KEY, role text, claims text);
+         CREATE FUNCTION leave() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             NEW.role := current_user;
+             NEW.claims := current_setting('request.jwt.claims');
+             RESET ROLE;
+             PERFORM set_config('request.jwt.claims', '{}', true);
+             RETURN NEW; END $$;
+         CREATE TRIGGER leave BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION leave();
+         CREATE TABLE late (role text);
+         CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             INSERT INTO late VALUES (current_user); RETURN NULL; END $$;
+         CREATE CONSTRAINT TRIGGER late AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION late()",
+    )
+    .await;
+    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let mut writer = fixture.writer().await;
+    let row = |id| insert(0, &[Integer(id), Null, Null]);
+    let transaction = Program::new(&rules, &["t"]).transaction(&[row(1), row(2)]);
+    let replica = fixture.replica("r1");
+    let outcome = writer
+        .apply(&replica, &NO_HASH, &transaction, &rules.rules)
+        .await;
+    assert_eq!(outcome, Ok(Outcome::Applied));
+    let app = fixture.app();
+    assert_eq!(
+        fixture
+            .text("SELECT string_agg(concat_ws(' ', role, claims), ', ' ORDER BY id) FROM t")
+            .await,
+        format!(
+            "{app} {claims}, {app} {claims}",
+            claims = replica.claims_json
+        )
+    );
+    assert_eq!(
+        fixture
+            .text("SELECT string_agg(role, ', ') FROM late")
+            .await,
+        format!("{app}, {app}")
+    );
+}
