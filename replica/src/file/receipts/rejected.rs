@@ -50,7 +50,10 @@ pub(in super::super) fn listed_anew(
         range,
     )?;
     list()?;
-    connection.execute("DELETE FROM _anabranch_rejected WHERE txn = 0", [])?;
+    connection.execute(
+        "DELETE FROM _anabranch_rejected WHERE txn = 0 AND id > ?1 AND id <= ?2",
+        range,
+    )?;
     Ok(())
 }
 
@@ -269,12 +272,13 @@ impl File {
     /// pending again: they may take effect. Says how many it were.
     pub fn retry_rejected(&mut self) -> Result<u64, Error> {
         let connection = &self.connection;
-        let wanted = format!(
-            "SELECT id FROM _anabranch_rejected WHERE action = 'retry' AND id <= {BOUNDARY} ORDER BY id"
+        let ids = format!(
+            "SELECT id FROM _anabranch_rejected WHERE {} ORDER BY id",
+            wanted()
         );
         let any = connection
-            .prepare_cached(&wanted)
-            .and_then(|mut wanted| wanted.exists([]))
+            .prepare_cached(&ids)
+            .and_then(|mut ids| ids.exists([]))
             .doing("look for writes that are to be tried again")?;
         if !any {
             return Ok(0);
@@ -286,7 +290,7 @@ impl File {
         let mut overlay = Overlay::new(connection);
         let retry = || -> Result<u64, RowError> {
             let ids: Vec<i64> = connection
-                .prepare_cached(&wanted)?
+                .prepare_cached(&ids)?
                 .query_map([], |row| row.get(0))?
                 .collect::<Result<_, _>>()?;
             let mut count = 0;
@@ -338,13 +342,21 @@ impl File {
         let write = Write::begin(&self.connection)?;
         self.connection
             .execute(
-                "UPDATE _anabranch_rejected SET action = 'refused' WHERE action = 'retry'",
+                &format!(
+                    "UPDATE _anabranch_rejected SET action = 'refused' WHERE {}",
+                    wanted()
+                ),
                 [],
             )
             .doing("say that writes are not made again")?;
         write.commit()?;
         Ok(0)
     }
+}
+
+/// Rows that are to be made again now: what is pending again may yet take effect.
+fn wanted() -> String {
+    format!("action = 'retry' AND id <= {BOUNDARY}")
 }
 
 /// Makes one entry again. False: its table is not there, or has another key, or its values are gone.

@@ -21,7 +21,8 @@ pub struct Facts {
     pub suppresses: bool,
     /// A trigger or a rule may put a row elsewhere than it was written.
     pub diverts: bool,
-    /// Functions of the application run where it is written: a trigger's, its or of a partition, or a rule's.
+    /// Functions of the application may run where it is written: a trigger's, its own, of a partition, or of a table that a foreign key
+    /// changes along; or a rule's.
     pub runs_functions: bool,
     /// A foreign key may change the key of a row that nobody wrote.
     pub cascades: bool,
@@ -119,6 +120,10 @@ pub async fn read(client: &Client, table: &Table, role: Option<&str>) -> Result<
                   WHERE f.conrelid = c.oid AND f.contype = 'f' AND f.confupdtype IN ('c', 'n', 'd') AND f.conkey && $3),
                     c.relhasrules OR c.relhassubclass OR EXISTS (
                  SELECT FROM pg_catalog.pg_trigger g WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D')
+                        OR EXISTS (
+                 SELECT FROM pg_catalog.pg_constraint f
+                  WHERE f.confrelid = c.oid AND f.contype = 'f'
+                    AND (f.confupdtype IN ('c', 'n', 'd') OR f.confdeltype IN ('c', 'n', 'd')))
                FROM pg_catalog.pg_class c WHERE c.oid = $1",
             &[&table.oid, &role, &key],
         )

@@ -6,7 +6,7 @@ use anabranch_streamer::{
     write::{NO_HASH, Policy},
 };
 
-use super::fixture::{Fixture, Program, insert, update};
+use super::fixture::{Fixture, Program, delete, insert, update};
 
 /// Functions of an application may set what they like, for longer than their transaction.
 #[tokio::test(flavor = "multi_thread")]
@@ -188,16 +188,29 @@ async fn what_comes_behind_a_trigger_that_resets_the_role_is_written_as_the_logi
              PERFORM set_config('request.jwt.claims', '{}', true);
              RETURN NEW; END $$;
          CREATE TRIGGER leave BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION leave();
+         CREATE TABLE seen (id int PRIMARY KEY, role text DEFAULT current_user);
+         CREATE TABLE parent (id int PRIMARY KEY);
+         CREATE TABLE child (parent int REFERENCES parent ON DELETE CASCADE);
+         INSERT INTO parent VALUES (7);
+         INSERT INTO child VALUES (7);
+         CREATE FUNCTION child() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RESET ROLE; RETURN NULL; END $$;
+         CREATE TRIGGER child AFTER DELETE ON child FOR EACH ROW EXECUTE FUNCTION child();
          CREATE TABLE late (role text);
          CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
              INSERT INTO late VALUES (current_user); RETURN NULL; END $$;
          CREATE CONSTRAINT TRIGGER late AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION late()",
     )
     .await;
-    let rules = fixture.rules(&["t"], &Policy::default()).await;
+    let tables = ["t", "parent", "seen"];
+    let rules = fixture.rules(&tables, &Policy::default()).await;
     let mut writer = fixture.writer().await;
     let row = |id| insert(0, &[Integer(id), Null, Null]);
-    let transaction = Program::new(&rules, &["t"]).transaction(&[row(1), row(2)]);
+    let transaction = Program::new(&rules, &tables).transaction(&[
+        row(1),
+        row(2),
+        delete(1, &[Integer(7)]),
+        insert(2, &[Integer(1), Null]),
+    ]);
     let replica = fixture.replica("r1");
     let outcome = writer
         .apply(&replica, &NO_HASH, &transaction, &rules.rules)
@@ -219,4 +232,5 @@ async fn what_comes_behind_a_trigger_that_resets_the_role_is_written_as_the_logi
             .await,
         format!("{app}, {app}")
     );
+    assert_eq!(fixture.text("SELECT role FROM seen").await, app);
 }
