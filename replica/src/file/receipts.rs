@@ -174,12 +174,14 @@ pub(super) fn is_in_doubt(connection: &Connection, state: &State) -> rusqlite::R
     Ok(state.settles_elsewhere() || matches!(receipt(connection, state)?, Receipt::Foreign))
 }
 
-/// Takes what came of receipts and rejections, as of the position. The keys that are to be rebuilt are touched.
+/// Takes what came of receipts and rejections, as of the position. The keys that are to be rebuilt are touched. `other_history`: it is
+/// of another one than before, in which the same may have been answered again, and otherwise.
 pub(super) fn take(
     connection: &Connection,
     state: &mut State,
     tables: &Tables,
     overlay: &mut Overlay<'_>,
+    other_history: bool,
 ) -> Result<(), RowError> {
     let lsn = state.position.map_or(Lsn(0), |position| position.lsn);
     let before = answered(connection)?.map_or(0, |(seq, _)| seq);
@@ -191,17 +193,28 @@ pub(super) fn take(
         Some(_) => before,
         None => forgotten(connection)?.max(state.chain_seq),
     };
-    let now = match receipt(connection, state)? {
+    let (now, listed) = match receipt(connection, state)? {
         Receipt::Upto(seq) => {
             state.answered_once = 0;
-            seq.max(floor)
+            (seq.max(floor), if other_history { floor } else { before })
         }
         Receipt::Missing => {
             state.answered_once = state.answered_once.max(before);
-            floor
+            (floor, before)
         }
-        Receipt::Foreign => before.max(floor),
+        Receipt::Foreign => (before.max(floor), before),
     };
+    if now > listed {
+        // What was answered before this id began is as it was.
+        let after = last_of(connection, listed.max(state.chain_seq))?;
+        rejected::listed_anew(connection, (after, last_of(connection, now)?), || {
+            let declared = |name: &str| tables.values().any(|table| table.name == name);
+            if declared(names::REJECTIONS) {
+                rejected::list(connection, &state.replica_id, listed, now)?;
+            }
+            rejected::list_judged(connection, listed, now)
+        })?;
+    }
     if now == before {
         return Ok(());
     }
@@ -212,15 +225,6 @@ pub(super) fn take(
             "UPDATE _anabranch_local SET answered_lsn = ?1 WHERE seq > ?2 AND seq <= ?3",
             params![lsn.to_string(), before, now],
         )?;
-        // What was answered before this id began is as it was.
-        let anew = after.max(last_of(connection, state.chain_seq)?);
-        rejected::listed_anew(connection, (anew, last), || {
-            let declared = |name: &str| tables.values().any(|table| table.name == name);
-            if declared(names::REJECTIONS) {
-                rejected::list(connection, &state.replica_id, before, now)?;
-            }
-            rejected::list_judged(connection, before, now)
-        })?;
     } else {
         tracing::warn!(before, now, "answered local transactions are pending again");
         connection.execute(

@@ -68,6 +68,8 @@ pub(super) struct Replay<'c> {
     overlay: Overlay<'c>,
     /// Rows of receipts or rejections came.
     answers: bool,
+    /// What came is of another history of the source than what the file had.
+    other_history: bool,
     pieces: Pieces,
     ordinal: u32,
     first: bool,
@@ -126,6 +128,7 @@ impl<'c> Replay<'c> {
             writers: HashMap::new(),
             overlay: Overlay::new(connection),
             answers: false,
+            other_history: false,
             pieces: Pieces::default(),
             ordinal: 0,
             first: false,
@@ -206,7 +209,7 @@ impl<'c> Replay<'c> {
             .position
             .is_some_and(|position| state.settles_at(position));
         if self.answers || settles {
-            receipts::take(connection, state, &tables, &mut overlay)
+            receipts::take(connection, state, &tables, &mut overlay, self.other_history)
                 .map_err(|error| failure("_anabranch_rejected", error))?;
         }
         let catalog = &self.outcome.catalog;
@@ -336,14 +339,14 @@ impl<'c> Replay<'c> {
 
     fn commit(&mut self, commit: &v1::Commit) -> Result<(), Failure> {
         let position: Position = commit.position.unwrap_or_default().into();
-        if let Some(before) = self.outcome.state.position
-            && before.epoch == position.epoch
-            && before.lsn > position.lsn
-        {
-            return Err(Error::Stream(format!(
-                "the streamer is at {position}, the file already at {before}"
-            ))
-            .into());
+        if let Some(before) = self.outcome.state.position {
+            self.other_history |= before.epoch != position.epoch;
+            if before.epoch == position.epoch && before.lsn > position.lsn {
+                return Err(Error::Stream(format!(
+                    "the streamer is at {position}, the file already at {before}"
+                ))
+                .into());
+            }
         }
         for id in std::mem::take(&mut self.reset) {
             self.finish_reset(id)?;

@@ -706,6 +706,35 @@ fn what_was_rejected_and_is_answered_anew_is_listed_as_it_is_answered_then() {
     assert_eq!(folder.query(decided), ["NULL"]);
 }
 
+/// The write call was faster than the stream: what the failover lost is answered again before the file hears that it was lost.
+#[test]
+fn an_answer_that_another_history_gives_otherwise_is_not_noticed() {
+    let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
+    for a in ["1", "2", "3"] {
+        folder.write(|program| t.set(program, 1, &[("a", text(a))]));
+        folder.assign(&mut file);
+    }
+    let answers = |file: &File, rejected: &[u64]| {
+        let rejected = rejected.iter().map(|seq| rejection(file, *seq, None));
+        std::iter::once(receipt(file, 3))
+            .chain(rejected)
+            .collect::<Vec<_>>()
+    };
+    let listed = "SELECT group_concat(id), group_concat(txn) FROM _anabranch_rejected";
+    file.apply(&live(20, &answers(&file, &[1, 2]))).unwrap();
+    assert_eq!(folder.query(listed), ["'1,2'|'1,2'"]);
+    let other = anabranch_proto::Epoch(1);
+    folder.program(&format!("UPDATE _anabranch_state SET epoch = '{other}'"));
+    drop(file);
+    let mut file = folder.open();
+    file.begin_stream().unwrap();
+    file.apply(&full(&[(1, "1", "b", "1")], 30, &answers(&file, &[2, 3])))
+        .unwrap();
+    assert_eq!(folder.query(listed), ["'2,3'|'2,3'"]);
+    assert_eq!(pending(&folder), "0|2");
+    shows(&folder, &["1|'1'|'b'|'1'"]);
+}
+
 #[test]
 fn only_what_is_seen_to_change_is_told() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "1"), (2, "a", "b", "1")]);
