@@ -198,19 +198,17 @@ async fn what_comes_behind_a_trigger_that_resets_the_role_is_written_as_the_logi
          CREATE TABLE late (role text);
          CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
              INSERT INTO late VALUES (current_user); RETURN NULL; END $$;
-         CREATE CONSTRAINT TRIGGER late AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION late()",
+         CREATE CONSTRAINT TRIGGER late AFTER INSERT ON seen DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION late()",
     )
     .await;
     let tables = ["t", "parent", "seen"];
     let rules = fixture.rules(&tables, &Policy::default()).await;
     let mut writer = fixture.writer().await;
     let row = |id| insert(0, &[Integer(id), Null, Null]);
-    let transaction = Program::new(&rules, &tables).transaction(&[
-        row(1),
-        row(2),
-        delete(1, &[Integer(7)]),
-        insert(2, &[Integer(1), Null]),
-    ]);
+    let mut program = Program::new(&rules, &tables);
+    let transaction = program.transaction(&[insert(2, &[Integer(0), Null]), row(1), row(2)]);
+    let cascading =
+        program.transaction(&[delete(1, &[Integer(7)]), insert(2, &[Integer(1), Null])]);
     let replica = fixture.replica("r1");
     let outcome = writer
         .apply(&replica, &NO_HASH, &transaction, &rules.rules)
@@ -230,7 +228,18 @@ async fn what_comes_behind_a_trigger_that_resets_the_role_is_written_as_the_logi
         fixture
             .text("SELECT string_agg(role, ', ') FROM late")
             .await,
-        format!("{app}, {app}")
+        app
     );
-    assert_eq!(fixture.text("SELECT role FROM seen").await, app);
+    let outcome = writer
+        .apply(&replica, &transaction.hash, &cascading, &rules.rules)
+        .await;
+    match outcome {
+        Ok(Outcome::Applied) => assert_eq!(
+            fixture.text("SELECT role FROM seen WHERE id = 1").await,
+            app
+        ),
+        // Since Postgres 18 a trigger of rows that a foreign key removes may not leave the role.
+        Ok(Outcome::Rejected(why)) => assert_eq!((why.entry, &*why.sqlstate), (Some(0), "42501")),
+        outcome => panic!("{outcome:?}"),
+    }
 }
