@@ -42,6 +42,7 @@ pub struct Outgoing {
 struct Within {
     /// Entries up to this one were encoded.
     entry: i64,
+    /// Of that one.
     nonce: Nonce,
     /// What was encoded of them, but not handed out.
     rest: Bytes,

@@ -666,14 +666,13 @@ async fn effects(
         }
         match effect(transaction, i, targets, &mut written) {
             Ok(Some(sql)) => {
-                let facts = targets[entry.table()].as_ref().ok();
-                let facts = facts.map(|target| Arc::clone(&target.facts));
-                let runs_functions = facts.as_ref().is_some_and(|facts| facts.runs_functions);
-                let facts = facts.filter(|_| entry.kind() == Kind::Insert);
+                let target = targets[entry.table()].as_ref().ok();
+                let facts = target.map(|target| &target.facts);
+                let of_insert = facts.filter(|_| entry.kind() == Kind::Insert).cloned();
                 flight
-                    .statement(Step::Effect(i, facts), &sql.text, &sql.params)
+                    .statement(Step::Effect(i, of_insert), &sql.text, &sql.params)
                     .await;
-                if runs_functions {
+                if facts.is_some_and(|facts| facts.runs_functions) {
                     flight
                         .statement(Step::Effect(i, None), AS_BEFORE, author)
                         .await;

@@ -22,21 +22,23 @@ impl File {
             return Ok(());
         }
         // Transactions first: one that is not whole any more must not be sent again.
-        let mut steps = vec![(
-            format!(
-                "DELETE FROM _anabranch_local WHERE seq IN \
-                 (SELECT seq FROM _anabranch_local WHERE seq < ?1 ORDER BY seq DESC LIMIT {FORGET_ROWS})"
+        let mut steps = vec![
+            (
+                format!(
+                    "DELETE FROM _anabranch_local WHERE seq IN \
+                     (SELECT seq FROM _anabranch_local WHERE seq < ?1 ORDER BY seq DESC LIMIT {FORGET_ROWS})"
+                ),
+                newest,
             ),
-            newest,
-        )];
-        // They can't be answered anew.
-        steps.push((
-            format!(
-                "DELETE FROM _anabranch_decided WHERE id IN \
-                 (SELECT id FROM _anabranch_decided WHERE id <= ?1 LIMIT {FORGET_ROWS})"
+            // They can't be answered anew.
+            (
+                format!(
+                    "DELETE FROM _anabranch_decided WHERE id IN \
+                     (SELECT id FROM _anabranch_decided WHERE id <= ?1 LIMIT {FORGET_ROWS})"
+                ),
+                last,
             ),
-            last,
-        ));
+        ];
         for source in layout::having(connection, 0, last).doing("look for answered entries")? {
             let entries = quote(&source.entries);
             let step = format!(

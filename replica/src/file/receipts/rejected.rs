@@ -45,16 +45,11 @@ pub(in super::super) fn listed_anew(
     range: (i64, i64),
     list: impl FnOnce() -> rusqlite::Result<()>,
 ) -> rusqlite::Result<()> {
-    connection.execute(
-        "UPDATE _anabranch_rejected SET txn = 0 WHERE id > ?1 AND id <= ?2",
-        range,
-    )?;
+    // With each receipt, so they are not compiled each time.
+    let execute = |sql| connection.prepare_cached(sql)?.execute(range);
+    execute("UPDATE _anabranch_rejected SET txn = 0 WHERE id > ?1 AND id <= ?2")?;
     list()?;
-    connection.execute(
-        "DELETE FROM _anabranch_rejected WHERE txn = 0 AND id > ?1 AND id <= ?2",
-        range,
-    )?;
-    Ok(())
+    execute("DELETE FROM _anabranch_rejected WHERE txn = 0 AND id > ?1 AND id <= ?2").map(drop)
 }
 
 /// Lists the entries of those that were rejected among the transactions after `before` and up to `now`.

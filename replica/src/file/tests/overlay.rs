@@ -30,6 +30,22 @@ fn upsert_all(rows: &[(i64, &str, &str, &str)]) -> v1::Element {
     upserts(1, &rows)
 }
 
+/// A local transaction for each of these values, which sets `a` of row 1.
+fn assign_each(folder: &Folder, file: &mut File, t: &Sheet, values: &[&str]) {
+    for a in values {
+        folder.write(|program| t.set(program, 1, &[("a", text(a))]));
+        folder.assign(file);
+    }
+}
+
+/// All up to `upto` are answered, and these of them rejected.
+fn answers(file: &File, upto: u64, rejected: &[u64]) -> Vec<v1::Element> {
+    let rejected = rejected.iter().map(|seq| rejection(file, *seq, Some(0)));
+    std::iter::once(receipt(file, upto))
+        .chain(rejected)
+        .collect()
+}
+
 /// One live transaction.
 fn live(lsn: u64, elements: &[v1::Element]) -> v1::Down {
     let mut all = vec![begin(&[])];
@@ -634,10 +650,7 @@ fn a_rejected_write_that_is_retried_is_made_again_and_one_that_is_deleted_is_not
 #[test]
 fn what_was_forgotten_is_not_pending_again_and_what_was_rejected_can_still_be_retried() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
-    for a in ["1", "2", "3", "4"] {
-        folder.write(|program| t.set(program, 1, &[("a", text(a))]));
-        folder.assign(&mut file);
-    }
+    assign_each(&folder, &mut file, &t, &["1", "2", "3", "4"]);
     file.apply(&live(20, &[receipt(&file, 1)])).unwrap();
     let second = live(30, &[receipt(&file, 2), rejection(&file, 2, None)]);
     file.apply(&second).unwrap();
@@ -669,19 +682,11 @@ fn what_was_forgotten_is_not_pending_again_and_what_was_rejected_can_still_be_re
 #[test]
 fn what_was_rejected_and_is_answered_anew_is_listed_as_it_is_answered_then() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
-    for a in ["1", "2", "3", "4"] {
-        folder.write(|program| t.set(program, 1, &[("a", text(a))]));
-        folder.assign(&mut file);
-    }
-    let answers = |file: &File, rejected: &[u64]| {
-        let rejected = rejected.iter().map(|seq| rejection(file, *seq, Some(0)));
-        std::iter::once(receipt(file, 4))
-            .chain(rejected)
-            .collect::<Vec<_>>()
-    };
+    assign_each(&folder, &mut file, &t, &["1", "2", "3", "4"]);
     let listed = "SELECT id, txn, outcome, sqlstate, action FROM _anabranch_rejected ORDER BY id";
     let row = |id, action| format!("{id}|{id}|'insert_exists'|'23505'|{action}");
-    file.apply(&live(20, &answers(&file, &[1, 2, 3]))).unwrap();
+    file.apply(&live(20, &answers(&file, 4, &[1, 2, 3])))
+        .unwrap();
     folder.program("DELETE FROM _anabranch_rejected WHERE id = 3");
     folder.program("UPDATE _anabranch_rejected SET action = 'mine'");
     assert_eq!(folder.query(listed), [row(1, "'mine'"), row(2, "'mine'")]);
@@ -693,11 +698,12 @@ fn what_was_rejected_and_is_answered_anew_is_listed_as_it_is_answered_then() {
     }
     file.apply(&live(30, &gone)).unwrap();
     assert_eq!(pending(&folder), "4|2");
-    file.apply(&live(40, &answers(&file, &[2, 3, 4]))).unwrap();
+    file.apply(&live(40, &answers(&file, 4, &[2, 3, 4])))
+        .unwrap();
     assert_eq!(folder.query(listed), [row(2, "'mine'"), row(4, "NULL")]);
     // Once more: that a row was removed by us is not the program's decision.
     file.apply(&live(50, &gone)).unwrap();
-    file.apply(&live(60, &answers(&file, &[1, 3]))).unwrap();
+    file.apply(&live(60, &answers(&file, 4, &[1, 3]))).unwrap();
     assert_eq!(folder.query(listed), [row(1, "NULL")]);
     folder.program("DELETE FROM _anabranch_rejected");
     let decided = "SELECT group_concat(id) FROM _anabranch_decided";
@@ -710,26 +716,21 @@ fn what_was_rejected_and_is_answered_anew_is_listed_as_it_is_answered_then() {
 #[test]
 fn an_answer_that_another_history_gives_otherwise_is_not_noticed() {
     let (folder, mut file, t) = start_with(&[(1, "a", "b", "1")]);
-    for a in ["1", "2", "3"] {
-        folder.write(|program| t.set(program, 1, &[("a", text(a))]));
-        folder.assign(&mut file);
-    }
-    let answers = |file: &File, rejected: &[u64]| {
-        let rejected = rejected.iter().map(|seq| rejection(file, *seq, None));
-        std::iter::once(receipt(file, 3))
-            .chain(rejected)
-            .collect::<Vec<_>>()
-    };
+    assign_each(&folder, &mut file, &t, &["1", "2", "3"]);
     let listed = "SELECT group_concat(id), group_concat(txn) FROM _anabranch_rejected";
-    file.apply(&live(20, &answers(&file, &[1, 2]))).unwrap();
+    file.apply(&live(20, &answers(&file, 3, &[1, 2]))).unwrap();
     assert_eq!(folder.query(listed), ["'1,2'|'1,2'"]);
     let other = anabranch_proto::Epoch(1);
     folder.program(&format!("UPDATE _anabranch_state SET epoch = '{other}'"));
     drop(file);
     let mut file = folder.open();
     file.begin_stream().unwrap();
-    file.apply(&full(&[(1, "1", "b", "1")], 30, &answers(&file, &[2, 3])))
-        .unwrap();
+    file.apply(&full(
+        &[(1, "1", "b", "1")],
+        30,
+        &answers(&file, 3, &[2, 3]),
+    ))
+    .unwrap();
     assert_eq!(folder.query(listed), ["'2,3'|'2,3'"]);
     assert_eq!(pending(&folder), "0|2");
     shows(&folder, &["1|'1'|'b'|'1'"]);
